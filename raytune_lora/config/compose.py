@@ -1,0 +1,180 @@
+"""From Hydra's groups and the user's overrides to one typed ``SweepConfig``, and back to a file.
+
+Hydra only composes here: it never changes the working directory, makes folders or sets up logging.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import fields, is_dataclass
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+import yaml
+from hydra import compose as hydra_compose
+from hydra import initialize_config_dir
+from hydra.core.config_store import ConfigStore
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from raytune_lora.config import schema
+from raytune_lora.config.groups import conf_dir, groups
+from raytune_lora.errors import UserError
+
+_PLAIN_GROUPS = {
+    "training": schema.TrainingConfig,
+    "deepspeed": schema.DeepSpeedConfig,
+    "evaluation": schema.EvaluationConfig,
+    "search": schema.SearchConfig,
+    "scheduler": schema.SchedulerConfig,
+    "cluster": schema.ClusterConfig,
+}
+
+
+def compose(overrides: Sequence[str]) -> schema.SweepConfig:
+    """Compose the config of a sweep.
+
+    Args:
+        overrides: as typed on the command line, such as ``experiment=quickstart`` or ``method.r=8``.
+
+    Raises:
+        UserError: an override has no such key, no such choice or the wrong type; all of them at once.
+    """
+    _register()
+    try:
+        return _to_object(_compose(overrides))
+    except (HydraException, OmegaConfBaseException) as error:
+        raise UserError(_explain(overrides, error)) from error
+
+
+def dump(cfg: schema.RunConfig) -> str:
+    """The config as YAML that ``load`` reads back."""
+    return yaml.safe_dump(to_plain(cfg), sort_keys=False, allow_unicode=True)
+
+
+def load(path: Path) -> schema.SweepConfig:
+    """Read a config that ``dump`` wrote.
+
+    Raises:
+        UserError: the file is missing or does not fit this version's schema.
+    """
+    try:
+        raw = yaml.safe_load(path.read_text())
+        node = OmegaConf.structured(schema.SweepConfig)
+        for group in schema.VARIANTS:
+            node[group] = OmegaConf.structured(schema.variant(group, raw[group]["kind"]))
+        return _to_object(OmegaConf.merge(node, raw))
+    except FileNotFoundError as error:
+        raise UserError(f"{path}: no such file") from error
+    except (OmegaConfBaseException, yaml.YAMLError, KeyError, TypeError) as error:
+        raise UserError(f"{path}: not a config of this version of raytune-lora: {error}") from error
+
+
+def to_plain(value: Any) -> Any:
+    """Dataclasses and enums as dicts and strings."""
+    if is_dataclass(value) and not isinstance(value, type):
+        return {f.name: to_plain(getattr(value, f.name)) for f in fields(value)}
+    if isinstance(value, dict):
+        return {key: to_plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [to_plain(item) for item in value]
+    return value.value if isinstance(value, Enum) else value
+
+
+def keys(cfg: Any, prefix: str = "") -> Iterator[str]:
+    """Every dotted path of a config's leaves and sections."""
+    plain = to_plain(cfg) if prefix == "" else cfg
+    for name, value in plain.items():
+        yield prefix + name
+        if isinstance(value, dict):
+            yield from keys(value, f"{prefix}{name}.")
+
+
+def _register() -> None:
+    store = ConfigStore.instance()
+    store.store(name="base_sweep", node=schema.SweepConfig)
+    for group, variants in schema.VARIANTS.items():
+        for cls in variants:
+            store.store(group=group, name=f"base_{cls.__dataclass_fields__['kind'].default}", node=cls)
+    for group, cls in _PLAIN_GROUPS.items():
+        store.store(group=group, name=f"base_{group}", node=cls)
+
+
+def _compose(overrides: Sequence[str]) -> DictConfig:
+    GlobalHydra.instance().clear()
+    with initialize_config_dir(str(conf_dir()), version_base="1.3"):
+        return hydra_compose("config", overrides=list(overrides))
+
+
+def _to_object(node: Any) -> schema.SweepConfig:
+    cfg = OmegaConf.to_object(node)
+    if not isinstance(cfg, schema.SweepConfig):
+        raise TypeError(f"composed a {type(cfg).__name__}")
+    return cfg
+
+
+# ------------------------------------------------------------------------------------------------- errors, made readable
+
+
+def _explain(overrides: Sequence[str], error: Exception) -> list[str]:
+    """Each faulty override's own problem; the error as it came where none is at fault alone."""
+    choices = [o for o in overrides if o.partition("=")[0].lstrip("+~") in groups()]
+    problems = []
+    for override in choices:
+        if problem := _problem([], override):
+            problems.append(problem)
+    if not problems:
+        for override in [o for o in overrides if o not in choices]:
+            if problem := _problem(choices, override):
+                problems.append(problem)
+    return problems or [_first_line(error)]
+
+
+def _problem(choices: Sequence[str], override: str) -> str | None:
+    try:
+        parsed = OverridesParser.create().parse_override(override)
+    except HydraException:
+        return f"{override!r} is not an override: write key=value (a value with spaces or commas in quotes)"
+    try:
+        _to_object(_compose([*choices, override]))
+        return None
+    except (HydraException, OmegaConfBaseException) as error:
+        return _explain_one(choices, override, parsed.key_or_group, error)
+
+
+def _explain_one(choices: Sequence[str], override: str, key: str, error: Exception) -> str:
+    if key in groups():
+        name = override.partition("=")[2]
+        near = difflib.get_close_matches(name, groups()[key], n=1)
+        hint = f" Did you mean {key}={near[0]}?" if near else ""
+        return f"{key}: there is no {name!r}.{hint} Known: {', '.join(groups()[key])}."
+    known = sorted({*keys(_to_plain_defaults(choices)), *groups()})
+    if key not in known:
+        near = difflib.get_close_matches(key, known, n=3, cutoff=0.6)
+        by_leaf = difflib.get_close_matches(key.split(".")[-1], {k.split(".")[-1] for k in known}, n=1, cutoff=0.6)
+        near += [k for k in known if by_leaf and k.split(".")[-1] == by_leaf[0] and k not in near][:2]
+        hint = f" Did you mean {' or '.join(near[:3])}?" if near else ""
+        return f"{key}: unknown key.{hint} `--cfg job` prints all keys."
+    return f"{key}: {_first_line(_cause(error))} (got {override.partition('=')[2]!r})"
+
+
+def _to_plain_defaults(choices: Sequence[str]) -> dict[str, Any]:
+    plain = OmegaConf.to_container(_compose(choices), resolve=False)
+    return plain if isinstance(plain, dict) else {}
+
+
+def _cause(error: BaseException) -> BaseException:
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return error
+
+
+def _first_line(error: BaseException) -> str:
+    line = str(error).strip().splitlines()[0]
+    return re.sub(r"^Error merging override \S+: ?", "", line)

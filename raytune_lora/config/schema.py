@@ -1,0 +1,267 @@
+"""The typed configuration of a run and of a sweep.
+
+Every field has its unit beside it. What can be derived is a property. Where a group has variants (model, data, method)
+each variant is a subclass that names itself in ``kind``; ``VARIANTS`` lists them, and a YAML file of the group picks one.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Any
+
+from omegaconf import MISSING
+
+
+class Precision(Enum):
+    """The number format of weights and arithmetic; ``auto`` is bf16 on a GPU that has it and fp32 elsewhere."""
+
+    auto = "auto"
+    fp32 = "fp32"
+    bf16 = "bf16"
+
+
+class Sampler(Enum):
+    tpe = "tpe"
+    random = "random"
+
+
+class Scheduler(Enum):
+    asha = "asha"
+    none = "none"
+
+
+class DimensionKind(Enum):
+    float = "float"
+    int = "int"
+    categorical = "categorical"
+
+
+# ---------------------------------------------------------------------------------------------------------------- model
+
+
+@dataclass
+class ModelConfig:
+    """The base model; a variant says where its weights come from."""
+
+    kind: str = MISSING
+    precision: Precision = Precision.auto
+
+
+@dataclass
+class HubModelConfig(ModelConfig):
+    """A Hugging Face model: a folder on disk, or a name on the hub."""
+
+    kind: str = "hub"
+    path: str | None = None  # folder with config.json, or `owner/name` on the hub
+    revision: str | None = None  # hub only: branch, tag or commit
+    trust_remote_code: bool = False
+
+
+@dataclass
+class PackageModelConfig(ModelConfig):
+    """A GGUF file inside an installed Python package, converted once to safetensors in the cache."""
+
+    kind: str = "package"
+    package: str = MISSING  # import name of the package
+    file: str = MISSING  # GGUF file inside the package
+
+
+@dataclass
+class TinyModelConfig(ModelConfig):
+    """A random Llama made on the spot, with a byte tokenizer of its own: for tests and dry runs."""
+
+    kind: str = "tiny"
+    layers: int = 2
+    hidden: int = 64  # width of the residual stream
+    heads: int = 4
+    bias: bool = False  # biases in attention and MLP projections
+    seed: int = 0
+
+
+# ----------------------------------------------------------------------------------------------------------------- data
+
+
+@dataclass
+class DataConfig:
+    """Instruction data; a variant says where the rows come from."""
+
+    kind: str = MISSING
+    template: str = "alpaca"
+    max_length: int = 512  # tokens of prompt and answer together
+    validation: float = 0.1  # share of the rows
+    test: float = 0.1  # share of the rows
+
+
+@dataclass
+class FileDataConfig(DataConfig):
+    """A local JSONL file of Alpaca rows: instruction, input (may be empty) and output."""
+
+    kind: str = "file"
+    path: str | None = None
+
+
+@dataclass
+class ExtractionDataConfig(DataConfig):
+    """Generated messages and the JSON record each of them holds, in English and Korean."""
+
+    kind: str = "extraction"
+    rows: int = 800
+    korean: float = 0.2  # share of the rows
+    seed: int = 0
+
+
+@dataclass
+class FakeDataConfig(DataConfig):
+    """Generated arithmetic-like rows, small enough for a tiny model: for tests and dry runs."""
+
+    kind: str = "fake"
+    rows: int = 200
+    seed: int = 0
+
+
+# --------------------------------------------------------------------------------------------------------------- method
+
+
+@dataclass
+class MethodConfig:
+    """The fine-tuning method."""
+
+    kind: str = MISSING
+
+
+@dataclass
+class LoraMethodConfig(MethodConfig):
+    """Low-rank adapters on linear layers (Hu et al. 2021)."""
+
+    kind: str = "lora"
+    r: int = 16
+    alpha: float = 32.0  # the update is scaled by alpha / r
+    dropout: float = 0.05  # on the adapter's input
+    target_modules: list[str] = field(default_factory=lambda: ["all-linear"])
+
+
+# ------------------------------------------------------------------------------------------------------------- training
+
+
+@dataclass
+class TrainingConfig:
+    learning_rate: float = 2e-4  # the peak
+    global_batch: int = 32  # sequences an optimizer step
+    micro_batch: int = 4  # sequences a forward pass a worker
+    epochs: float = 3.0
+    max_steps: int | None = None  # optimizer steps; overrides epochs
+    lr_scheduler: str = "cosine"  # a name transformers knows
+    warmup: float = 0.03  # share of the steps
+    weight_decay: float = 0.01
+    max_grad_norm: float = 1.0
+    gradient_checkpointing: bool = False
+    seed: int = 0  # of the weights' start, the order of the data and dropout
+
+    def accumulation(self, workers: int) -> int:
+        """Forward passes an optimizer step a worker."""
+        return self.global_batch // (self.micro_batch * workers)
+
+
+@dataclass
+class DeepSpeedConfig:
+    enabled: bool = True  # off: plain torch.distributed data parallelism
+    stage: int = 2  # ZeRO stage 0-3
+
+
+@dataclass
+class EvaluationConfig:
+    every: int | None = None  # samples between two validations; null: ten times a run
+    loss_rows: int = 256  # rows of the validation split for the loss; 0: all
+    generate_rows: int = 64  # rows of the test split answered and compared for exact match; 0: none
+    generate_batch: int = 8  # rows answered at once
+    max_new_tokens: int = 256
+    examples: int = 5  # answers shown side by side in the report
+
+
+@dataclass
+class ClusterConfig:
+    address: str | None = None  # of a running Ray cluster; null: $RAY_ADDRESS, or else a local one made for the job
+    object_store_mb: int = 128  # of the local one
+    dashboard: bool = False  # of the local one
+    reuse_workers: bool = True  # a worker group takes one trial after the other; false starts a new one for each
+
+
+@dataclass
+class RunConfig:
+    """One training run."""
+
+    model: ModelConfig = MISSING
+    data: DataConfig = MISSING
+    method: MethodConfig = MISSING
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+    deepspeed: DeepSpeedConfig = field(default_factory=DeepSpeedConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    cluster: ClusterConfig = field(default_factory=ClusterConfig)
+    workers: int = 1  # processes that train one model together
+    cpus_per_worker: int = 1
+    gpus_per_worker: int = 0
+    output: str | None = None  # folder of the sweep or run; null: sweeps/<time> or runs/<time>
+    cache: str = "~/.cache/raytune-lora"  # token stores and converted models; shared by all nodes of a cluster
+
+
+# ---------------------------------------------------------------------------------------------------------------- sweep
+
+
+@dataclass
+class DimensionConfig:
+    """One dimension of the search space."""
+
+    key: str = MISSING  # dotted path of the config key it sets
+    kind: DimensionKind = DimensionKind.float
+    low: float | None = None
+    high: float | None = None
+    step: float | None = None
+    log: bool = False
+    choices: list[Any] = field(default_factory=list)  # of a categorical
+    multiple_of: str | None = None  # dotted path: the value set is the one sampled times that key's
+
+
+@dataclass
+class SearchConfig:
+    trials: int = 16
+    concurrent: int = 1  # trials at a time
+    sampler: Sampler = Sampler.tpe
+    startup_trials: int = 8  # random ones before the sampler learns
+    seed: int = 0
+
+
+@dataclass
+class SchedulerConfig:
+    kind: Scheduler = Scheduler.asha
+    grace: int | None = None  # samples every trial sees before it may be stopped; null: evaluation.every
+    reduction: float = 3.0  # of the trials at a rung, one in this many goes on
+
+
+@dataclass
+class SweepConfig(RunConfig):
+    """A run, and how to search for the best one."""
+
+    space: dict[str, DimensionConfig] = field(default_factory=dict)
+    search: SearchConfig = field(default_factory=SearchConfig)
+    scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
+    resume: str | None = None  # a sweep or run folder to go on with
+
+
+VARIANTS: dict[str, tuple[type, ...]] = {
+    "model": (HubModelConfig, PackageModelConfig, TinyModelConfig),
+    "data": (FileDataConfig, ExtractionDataConfig, FakeDataConfig),
+    "method": (LoraMethodConfig,),
+}
+
+
+def variant(group: str, kind: str) -> type:
+    """The dataclass of a group's variant.
+
+    Raises:
+        KeyError: the group has no such variant.
+    """
+    for cls in VARIANTS[group]:
+        if cls.__dataclass_fields__["kind"].default == kind:
+            return cls
+    raise KeyError(f"{group} has no variant {kind!r}")

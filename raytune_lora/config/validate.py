@@ -1,0 +1,128 @@
+"""Whether a config makes sense: each section by itself, then across sections. Types have been checked by composing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from raytune_lora.config.schema import LoraMethodConfig, RunConfig, SweepConfig
+
+# the schedules of transformers that need no further arguments
+LR_SCHEDULERS = ("constant", "constant_with_warmup", "cosine", "inverse_sqrt", "linear")
+TEMPLATES = ("alpaca",)
+
+_Rule = tuple[Callable[[float], bool], str]  # whether a value holds, and the rule in words
+_POSITIVE: _Rule = (lambda v: v > 0, "> 0")
+_COUNT: _Rule = (lambda v: v >= 1, ">= 1")
+_SHARE: _Rule = (lambda v: 0 <= v < 1, ">= 0 and < 1")
+_NOT_NEGATIVE: _Rule = (lambda v: v >= 0, ">= 0")
+
+_RANGES: dict[str, _Rule] = {
+    "workers": _COUNT,
+    "cpus_per_worker": _COUNT,
+    "gpus_per_worker": _NOT_NEGATIVE,
+    "training.learning_rate": _POSITIVE,
+    "training.global_batch": _COUNT,
+    "training.micro_batch": _COUNT,
+    "training.epochs": _POSITIVE,
+    "training.max_steps": _COUNT,
+    "training.warmup": _SHARE,
+    "training.weight_decay": _NOT_NEGATIVE,
+    "training.max_grad_norm": _POSITIVE,
+    "training.seed": _NOT_NEGATIVE,
+    "deepspeed.stage": (lambda v: v in (0, 1, 2, 3), "0, 1, 2 or 3"),
+    "evaluation.every": _COUNT,
+    "evaluation.loss_rows": _NOT_NEGATIVE,
+    "evaluation.generate_rows": _NOT_NEGATIVE,
+    "evaluation.generate_batch": _COUNT,
+    "evaluation.max_new_tokens": _COUNT,
+    "evaluation.examples": _NOT_NEGATIVE,
+    "cluster.object_store_mb": (lambda v: v >= 80, ">= 80"),
+    "data.max_length": (lambda v: v >= 8, ">= 8"),
+    "data.validation": (lambda v: 0 < v < 1, "> 0 and < 1"),
+    "data.test": _SHARE,
+    "data.rows": _COUNT,
+    "data.korean": (lambda v: 0 <= v <= 1, ">= 0 and <= 1"),
+    "model.layers": _COUNT,
+    "model.hidden": _COUNT,
+    "model.heads": _COUNT,
+    "method.r": _COUNT,
+    "method.alpha": _POSITIVE,
+    "method.dropout": _SHARE,
+    "search.trials": _COUNT,
+    "search.concurrent": _COUNT,
+    "search.startup_trials": _NOT_NEGATIVE,
+    "search.seed": _NOT_NEGATIVE,
+    "scheduler.grace": _COUNT,
+    "scheduler.reduction": (lambda v: v > 1, "> 1"),
+}
+
+
+def problems(cfg: RunConfig) -> list[str]:
+    """All that is wrong, each naming the key as the user types it; empty where nothing is."""
+    found = [*_range_problems(cfg), *_choice_problems(cfg)]
+    if not found:
+        found += [*_batch_problems(cfg), *_data_problems(cfg)]
+        if isinstance(cfg, SweepConfig):
+            found += _sweep_problems(cfg)
+    return found
+
+
+def _range_problems(cfg: RunConfig) -> list[str]:
+    found = []
+    for key, (holds, rule) in _RANGES.items():
+        section, _, leaf = key.rpartition(".")
+        value = getattr(getattr(cfg, section, None) if section else cfg, leaf, None)
+        if value is not None and not holds(value):
+            found.append(f"{key} must be {rule} (got {value:g})")
+    return found
+
+
+def _choice_problems(cfg: RunConfig) -> list[str]:
+    found = []
+    if cfg.training.lr_scheduler not in LR_SCHEDULERS:
+        known = ", ".join(LR_SCHEDULERS)
+        found.append(f"training.lr_scheduler: there is no {cfg.training.lr_scheduler!r}; known: {known}")
+    if cfg.data.template not in TEMPLATES:
+        found.append(f"data.template: there is no {cfg.data.template!r}; known: {', '.join(TEMPLATES)}")
+    if isinstance(cfg.method, LoraMethodConfig) and not cfg.method.target_modules:
+        found.append("method.target_modules is empty; name modules, or ['all-linear']")
+    return found
+
+
+def _batch_problems(cfg: RunConfig) -> list[str]:
+    training = cfg.training
+    forward = training.micro_batch * cfg.workers
+    if training.global_batch % forward:
+        return [
+            f"training.global_batch must be a multiple of training.micro_batch * workers "
+            f"(got {training.global_batch}, and {training.micro_batch} * {cfg.workers} = {forward})"
+        ]
+    return []
+
+
+def _data_problems(cfg: RunConfig) -> list[str]:
+    found = []
+    if cfg.data.validation + cfg.data.test >= 1:
+        found.append(
+            f"data.validation + data.test must be < 1, or no row is left to train on "
+            f"(got {cfg.data.validation:g} + {cfg.data.test:g})"
+        )
+    if cfg.evaluation.generate_rows and not cfg.data.test:
+        found.append("evaluation.generate_rows needs a test split: set data.test > 0, or evaluation.generate_rows=0")
+    return found
+
+
+def _sweep_problems(cfg: SweepConfig) -> list[str]:
+    found = []
+    grace, every = cfg.scheduler.grace, cfg.evaluation.every
+    if grace is not None and every is not None and grace % every:
+        found.append(
+            f"scheduler.grace must be a multiple of evaluation.every, where trials are measured (got {grace} and {every})"
+        )
+    searched = {dimension.key for dimension in cfg.space.values()}
+    if "training.global_batch" in searched and cfg.training.max_steps is not None:
+        found.append(
+            "space: with training.global_batch searched, training.max_steps gives each trial another number of samples; "
+            "set training.max_steps=null and training.epochs"
+        )
+    return found

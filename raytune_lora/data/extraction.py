@@ -1,0 +1,92 @@
+"""The quickstart's task: short messages in English and Korean, and the strict JSON record that each of them holds."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Callable
+from datetime import date
+from typing import Any
+
+from raytune_lora.data.templates import Row
+from raytune_lora.errors import UserError
+
+_INSTRUCTION = "Extract the record as JSON."
+_INSTRUCTION_KO = "JSON으로 추출하세요."
+
+_ENGLISH = (
+    "Hi, {name} from {company} here. Please send {amount} to our {city} office by {date}.",
+    "{company} ({city}) paid {amount} on {date}. Contact: {name}.",
+    "On {date} {name} signed for {amount} with {company} in {city}.",
+    "Reminder: invoice of {amount} for {company}, {city}, due {date}. Ask for {name}.",
+    "{name} asked whether {company} can refund {amount} before {date}. She is in {city}.",
+    "We met {name} in {city} on {date}; {company} offers {amount}.",
+)
+_KOREAN = (
+    "{company}의 {name}입니다. {date}까지 {city} 사무실로 {amount}을 보내 주세요.",
+    "{date}에 {city}에서 {name}님이 {company}와 {amount} 계약을 했습니다.",
+    "{company}({city})가 {date}에 {amount}을 지급했습니다. 담당자: {name}.",
+)
+_ENGLISH_DATES: tuple[Callable[[date], str], ...] = (
+    lambda d: f"{d:%B} {d.day}, {d.year}",
+    lambda d: f"{d.day} {d:%b} {d.year}",
+    lambda d: f"{d:%m/%d/%Y}",
+)
+_CITIES_KO = ("서울", "부산", "인천", "대구", "대전", "광주", "수원", "울산", "제주", "전주")
+
+
+def extraction_rows(rows: int, korean: float, seed: int) -> list[Row]:
+    """Messages and their records, made by Faker.
+
+    Args:
+        rows: how many.
+        korean: the share of Korean ones.
+        seed: the same seed gives the same rows.
+
+    Raises:
+        UserError: Faker is not installed.
+    """
+    try:
+        from faker import Faker
+    except ImportError as error:
+        raise UserError(
+            "data=extraction needs Faker: pip install 'raytune-lora[quickstart]', or use data.path=my.jsonl"
+        ) from error
+    rng = random.Random(seed)
+    english, hangul = Faker("en_US"), Faker("ko_KR")
+    english.seed_instance(seed)
+    hangul.seed_instance(seed)
+    return [_korean_row(hangul, rng) if rng.random() < korean else _english_row(english, rng) for _ in range(rows)]
+
+
+def _english_row(faker: Any, rng: random.Random) -> Row:
+    day, amount = _day(rng), rng.randint(10, 9999)
+    words = {
+        "name": f"{faker.first_name_female()} {faker.last_name()}",
+        "company": faker.company(),
+        "city": faker.city(),
+        "date": rng.choice(_ENGLISH_DATES)(day),
+        "amount": rng.choice((f"${amount:,}", f"{amount} dollars", f"USD {amount}")),
+    }
+    return Row(_INSTRUCTION, rng.choice(_ENGLISH).format(**words), _record(words, day, amount))
+
+
+def _korean_row(faker: Any, rng: random.Random) -> Row:
+    day, amount = _day(rng), rng.randint(1, 999) * 1000
+    words = {
+        "name": faker.name(),
+        "company": faker.company(),
+        "city": rng.choice(_CITIES_KO),
+        "date": rng.choice((f"{day.year}년 {day.month}월 {day.day}일", f"{day:%Y.%m.%d}")),
+        "amount": rng.choice((f"{amount:,}원", f"{amount // 1000}천원")),
+    }
+    return Row(_INSTRUCTION_KO, rng.choice(_KOREAN).format(**words), _record(words, day, amount))
+
+
+def _day(rng: random.Random) -> date:
+    return date(rng.randint(2020, 2026), rng.randint(1, 12), rng.randint(1, 28))
+
+
+def _record(words: dict[str, str], day: date, amount: int) -> str:
+    record = {key: words[key] for key in ("name", "company", "city")}
+    return json.dumps({**record, "date": day.isoformat(), "amount": amount}, ensure_ascii=False)

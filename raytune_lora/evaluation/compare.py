@@ -1,0 +1,84 @@
+"""Measure a model, untouched or with an adapter: loss on the validation split, exact match on the test split."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from raytune_lora.config.schema import RunConfig
+from raytune_lora.data.store import IGNORED, TokenStore
+from raytune_lora.evaluation.generate import answer, exact_match
+from raytune_lora.models.loading import load_adapter, load_model, load_tokenizer
+from raytune_lora.models.sources import materialize
+from raytune_lora.training.metrics import validation_loss
+from raytune_lora.training.place import Place
+from raytune_lora.training.worker import cache_dir
+
+ANSWERS = "answers.jsonl"
+
+
+def measure(cfg: RunConfig, store: TokenStore, place: Place, *, adapter: str | None) -> None:
+    """Report ``eval_loss`` and ``exact_match``, and write each answer to ``answers.jsonl`` in the place's folder.
+
+    The workers share the rows; each holds the whole model. Exact match is None where no rows are to be answered.
+
+    Args:
+        cfg: the run.
+        store: the data.
+        place: of this worker.
+        adapter: folder of an adapter; None measures the untouched model.
+    """
+    began = time.perf_counter()
+    folder = materialize(cfg.model, cache_dir(cfg))
+    tokenizer = load_tokenizer(folder, cfg.model)
+    model = load_model(folder, cfg.model)
+    parameters = model.num_parameters()
+    if adapter is not None:
+        model = load_adapter(model, Path(adapter))
+    if cfg.gpus_per_worker:
+        model = model.to(torch.device("cuda", torch.cuda.current_device()))
+    loss = validation_loss(
+        model,
+        store.split("validation"),
+        rows=cfg.evaluation.loss_rows,
+        batch=cfg.training.micro_batch,
+        pad_id=tokenizer.pad_token_id,
+        rank=place.rank,
+        workers=place.workers,
+    )
+    answers = _answers(cfg, store, place, model, tokenizer)
+    match = exact_match([a["answer"] for a in answers], [a["expected"] for a in answers]) if answers else None
+    if place.rank == 0:
+        lines = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in answers)
+        (place.folder / ANSWERS).write_text(lines, encoding="utf-8")
+    seconds = time.perf_counter() - began
+    place.report({"eval_loss": loss, "exact_match": match, "measuring_seconds": seconds, "parameters": parameters})
+
+
+def _answers(cfg: RunConfig, store: TokenStore, place: Place, model: Any, tokenizer: Any) -> list[dict[str, str]]:
+    """Prompt, expected and given answer of the test split's first rows, on every worker."""
+    count = min(cfg.evaluation.generate_rows, store.rows["test"])
+    if count == 0:
+        return []
+    rows = store.split("test").select(range(count))
+    mine = range(place.rank, count, place.workers)
+    prompts = [
+        [t for t, label in zip(rows[i]["input_ids"], rows[i]["labels"], strict=True) if label == IGNORED] for i in mine
+    ]
+    given = answer(
+        model,
+        tokenizer,
+        prompts,
+        batch=cfg.evaluation.generate_batch,
+        max_new_tokens=cfg.evaluation.max_new_tokens,
+    )
+    parts: list[Any] = [dict(zip(mine, given, strict=True))]
+    if place.workers > 1:
+        parts = [None] * place.workers
+        torch.distributed.all_gather_object(parts, dict(zip(mine, given, strict=True)))
+    together = {i: text for part in parts for i, text in part.items()}
+    return [{"prompt": rows[i]["prompt"], "expected": rows[i]["answer"], "answer": together[i]} for i in range(count)]

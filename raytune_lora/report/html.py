@@ -1,0 +1,398 @@
+"""From results.json to the page: what to show, in which words and order. The template says how it looks."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import shlex
+from collections import Counter
+from dataclasses import dataclass
+from datetime import datetime
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
+
+from raytune_lora.report.charts import Dot, Line, curves, number, scatter
+
+SCHEMA_VERSION = 1
+
+# What a result looks like when nothing is known: a key that is absent reads like one that is null or empty.
+_RESULTS: dict[str, Any] = {
+    "kind": "sweep",
+    "name": "",
+    "version": "",
+    "state": "finished",
+    "created": "",
+    "model": {},
+    "data": {},
+    "search": None,
+    "baseline": {},
+    "best": None,
+    "trials": [],
+    "importance": {},
+    "examples": [],
+    "seconds": {},
+}
+_TRIAL: dict[str, Any] = {"trial_id": "", "status": "", "params": {}, "curve": [], "parameters": {}}
+_TRIAL |= dict.fromkeys(("eval_loss", "samples_seen", "seconds", "training_seconds", "error", "log"))
+_BEST: dict[str, Any] = {"trial_id": "", "params": {}, "eval_loss": None, "exact_match": None, "adapter": None}
+
+_STATUS = {  # status: how it reads, the class of its colour
+    "completed": ("completed", "good"),
+    "stopped": ("stopped early", "quiet"),
+    "failed": ("failed", "bad"),
+    "diverged": ("diverged", "warn"),
+    "oom": ("out of memory", "bad"),
+}
+_LEGEND = {  # class of a line: what it shows
+    "best": "best",
+    "train": "training",
+    "completed": "completed",
+    "stopped": "stopped early",
+    "lost": "failed",
+    "reference": "untouched model",
+}
+_STAGES = {"prepare": "data and model", "baseline": "baseline", "trials": "trials", "best": "best adapter"}
+_SAMPLERS = {"tpe": "TPE", "random": "random"}
+_SCHEDULERS = {"asha": "ASHA", "none": "no early stopping"}
+
+
+@dataclass(frozen=True)
+class Measure:
+    """One number of the untouched model beside the same of the best adapter."""
+
+    title: str
+    texts: tuple[str | None, str | None]  # before and after
+    bars: tuple[float, float]  # lengths, 0 to 1
+    change: str | None
+    better: bool
+    note: str
+
+
+def render(results: dict[str, Any]) -> str:
+    """The report as one HTML page that fetches nothing.
+
+    Args:
+        results: the content of results.json. What is not known may be null, empty or absent.
+
+    Raises:
+        ValueError: the results have another schema version.
+    """
+    if results["schema_version"] != SCHEMA_VERSION:
+        raise ValueError(f"results.json has schema version {results['schema_version']}; this reads {SCHEMA_VERSION}")
+    known = _filled(_RESULTS, results)
+    known["best"] = _filled(_BEST, known["best"]) if known["best"] else None
+    known["trials"] = _best_first([_filled(_TRIAL, trial) for trial in known["trials"]], known["best"])
+    names = _short_names(known["trials"])
+    lines = _lines(known, names)
+    return _template().render(
+        r=known,
+        names=names,
+        facts=_facts(known),
+        measures=_measures(known),
+        charts=_curves(lines, known["baseline"].get("eval_loss")),
+        legend=_legend(known, lines),
+        plots=_plots(known, names),
+        importance=sorted(known["importance"].items(), key=lambda item: -item[1]),
+        tally=_tally(known["trials"]),
+        examples=[_example(example) for example in known["examples"]],
+        overrides=" ".join(_override(k, v) for k, v in known["best"]["params"].items()) if known["best"] else "",
+        stages=_stages(known["seconds"]),
+        training=_training_share(known["trials"]),
+    )
+
+
+@cache
+def _template() -> Template:
+    folder = FileSystemLoader(Path(__file__).parent)
+    environment = Environment(loader=folder, autoescape=True, undefined=StrictUndefined)
+    environment.trim_blocks = environment.lstrip_blocks = True
+    environment.filters |= {"value": _value, "loss": _loss, "duration": _duration, "literal": _literal}
+    environment.globals["status"] = lambda name: _STATUS.get(name, (name, "quiet"))
+    return environment.get_template("report.html.j2")
+
+
+def _filled(empty: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
+    return empty | {key: value for key, value in given.items() if value is not None}
+
+
+def _best_first(trials: list[dict[str, Any]], best: dict[str, Any] | None) -> list[dict[str, Any]]:
+    winner = best["trial_id"] if best else None
+
+    def rank(trial: dict[str, Any]) -> tuple[bool, float, str]:
+        loss = trial["eval_loss"]
+        return trial["trial_id"] != winner, math.inf if loss is None else loss, trial["trial_id"]
+
+    return sorted(trials, key=rank)
+
+
+def _short_names(trials: list[dict[str, Any]]) -> dict[str, str]:
+    """Each parameter's key and its last part, where that tells it from the others."""
+    keys = list(dict.fromkeys(key for trial in trials for key in trial["params"]))
+    ends = Counter(key.split(".")[-1] for key in keys)
+    return {key: key.split(".")[-1] if ends[key.split(".")[-1]] == 1 else key for key in keys}
+
+
+# ------------------------------------------------------------------------------------------------- header and headline
+
+
+def _facts(r: dict[str, Any]) -> list[tuple[str, str, str]]:
+    """The header's facts: what it is, its value, and a detail."""
+    model, data, search, rows = r["model"], r["data"], r["search"], r["data"].get("rows") or {}
+    size = f"{_count(model['parameters'])} parameters" if model.get("parameters") else ""
+    split = ", ".join(f"{number(count)} {name}" for name, count in rows.items())
+    facts = [
+        ("Model", model.get("name") or "", size),
+        ("Data", data.get("name") or "", f"{split} rows" if split else ""),
+    ]
+    if search:
+        sampler, scheduler = search.get("sampler") or "", search.get("scheduler") or ""
+        how = " + ".join(filter(None, [_SAMPLERS.get(sampler, sampler), _SCHEDULERS.get(scheduler, scheduler)]))
+        at_once = search.get("concurrent") or 1
+        beside = f", {at_once} at a time" if at_once > 1 else ""
+        facts.append(("Search", how, f"{search.get('trials') or len(r['trials'])} trials{beside}"))
+    if r["best"] and r["trials"] and (trainable := r["trials"][0]["parameters"].get("trainable")):
+        whole = model.get("parameters")
+        detail = f"{100 * trainable / whole:.2g}% of the model" if whole else ""
+        facts.append(("Best adapter" if search else "Adapter", f"{_count(trainable)} parameters", detail))
+    total = r["seconds"].get("total")
+    facts.append(("Started", _date(r["created"]), f"took {_duration(total)}" if total is not None else ""))
+    return [fact for fact in facts if fact[1]]
+
+
+def _measures(r: dict[str, Any]) -> list[Measure]:
+    """The headline: what is known of the loss and the exact match, before and after."""
+    data, best, rows = r["data"], r["best"] or {}, r["data"].get("rows") or {}
+    measures = []
+    before, after = r["baseline"].get("eval_loss"), best.get("eval_loss")
+    if before is not None or after is not None:
+        change = _signed(100 * (after - before) / before, "%") if before and after is not None else None
+        count = _rows(data.get("loss_rows"), rows.get("validation"))
+        longest = max(before or 0, after or 0) or 1
+        measures.append(
+            Measure(
+                "Validation loss",
+                (None if before is None else _loss(before, 3), None if after is None else _loss(after, 3)),
+                ((before or 0) / longest, (after or 0) / longest),
+                change,
+                better=change is not None and after <= before,
+                note=f"on {count} validation rows" if count else "on the validation rows",
+            )
+        )
+    before, after = r["baseline"].get("exact_match"), best.get("exact_match")
+    if before is not None or after is not None:
+        change = _signed(100 * (after - before), " points") if None not in (before, after) else None
+        measures.append(
+            Measure(
+                "Exact match",
+                (None if before is None else f"{before:.0%}", None if after is None else f"{after:.0%}"),
+                (before or 0, after or 0),
+                change,
+                better=change is not None and after >= before,
+                note=_match_note(after, _rows(data.get("generate_rows"), rows.get("test"))),
+            )
+        )
+    return measures
+
+
+def _signed(value: float, unit: str) -> str:
+    return f"{value:+.0f}{unit}".replace("-", "\N{MINUS SIGN}")
+
+
+def _match_note(share: float | None, rows: int | None) -> str:
+    """What the share was measured on, and how sure that makes it: Wilson's 95 % interval."""
+    if not rows or share is None:
+        return f"of {rows} test answers" if rows else "of the test answers"
+    z = 1.96
+    centre = share + z * z / (2 * rows)
+    half = z * math.sqrt(share * (1 - share) / rows + (z / (2 * rows)) ** 2)
+    low, high = (100 * (centre + side) / (1 + z * z / rows) for side in (-half, half))
+    return f"{round(share * rows)} of {rows} test answers · 95% interval {low:.0f}\N{EN DASH}{high:.0f}%"
+
+
+def _rows(asked: int | None, there: int | None) -> int | None:
+    """How many rows were used: 0 asks for all, and no more can be used than there are."""
+    return min(asked, there) if asked and there else asked or there
+
+
+# --------------------------------------------------------------------------------------------------------------- plots
+
+
+def _kind(trial: dict[str, Any], best: dict[str, Any] | None) -> str:
+    if best and trial["trial_id"] == best["trial_id"]:
+        return "best"
+    return {"completed": "completed", "stopped": "stopped"}.get(trial["status"], "lost")
+
+
+def _points(trial: dict[str, Any], metric: str) -> list[tuple[float, float]]:
+    return [(p["samples_seen"], p[metric]) for p in trial["curve"] if p.get(metric) is not None]
+
+
+def _title(trial: dict[str, Any], names: dict[str, str]) -> str:
+    status = _STATUS.get(trial["status"], (trial["status"], ""))[0]
+    loss = "" if trial["eval_loss"] is None else f" · loss {_loss(trial['eval_loss'])}"
+    params = ", ".join(f"{names[key]} {_value(value)}" for key, value in trial["params"].items())
+    return f"{trial['trial_id']} · {status}{loss}\n{params}".strip()
+
+
+def _lines(r: dict[str, Any], names: dict[str, str]) -> list[Line]:
+    """Each trial's losses; the best comes last, to be drawn on top. A single trial shows its training loss too."""
+    alone = len(r["trials"]) == 1
+    lines = []
+    if alone and (points := _points(r["trials"][0], "train_loss")):
+        lines.append(Line(points, "train", "training loss", _loss(points[-1][1], 3)))
+    for trial in reversed(r["trials"]):
+        if points := _points(trial, "eval_loss"):
+            kind = "best" if alone else _kind(trial, r["best"])
+            label = _loss(points[-1][1], 3) if kind == "best" else ""
+            lines.append(Line(points, kind, _title(trial, names), label))
+    return lines
+
+
+def _curves(lines: list[Line], baseline: float | None) -> list[Any]:
+    """The chart of the losses, for a wide and for a narrow screen."""
+    return [curves(lines, baseline, *size) for size in ((1024, 372), (360, 300))] if lines else []
+
+
+def _legend(r: dict[str, Any], lines: list[Line]) -> list[tuple[str, str]]:
+    """The kinds of lines in the chart, and what each is called."""
+    best = f"best ({r['best']['trial_id']})" if r["best"] else ""
+    words = _LEGEND | {"best": "validation" if len(r["trials"]) == 1 else best}
+    kinds = {line.kind for line in lines} | ({"reference"} if r["baseline"].get("eval_loss") is not None else set())
+    return [(kind, text) for kind, text in words.items() if kind in kinds]
+
+
+def _plots(r: dict[str, Any], names: dict[str, str]) -> list[tuple[str, str, Any]]:
+    """Each searched parameter's key, short name and plot, the most important first."""
+    trials = [trial for trial in reversed(r["trials"]) if trial["eval_loss"] is not None]
+    losses = [trial["eval_loss"] for trial in trials]
+    plots = []
+    for key in sorted(names, key=lambda key: -r["importance"].get(key, 0)):
+        dots = []
+        for trial in trials:
+            value = trial["params"].get(key)
+            if value is not None:
+                x = value if type(value) in (int, float) else _value(value)
+                dots.append(Dot(x, trial["eval_loss"], _kind(trial, r["best"]), _title(trial, names)))
+        if len({dot.x for dot in dots}) > 1:
+            plots.append((key, names[key], scatter(dots, losses, names[key])))
+    return plots
+
+
+# -------------------------------------------------------------------------------------------- trials, examples and time
+
+
+def _tally(trials: list[dict[str, Any]]) -> str:
+    """How many trials ended in which way."""
+    counts = Counter(trial["status"] for trial in trials)
+    order = [*_STATUS, *sorted(set(counts) - set(_STATUS))]
+    return ", ".join(f"{counts[name]} {_STATUS.get(name, (name, ''))[0]}" for name in order if counts[name])
+
+
+def _example(example: dict[str, Any]) -> dict[str, Any]:
+    prompt, expected = example.get("prompt") or "", example.get("expected") or ""
+    base, tuned = example.get("base"), example.get("tuned")
+    return {
+        "prompt": prompt,
+        "message": _message(prompt),
+        "base": base,
+        "base_right": base is not None and base.strip() == expected.strip(),
+        "tuned": tuned,
+        "pieces": _difference(tuned or "", expected),
+        "tuned_right": tuned is not None and tuned.strip() == expected.strip(),
+        "expected": expected,
+    }
+
+
+def _message(prompt: str) -> str:
+    """What an Alpaca prompt is about: its input, or else its instruction."""
+    for heading in ("### Input:", "### Instruction:"):
+        body = prompt.partition(heading)[2].partition("\n### ")[0].strip()
+        if body:
+            return body
+    return prompt.strip()
+
+
+def _difference(text: str, expected: str) -> tuple[str, str, str]:
+    """The text before, between and after the first and the last place where it is not as expected."""
+    if text.strip() == expected.strip():
+        return text, "", ""
+    start = _shared(text, expected)
+    end = len(text) - _shared(text[start:][::-1], expected[start:][::-1])
+    return text[:start], text[start:end], text[end:]
+
+
+def _shared(one: str, other: str) -> int:
+    """How many characters two texts begin with alike."""
+    pairs = enumerate(zip(one, other, strict=False))
+    return next((i for i, (a, b) in pairs if a != b), min(len(one), len(other)))
+
+
+def _override(key: str, value: Any) -> str:
+    """A Hydra override for a shell, exact to the last digit."""
+    bare = isinstance(value, str) and re.fullmatch(r"[A-Za-z_][\w./-]*", value)
+    return shlex.quote(f"{key}={value if bare else _literal(value)}")
+
+
+def _stages(seconds: dict[str, float | None]) -> list[tuple[str, float, float]]:
+    """Where the time went: each stage's name, seconds and share of the whole."""
+    parts = {_STAGES.get(name, name): s for name, s in seconds.items() if name != "total" and s}
+    total = max(seconds.get("total") or 0, sum(parts.values()))
+    if not total:
+        return []
+    if (other := total - sum(parts.values())) > 0.01 * total:
+        parts["other"] = other
+    return [(name, spent, spent / total) for name, spent in parts.items()]
+
+
+def _training_share(trials: list[dict[str, Any]]) -> tuple[float, float] | None:
+    """All trials' seconds, and the share of it that trained."""
+    timed = [trial for trial in trials if trial["seconds"] and trial["training_seconds"] is not None]
+    whole = sum(trial["seconds"] for trial in timed)
+    return (whole, min(1, sum(trial["training_seconds"] for trial in timed) / whole)) if whole else None
+
+
+# ------------------------------------------------------------------------------------------------------ values as text
+
+
+def _literal(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False, separators=(",", ":"))
+
+
+def _value(value: Any) -> str:
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        return number(value)
+    if isinstance(value, list):
+        return ", ".join(map(_value, value))
+    return value if isinstance(value, str) else _literal(value)
+
+
+def _loss(value: float, digits: int = 4) -> str:
+    return f"{value:.{digits}f}" if 0.001 <= abs(value) < 1000 or value == 0 else number(value)
+
+
+def _count(value: float) -> str:
+    for size, name in ((1e9, "billion"), (1e6, "million")):
+        if value >= size:
+            return f"{value / size:.3g} {name}"
+    return f"{value:,.0f}"
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 60:
+        return f"{seconds:.2g} s" if seconds < 10 else f"{seconds:.0f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes < 60:
+        return f"{minutes} min {rest:02} s"
+    return f"{minutes // 60} h {minutes % 60:02} min"
+
+
+def _date(created: str) -> str:
+    try:
+        moment = datetime.fromisoformat(created)
+    except ValueError:
+        return created
+    return f"{moment:%Y-%m-%d %H:%M} {moment.tzname() or ''}".strip()

@@ -1,0 +1,66 @@
+"""From the token store to padded tensors. B: batch, T: time (tokens)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from raytune_lora.data.store import IGNORED
+from raytune_lora.training.plan import Plan, permutation
+
+
+class Samples(Dataset[dict[str, list[int]]]):
+    """The samples of a run by position; a padding position has no trained token."""
+
+    def __init__(self, split: Any, plan: Plan) -> None:
+        self._split = split.select_columns(["input_ids", "labels"])
+        self._plan = plan
+        self._order = lru_cache(maxsize=2)(lambda epoch: permutation(plan.rows, epoch, plan.seed))
+
+    def __len__(self) -> int:
+        return self._plan.steps * self._plan.global_batch
+
+    def __getitem__(self, position: int) -> dict[str, list[int]]:
+        epoch, index = divmod(position, self._plan.rows)
+        row: dict[str, list[int]] = self._split[self._order(epoch)[index]]
+        if position >= self._plan.total:
+            return {"input_ids": row["input_ids"], "labels": [IGNORED] * len(row["labels"])}
+        return row
+
+
+class _RankBatches:
+    """The batch sampler of one worker."""
+
+    def __init__(self, plan: Plan, rank: int) -> None:
+        self._batches = list(plan.positions(rank))
+
+    def __iter__(self) -> Any:
+        return iter(self._batches)
+
+    def __len__(self) -> int:
+        return len(self._batches)
+
+
+def training_loader(split: Any, plan: Plan, rank: int, pad_id: int) -> DataLoader[Any]:
+    """One worker's micro batches of the whole run: input_ids, attention_mask and labels, each (B, T)."""
+    return DataLoader(
+        Samples(split, plan),
+        batch_sampler=_RankBatches(plan, rank),  # type: ignore[arg-type]  # torch takes any iterable
+        collate_fn=lambda rows: collate(rows, pad_id),
+    )
+
+
+def collate(rows: Sequence[dict[str, list[int]]], pad_id: int) -> dict[str, torch.Tensor]:
+    """Pad on the right: input_ids, attention_mask and labels, each (B, T)."""
+    length = max(len(row["input_ids"]) for row in rows)
+
+    def padded(key: str, fill: int) -> torch.Tensor:
+        return torch.tensor([row[key] + [fill] * (length - len(row[key])) for row in rows], dtype=torch.long)
+
+    lengths_B = torch.tensor([len(row["input_ids"]) for row in rows])
+    mask_BT = (torch.arange(length) < lengths_B[:, None]).long()
+    return {"input_ids": padded("input_ids", pad_id), "attention_mask": mask_BT, "labels": padded("labels", IGNORED)}

@@ -1,0 +1,266 @@
+"""The one place where training meets Ray Train: resident worker groups, and the board that gives them their tasks.
+
+A group is a Ray Train worker group that outlives its tasks: imports, process group and memory stay warm from one trial to
+the next. Tasks and reports go over the board, an actor: a trial puts its task there and reads its reports from there,
+whichever group takes it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import logging
+import os
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import ray
+import ray.train
+from ray.train import FailureConfig, ScalingConfig, TrainingFailedError
+from ray.train import RunConfig as RayRunConfig
+from ray.train.torch import TorchConfig, TorchTrainer
+
+from raytune_lora.config.schema import RunConfig
+from raytune_lora.data.store import TokenStore
+from raytune_lora.training.failures import FAILED, STOPPED, Ended, classify
+from raytune_lora.training.output import output_to
+
+LOGS = "logs"
+_FAILED_STARTS = 2  # in a row, before a pool gives up
+_QUIET = {"TQDM_DISABLE": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1", "TRANSFORMERS_VERBOSITY": "error"}
+
+Report = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Task:
+    """Something for a worker group to do."""
+
+    name: str  # no other task of the pool has it
+    function: Callable[..., None]  # called in each worker with cfg, store, its place, and extra
+    cfg: RunConfig
+    store: TokenStore
+    folder: Path  # logs and checkpoints; on storage that all nodes share
+    cpus: int = 0  # a worker's threads; 0: as many as the config gives it
+    extra: dict[str, Any] = field(default_factory=dict)
+
+
+class Board:
+    """Tasks wait here for a group, and reports for their reader. An asyncio actor: each method yields to the others."""
+
+    def __init__(self) -> None:
+        self._waiting: asyncio.Queue[Task | None] = asyncio.Queue()
+        self._taken: dict[str, list[Task | None]] = {}
+        self._locks: dict[str, asyncio.Lock] = {}
+        self._streams: dict[str, asyncio.Queue[Report | Ended]] = {}
+        self._ended: set[str] = set()
+        self._stopped: set[str] = set()
+        self._broken: Ended | None = None
+
+    async def submit(self, task: Task) -> None:
+        """Let a group have the task."""
+        self._streams[task.name] = asyncio.Queue()
+        if self._broken is None:
+            await self._waiting.put(task)
+        else:
+            await self.end(task.name, self._broken)
+
+    async def take(self, group: str, number: int) -> Task | None:
+        """The group's task of that number, the same for each of its workers; None sends the group home."""
+        taken = self._taken.setdefault(group, [])
+        async with self._locks.setdefault(group, asyncio.Lock()):
+            if number == len(taken):
+                taken.append(await self._waiting.get())
+        return taken[number]
+
+    async def post(self, name: str, report: Report) -> None:
+        """Add to a task's stream."""
+        if name not in self._ended:
+            await self._streams[name].put(report)
+
+    async def end(self, name: str, ended: Ended) -> None:
+        """Close a task's stream; the first to close it says how it ended."""
+        if name not in self._ended:
+            self._ended.add(name)
+            await self._streams[name].put(ended)
+
+    async def next(self, name: str) -> Report | Ended:
+        """The next item of a task's stream."""
+        return await self._streams[name].get()
+
+    async def stop(self, name: str) -> None:
+        """Ask for the end of a task; its reader need not wait for it."""
+        self._stopped.add(name)
+        if name in self._streams:
+            await self.end(name, Ended(STOPPED))
+
+    async def is_stopped(self, name: str) -> bool:
+        """Whether the task's end was asked for."""
+        return name in self._stopped
+
+    async def group_failed(self, group: str, ended: Ended) -> bool:
+        """End what the group was at; whether it had got as far as a task."""
+        taken = [task for task in self._taken.pop(group, []) if task is not None]
+        if taken:
+            await self.end(taken[-1].name, ended)
+        return bool(taken)
+
+    async def dismiss(self) -> None:
+        """Send one group home."""
+        await self._waiting.put(None)
+
+    async def give_up(self, ended: Ended) -> None:
+        """No group can be started: end all that waits, and all that will."""
+        self._broken = ended
+        while not self._waiting.empty():
+            task = self._waiting.get_nowait()
+            if task is not None:
+                await self.end(task.name, ended)
+
+
+class Pool:
+    """Worker groups of one size, each taking one task after the other.
+
+    Use it as a context manager. Groups start when it is entered; a group that fails is replaced.
+    """
+
+    def __init__(self, cfg: RunConfig, folder: Path, groups: int) -> None:
+        """
+        Args:
+            cfg: says how many workers a group has and what each needs.
+            folder: for what Ray Train keeps of the groups.
+            groups: how many.
+        """
+        self._cfg = cfg
+        self._folder = folder
+        self.board = ray.remote(num_cpus=0)(Board).remote()
+        self._closing = threading.Event()
+        self._threads = [threading.Thread(target=self._keep, args=(n,), daemon=True) for n in range(groups)]
+
+    def __enter__(self) -> Pool:
+        self._folder.mkdir(parents=True, exist_ok=True)
+        for thread in self._threads:
+            thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._closing.set()
+        for _thread in self._threads:
+            ray.get(self.board.dismiss.remote())
+        for thread in self._threads:
+            thread.join()
+
+    def stream(self, task: Task) -> Iterator[Report]:
+        """Do a task and yield its reports.
+
+        Raises:
+            TaskFailed: it did not end well.
+        """
+        return stream(self.board, task)
+
+    def _keep(self, number: int) -> None:
+        """Keep one group at work until the pool closes."""
+        generation, failed_starts = 0, 0
+        while not self._closing.is_set():
+            group = f"group-{number}-{os.getpid()}-{generation}"
+            generation += 1
+            try:
+                self._run_group(group)
+            except TrainingFailedError as error:
+                ended = classify(error)
+                had_task = ray.get(self.board.group_failed.remote(group, ended))
+                failed_starts = 0 if had_task else failed_starts + 1
+                if failed_starts >= _FAILED_STARTS:
+                    ray.get(self.board.give_up.remote(Ended(FAILED, f"no worker group could start: {ended.error}")))
+                    return
+
+    def _run_group(self, group: str) -> None:
+        cfg = self._cfg
+        gpus = {"GPU": float(cfg.gpus_per_worker)} if cfg.gpus_per_worker else {}
+        TorchTrainer(
+            _workers,
+            train_loop_config={"board": self.board, "group": group, "once": not cfg.cluster.reuse_workers},
+            torch_config=TorchConfig(backend="nccl" if cfg.gpus_per_worker else "gloo"),
+            scaling_config=ScalingConfig(
+                num_workers=cfg.workers,
+                use_gpu=cfg.gpus_per_worker > 0,
+                resources_per_worker={"CPU": float(cfg.cpus_per_worker), **gpus},
+            ),
+            run_config=RayRunConfig(
+                name=group, storage_path=str(self._folder), failure_config=FailureConfig(max_failures=0)
+            ),
+        ).fit()
+
+
+class TaskFailed(Exception):
+    """A task ended in another way than by being done."""
+
+    def __init__(self, ended: Ended) -> None:
+        self.ended = ended
+        super().__init__(ended.error or ended.status)
+
+
+def stream(board: Any, task: Task) -> Iterator[Report]:
+    """Put a task on the board and yield its reports.
+
+    Raises:
+        TaskFailed: it did not end well.
+    """
+    ray.get(board.submit.remote(task))
+    while True:
+        item = ray.get(board.next.remote(task.name))
+        if isinstance(item, Ended):
+            if item.status:
+                raise TaskFailed(item)
+            return
+        yield item
+
+
+def _workers(config: dict[str, Any]) -> None:
+    """One worker of a group: task after task, until it is sent home."""
+    os.environ.update(_QUIET)
+    logging.getLogger("ray.train").setLevel(logging.ERROR)
+    board, group = config["board"], config["group"]
+    context = ray.train.get_context()
+    number = 0
+    while (task := ray.get(board.take.remote(group, number))) is not None:
+        _do(task, board, context.get_world_rank(), context.get_world_size())
+        number += 1
+        if config["once"]:
+            return
+
+
+def _do(task: Task, board: Any, rank: int, workers: int) -> None:
+    """Do a task. A failure that all workers have at the same step ends the task; any other ends the group."""
+    from raytune_lora.training.worker import Place, clean_up, set_up  # here: it brings torch and transformers
+
+    def report(metrics: Report) -> None:
+        if rank == 0:
+            ray.get(board.post.remote(task.name, metrics))
+
+    log = task.folder / LOGS / f"worker-{rank}.log"
+    log.parent.mkdir(parents=True, exist_ok=True)
+    place = Place(rank, workers, task.folder, report, partial(_is_stopped, board, task.name))
+    ended = Ended()
+    with output_to(log):
+        set_up(task.cpus or task.cfg.cpus_per_worker)
+        try:
+            task.function(task.cfg, task.store, place, **task.extra)
+        except Exception as error:
+            ended = classify(error)
+            logging.getLogger(__name__).exception("task %s failed", task.name)
+            if not ended.everywhere:
+                raise
+        finally:
+            clean_up()
+            gc.collect()
+    if rank == 0:
+        ray.get(board.end.remote(task.name, ended))
+
+
+def _is_stopped(board: Any, name: str) -> bool:
+    return bool(ray.get(board.is_stopped.remote(name)))

@@ -1,0 +1,140 @@
+"""What one worker of a group does. It knows nothing of Ray: the driver hands it where it stands and how to report."""
+
+from __future__ import annotations
+
+import math
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from accelerate.state import AcceleratorState
+from transformers import PrinterCallback, TrainingArguments
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+from transformers.utils import logging as transformers_logging
+
+from raytune_lora.config.schema import RunConfig
+from raytune_lora.data.store import TokenStore
+from raytune_lora.models.loading import load_model, load_tokenizer, precision
+from raytune_lora.models.methods import method_for
+from raytune_lora.models.sources import materialize
+from raytune_lora.training.checkpoint import SAVING, latest
+from raytune_lora.training.deepspeed import deepspeed_config
+from raytune_lora.training.place import Place
+from raytune_lora.training.plan import plan_run, stream
+from raytune_lora.training.trainer import PlannedTrainer, Reporter
+
+
+def train(cfg: RunConfig, store: TokenStore, place: Place) -> None:
+    """Train one configuration on the store, reporting at each validation.
+
+    Raises:
+        DivergedError: the loss or the gradient is no longer a number; on every worker at the same step.
+        RuntimeError: the worker group is not what the config says.
+    """
+    plan = plan_run(cfg, store.rows["train"])
+    dtype = precision(cfg.model.precision)
+    _join_group(cfg)
+    saving = place.folder / SAVING
+    # ZeRO-3 partitions the base model while it is loaded, and knows of it from the arguments: they come first
+    args = _arguments(cfg, plan.steps, saving, dtype)
+    folder = materialize(cfg.model, cache_dir(cfg))
+    tokenizer = load_tokenizer(folder, cfg.model)
+    base = load_model(folder, cfg.model)
+    torch.manual_seed(stream(cfg.training.seed, "weights"))
+    model = method_for(cfg.method).apply(base)
+    trainer = PlannedTrainer(
+        cfg=cfg,
+        plan=plan,
+        train=store.split("train"),
+        validation=store.split("validation"),
+        pad_id=tokenizer.pad_token_id,
+        model=model,
+        args=args,
+        callbacks=[Reporter(plan, place, _parameters(model))],
+    )
+    trainer.remove_callback(PrinterCallback)
+    if (trainer.accelerator.num_processes, args.process_index) != (place.workers, place.rank):
+        raise RuntimeError(
+            f"accelerate sees {trainer.accelerator.num_processes} processes and rank {args.process_index}; "
+            f"the group has {place.workers} workers and this is rank {place.rank}"
+        )
+    torch.manual_seed(stream(cfg.training.seed, "dropout", place.rank))
+    checkpoint = latest(place.folder)
+    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    if place.rank == 0:
+        shutil.rmtree(saving, ignore_errors=True)
+
+
+def set_up(threads: int) -> None:
+    """Make a worker ready for a task."""
+    torch.set_num_threads(threads)
+    transformers_logging.disable_progress_bar()
+
+
+def clean_up() -> None:
+    """Leave nothing of a task behind in a worker that lives on."""
+    AcceleratorState._reset_state(True)
+    unset_hf_deepspeed_config()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+
+
+def cache_dir(cfg: RunConfig) -> Path:
+    """The cache folder of a config."""
+    return Path(cfg.cache).expanduser()
+
+
+def _join_group(cfg: RunConfig) -> None:
+    """Tell accelerate of the process group that is there already.
+
+    Left to itself, on CPU it sees one process wherever it is told of DeepSpeed, and each worker trains on all the data.
+    """
+    AcceleratorState._reset_state(True)
+    os.environ["ACCELERATE_USE_DEEPSPEED"] = str(cfg.deepspeed.enabled).lower()
+    if cfg.gpus_per_worker:
+        PartialState()
+    elif cfg.deepspeed.enabled:
+        PartialState(backend="gloo")
+    else:
+        PartialState(cpu=True)
+
+
+def _arguments(cfg: RunConfig, steps: int, saving: Path, dtype: torch.dtype) -> TrainingArguments:
+    training = cfg.training
+    bf16 = dtype is torch.bfloat16
+    return TrainingArguments(
+        output_dir=str(saving),
+        deepspeed=deepspeed_config(cfg, bf16=bf16),
+        accelerator_config={"use_configured_state": True},
+        bf16=bf16 and cfg.gpus_per_worker > 0,
+        use_cpu=cfg.gpus_per_worker == 0 and not cfg.deepspeed.enabled,
+        per_device_train_batch_size=training.micro_batch,
+        gradient_accumulation_steps=training.accumulation(cfg.workers),
+        max_steps=steps,
+        learning_rate=training.learning_rate,
+        lr_scheduler_type=training.lr_scheduler,
+        warmup_steps=math.ceil(training.warmup * steps),
+        weight_decay=training.weight_decay,
+        max_grad_norm=training.max_grad_norm,
+        activation_checkpointing=training.gradient_checkpointing,
+        activation_checkpointing_kwargs={"use_reentrant": False},
+        seed=stream(training.seed, "trainer"),
+        logging_strategy="no",
+        save_strategy="no",
+        eval_strategy="no",
+        logging_nan_inf_filter=False,
+        disable_tqdm=True,
+        report_to=[],
+        dataloader_pin_memory=cfg.gpus_per_worker > 0,
+        remove_unused_columns=False,
+    )
+
+
+def _parameters(model: Any) -> dict[str, int]:
+    """How many parameters train; a partitioned one is counted whole."""
+    trained = (p for p in model.parameters() if p.requires_grad)
+    return {"trainable_parameters": sum(getattr(p, "ds_numel", p.numel()) for p in trained)}

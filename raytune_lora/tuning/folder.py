@@ -1,0 +1,120 @@
+"""The sweep folder: where everything of a sweep or a run lies, and who may write to it."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from raytune_lora.config.compose import dump, load
+from raytune_lora.config.schema import SweepConfig
+from raytune_lora.errors import UserError
+
+
+@dataclass(frozen=True)
+class SweepFolder:
+    """The paths of a sweep or run."""
+
+    path: Path
+
+    @property
+    def config(self) -> Path:
+        return self.path / "config.yaml"
+
+    @property
+    def journal(self) -> Path:
+        return self.path / "journal.jsonl"
+
+    @property
+    def trials(self) -> Path:
+        return self.path / "trials"
+
+    @property
+    def groups(self) -> Path:
+        """What Ray Train keeps of the worker groups."""
+        return self.path / "groups"
+
+    @property
+    def best(self) -> Path:
+        return self.path / "best"
+
+    @property
+    def results(self) -> Path:
+        return self.path / "results.json"
+
+    @property
+    def report(self) -> Path:
+        return self.path / "report.html"
+
+    def phase(self, name: str) -> Path:
+        """Where a phase that runs on workers keeps its logs and answers."""
+        return self.path / name
+
+    def lock(self) -> FileLock:
+        """Held by the process that writes to the folder.
+
+        Raises:
+            UserError: another process holds it.
+        """
+        lock = FileLock(self.path / ".lock", timeout=0)
+        try:
+            lock.acquire()
+        except Timeout as error:
+            raise UserError(
+                f"output: another process is working in {self.path}; wait for it, or use another folder"
+            ) from error
+        return lock
+
+
+def problems(path: Path) -> list[str]:
+    """Why a new sweep cannot use the folder."""
+    if (path / "config.yaml").exists():
+        return [
+            f"output: {path} holds a sweep or run already, and nothing is overwritten: "
+            f"go on with it (resume={path}), or name another folder (output=…)"
+        ]
+    if path.exists() and not path.is_dir():
+        return [f"output: {path} is a file; name a folder"]
+    if path.is_dir() and any(path.iterdir()):
+        return [f"output: {path} is not empty; name a new folder"]
+    parent = path
+    while not parent.exists():
+        parent = parent.parent
+    if not parent.is_dir():
+        return [f"output: {parent} is a file, so {path} cannot be made; name another folder"]
+    if not os.access(parent, os.W_OK | os.X_OK):
+        return [f"output: {parent} is not writable, so {path} cannot be used; name another folder"]
+    return []
+
+
+def create(path: Path, cfg: SweepConfig) -> SweepFolder:
+    """Make the folder and write the config that is about to run.
+
+    Raises:
+        UserError: the folder is in use or cannot be made.
+    """
+    if found := problems(path):
+        raise UserError(found)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        folder = SweepFolder(path)
+        folder.config.write_text(dump(cfg))
+    except OSError as error:
+        raise UserError(f"output: {path} cannot be written: {error.strerror}") from error
+    return folder
+
+
+def reopen(path: Path) -> tuple[SweepFolder, SweepConfig]:
+    """A folder to go on with, and its config.
+
+    Raises:
+        UserError: it holds no sweep or run.
+    """
+    folder = SweepFolder(path)
+    if not folder.config.is_file():
+        raise UserError(f"resume: {path} holds no sweep or run (there is no config.yaml in it)")
+    cfg = load(folder.config)
+    cfg.output = str(path)
+    return folder, cfg

@@ -1,0 +1,153 @@
+"""What a sweep and a single run have in common: the folder, the phases around the training, and the results."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from raytune_lora.artifacts import write_json
+from raytune_lora.cluster.connect import connected
+from raytune_lora.config.compose import dump
+from raytune_lora.config.schema import HubModelConfig, RunConfig, SweepConfig
+from raytune_lora.data.store import TokenStore, prepare
+from raytune_lora.models.export import export_adapter
+from raytune_lora.models.sources import materialize, tokenizer_identity
+from raytune_lora.training.driver import LOGS, Pool, Task, TaskFailed
+from raytune_lora.training.plan import Plan, plan_run
+from raytune_lora.tuning.folder import SweepFolder, create, reopen
+from raytune_lora.tuning.preflight import check, output_path
+from raytune_lora.tuning.progress import Progress
+from raytune_lora.tuning.results import BASELINE, BEST, write_results
+from raytune_lora.tuning.space import apply
+from raytune_lora.tuning.trials import Journal
+
+SWEEP, RUN = "sweep", "run"
+
+
+@dataclass
+class Job:
+    """A sweep or run at work."""
+
+    kind: str
+    cfg: SweepConfig
+    folder: SweepFolder
+    journal: Journal
+    progress: Progress
+    store: TokenStore
+    model_folder: Path
+    pool: Pool
+    importance: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def plan(self) -> Plan:
+        """Of a trial with the config as it stands."""
+        return plan_run(self.cfg, self.store.rows["train"])
+
+    @contextlib.contextmanager
+    def phase(self, name: str, what: str) -> Iterator[dict[str, Any]]:
+        """Time a phase; what it puts into the dictionary is recorded with it at its end."""
+        began, facts = time.monotonic(), dict[str, Any]()
+        with self.progress.doing(what):
+            yield facts
+        self.journal.append("phase", name=name, seconds=round(time.monotonic() - began, 3), **facts)
+
+    def measure_baseline(self) -> None:
+        """The untouched model on the validation and test rows."""
+        if BASELINE not in self.journal.record.phases:
+            with self.phase(BASELINE, "measuring the base model") as facts:
+                facts |= self._measure(self.cfg, BASELINE, None)
+
+    def finish(self) -> None:
+        """Measure and export the best adapter, if a trial has one."""
+        best = self.journal.record.best()
+        if best is None or best.checkpoint is None or BEST in self.journal.record.phases:
+            return
+        winner = apply(self.cfg, best.params)
+        with self.phase(BEST, f"measuring the best model, trial {best.trial_id}") as facts:
+            facts |= self._measure(winner, BEST, best.checkpoint)
+            model = self.cfg.model
+            name = model.path if isinstance(model, HubModelConfig) and model.path else str(self.model_folder)
+            export_adapter(
+                Path(best.checkpoint), self.folder.best / "adapter", model_folder=self.model_folder, base_name=name
+            )
+            (self.folder.best / "config.yaml").write_text(dump(winner))
+            write_json(self.folder.best / "params.json", best.params)
+
+    def write_results(self) -> dict[str, Any]:
+        """``results.json`` and ``report.html``."""
+        record = self.journal.record
+        return write_results(self.folder, self.cfg, self.store, record, kind=self.kind, importance=self.importance)
+
+    def _measure(self, cfg: SweepConfig, name: str, adapter: str | None) -> dict[str, Any]:
+        folder = self.folder.phase(name)
+        cpus = cfg.cpus_per_worker * (cfg.search.concurrent if self.kind == SWEEP else 1)  # nothing else is running
+        task = Task(name, _measure, plain_run(cfg), self.store, folder, cpus, {"adapter": adapter})
+        try:
+            return list(self.pool.stream(task))[-1]
+        except TaskFailed as error:
+            raise JobFailed(f"measuring failed: {error}; log: {folder / LOGS}") from error
+
+
+def _measure(*arguments: Any, **extra: Any) -> None:
+    """``evaluation.compare.measure``, imported where it runs: it brings torch and transformers."""
+    from raytune_lora.evaluation import compare
+
+    compare.measure(*arguments, **extra)
+
+
+def plain_run(cfg: SweepConfig) -> RunConfig:
+    """The run in a sweep's config."""
+    return RunConfig(**{f.name: getattr(cfg, f.name) for f in fields(RunConfig)})
+
+
+class JobFailed(Exception):
+    """The job could not go on; the message says why and names a log."""
+
+
+def open_job(kind: str, cfg: SweepConfig, run: Callable[[Job], None]) -> dict[str, Any]:
+    """Check the config, open or reopen the folder, run, and write the results whatever happened.
+
+    Returns:
+        What ``results.json`` says.
+
+    Raises:
+        UserError: the config cannot work; nothing was started.
+        JobFailed: a phase around the trials failed.
+    """
+    if cfg.resume is not None:
+        folder, cfg = reopen(Path(cfg.resume).expanduser().absolute())
+        check(cfg, searching=kind == SWEEP, fresh=False)
+    else:
+        if cfg.output is None:
+            cfg.output = f"{kind}s/{time.strftime('%Y%m%d-%H%M%S')}"
+        cfg.output = str(output_path(cfg))
+        check(cfg, searching=kind == SWEEP, fresh=True)
+        folder = create(Path(cfg.output), cfg)
+    with folder.lock():
+        progress = Progress(folder.path.name, cfg.search.trials if kind == SWEEP else 1, 0, cfg.search.concurrent)
+        journal = Journal(folder.journal, progress.watch)
+        with progress.shown():
+            began = time.monotonic()
+            with progress.doing("preparing the model and the data"):
+                model_folder, store = prepare_inputs(cfg)
+            journal.append("phase", name="prepare", seconds=round(time.monotonic() - began, 3))
+            groups = cfg.search.concurrent if kind == SWEEP else 1
+            with connected(cfg.cluster), Pool(plain_run(cfg), folder.groups, groups) as pool:
+                job = Job(kind, cfg, folder, journal, progress, store, model_folder, pool)
+                progress.set_goal(job.plan.total)
+                run(job)
+                return job.write_results()
+
+
+def prepare_inputs(cfg: SweepConfig) -> tuple[Path, TokenStore]:
+    """The base model's folder and the token store, made where they are missing."""
+    from raytune_lora.models.loading import load_tokenizer  # here: it brings transformers
+
+    cache = Path(cfg.cache).expanduser().absolute()
+    folder = materialize(cfg.model, cache)
+    store = prepare(cfg.data, load_tokenizer(folder, cfg.model), tokenizer_identity(folder), cache)
+    return folder, store

@@ -1,0 +1,70 @@
+"""All that can be known to be wrong before anything starts."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from raytune_lora.cluster.connect import nodes, placement_problems
+from raytune_lora.config import validate
+from raytune_lora.config.schema import SweepConfig
+from raytune_lora.data import sources as data_sources
+from raytune_lora.errors import UserError
+from raytune_lora.models import sources as model_sources
+from raytune_lora.tuning import folder, space
+
+
+def check(cfg: SweepConfig, *, searching: bool, fresh: bool) -> None:
+    """Refuse a config that cannot work.
+
+    Args:
+        cfg: composed.
+        searching: whether there is a search, or one run.
+        fresh: whether the output folder is to be made.
+
+    Raises:
+        UserError: with every problem found.
+    """
+    found = validate.problems(cfg)
+    if searching:
+        found += space.problems(cfg.space, cfg) or _extremes(cfg)
+    found += data_sources.problems(cfg.data) + model_sources.problems(cfg.model)
+    if fresh:
+        found += folder.problems(output_path(cfg))
+    found += _cache_problems(cfg)
+    if not found:
+        concurrent = cfg.search.concurrent if searching else 1
+        found += placement_problems(cfg, nodes(cfg.cluster), concurrent=concurrent)
+    if found:
+        raise UserError(found)
+
+
+def output_path(cfg: SweepConfig) -> Path:
+    """The absolute path of the sweep or run folder."""
+    if cfg.output is None:
+        raise UserError("output: no folder named")
+    return Path(cfg.output).expanduser().absolute()
+
+
+def _extremes(cfg: SweepConfig) -> list[str]:
+    """What goes wrong at the bounds of each dimension, where it goes well at the configured value."""
+    base = set(validate.problems(cfg))
+    found: list[str] = []
+    for name, dimension in cfg.space.items():
+        factor = space.lookup(cfg, dimension.multiple_of) if dimension.multiple_of else 1
+        for value in dimension.choices or [dimension.low, dimension.high]:
+            value = value * factor if dimension.multiple_of else value
+            new = [p for p in validate.problems(space.apply(cfg, {dimension.key: value})) if p not in base]
+            found += [f"space.{name}: {problem}" for problem in new]
+    return list(dict.fromkeys(found))
+
+
+def _cache_problems(cfg: SweepConfig) -> list[str]:
+    path = Path(cfg.cache).expanduser().absolute()
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        probe = path / ".writable"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        return [f"cache: {path} cannot be written ({error.strerror}); name another folder (cache=…)"]
+    return []

@@ -1,0 +1,137 @@
+"""What people see while a sweep runs: one live table on a terminal, a line for each event elsewhere."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+import time
+from collections.abc import Iterator
+from typing import Any
+
+from rich.console import Console, Group
+from rich.live import Live
+from rich.spinner import Spinner
+from rich.table import Table
+from rich.text import Text
+
+from raytune_lora.tuning.trials import Record, Trial
+
+_COLOURS = {"completed": "green", "stopped": "yellow", "running": "cyan"}
+_SHOWN = 20  # trials in the live table
+
+
+class Progress:
+    """Follows the journal."""
+
+    def __init__(self, title: str, total: int, goal: int, concurrent: int) -> None:
+        """
+        Args:
+            title: of the table.
+            total: trials to be run.
+            goal: samples of a whole trial.
+            concurrent: trials at a time.
+        """
+        self._console = Console(file=sys.stderr, highlight=False)
+        self._title = title
+        self._total = total
+        self._goal = goal
+        self._record = Record()
+        self._doing = ""
+        self._live: Live | None = None
+        self._began = time.monotonic()
+
+    def set_goal(self, goal: int) -> None:
+        """Samples of a whole trial, once the data is known."""
+        self._goal = goal
+
+    def watch(self, event: dict[str, Any], record: Record) -> None:
+        """Take a new event of the journal."""
+        self._record = record
+        if self._live is not None:
+            self._live.update(self)
+        elif line := _line(event, record):
+            self._console.print(f"{self._clock()} {line}")
+
+    @contextlib.contextmanager
+    def doing(self, what: str) -> Iterator[None]:
+        """Show what is being done for as long as it takes."""
+        self._doing = what
+        if self._live is None:
+            self._console.print(f"{self._clock()} {what}")
+        try:
+            yield
+        finally:
+            self._doing = ""
+
+    @contextlib.contextmanager
+    def shown(self) -> Iterator[Progress]:
+        """Live on a terminal; lines elsewhere."""
+        if not self._console.is_terminal:
+            yield self
+            return
+        with Live(self, console=self._console, refresh_per_second=4, transient=False) as live:
+            self._live = live
+            try:
+                yield self
+            finally:
+                self._doing = ""
+                live.update(self, refresh=True)
+                self._live = None
+
+    def __rich__(self) -> Group:
+        parts: list[Any] = [self._table()] if self._record.trials else []
+        if self._doing:
+            parts.append(Spinner("dots", Text(f"{self._clock()} {self._doing}")))
+        return Group(*parts)
+
+    def _table(self) -> Table:
+        trials = list(self._record.trials.values())
+        ended = sum(trial.ended for trial in trials)
+        keys = list(dict.fromkeys(key for trial in trials for key in trial.params))
+        table = Table(
+            title=f"{self._title}: {ended} of {self._total} trials ended, {self._clock()}", title_justify="left"
+        )
+        table.add_column("trial")
+        table.add_column("status")
+        for key in keys:
+            table.add_column(key.rpartition(".")[2], justify="right")
+        for column in ("samples", "eval loss", "seconds"):
+            table.add_column(column, justify="right")
+        best = self._record.best()
+        for trial in trials[-_SHOWN:]:
+            style = "bold" if trial is best else ""
+            table.add_row(
+                trial.trial_id,
+                Text(trial.status, style=_COLOURS.get(trial.status, "red")),
+                *(_short(trial.params.get(key)) for key in keys),
+                f"{trial.samples_seen}/{self._goal}",
+                "" if trial.eval_loss is None else f"{trial.eval_loss:.4f}",
+                f"{trial.seconds:.0f}" if trial.ended else "",
+                style=style,
+            )
+        return table
+
+    def _clock(self) -> str:
+        minutes, seconds = divmod(int(time.monotonic() - self._began), 60)
+        return f"{minutes:d}:{seconds:02d}"
+
+
+def _line(event: dict[str, Any], record: Record) -> str:
+    """One event in words; nothing for events that say nothing new."""
+    if event["event"] == "phase":
+        loss, match = event.get("eval_loss"), event.get("exact_match")
+        measured = f", validation loss {loss:.4f}" if loss is not None else ""
+        measured += f", exact match {match:.2f}" if match is not None else ""
+        return f"{event['name']} done in {event['seconds']:.0f} s{measured}"
+    trial: Trial = record.trials[event["trial_id"]]
+    if event["event"] == "trial_started":
+        values = ", ".join(f"{key.rpartition('.')[2]}={_short(value)}" for key, value in trial.params.items())
+        return f"trial {trial.trial_id} started: {values}"
+    if event["event"] == "trial_result":
+        return f"trial {trial.trial_id}: validation loss {event['eval_loss']:.4f} after {event['samples_seen']} samples"
+    why = f": {trial.error}" if trial.error else ""
+    return f"trial {trial.trial_id} {trial.status} after {trial.samples_seen} samples, {trial.seconds:.0f} s{why}"
+
+
+def _short(value: Any) -> str:
+    return f"{value:.3g}" if isinstance(value, float) else str(value)

@@ -1,0 +1,137 @@
+"""``results.json`` and ``report.html``: what a sweep or run found, from its config and its record.
+
+Schema, version 1. Null stands for what was not measured.
+
+- ``schema_version``, ``kind`` (``sweep`` or ``run``), ``name``, ``version`` (of raytune-lora), ``created`` (UTC),
+  ``state`` (``finished`` or ``interrupted``)
+- ``model``: ``name``, ``parameters``; ``data``: ``name``, ``fingerprint``, ``rows`` by split, ``loss_rows`` and
+  ``generate_rows`` as configured; ``search``: ``sampler``, ``scheduler``, ``trials``, ``concurrent`` (null for a run)
+- ``baseline``: ``eval_loss`` (nats a token, validation split), ``exact_match`` (share, test split)
+- ``best``: the same, and ``trial_id``, ``params``, ``adapter`` (folder relative to the sweep's); null without one
+- ``trials``: ``trial_id``, ``status`` (completed, stopped, failed, diverged, oom, or running where interrupted),
+  ``params``, ``eval_loss`` (the lowest), ``samples_seen``, ``seconds``, ``training_seconds``, ``parameters``, ``error``,
+  ``log``, ``curve``, ``peak_memory_bytes`` (of the first worker)
+- ``examples``: ``prompt``, ``expected``, ``base``, ``tuned``; ``importance`` by parameter
+- ``seconds``: ``total`` and each phase
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+from raytune_lora import __version__
+from raytune_lora.artifacts import write_json
+from raytune_lora.config.schema import SweepConfig
+from raytune_lora.data.store import TokenStore
+from raytune_lora.models.sources import display_name
+from raytune_lora.report import render
+from raytune_lora.training.driver import LOGS
+from raytune_lora.tuning.folder import SweepFolder
+from raytune_lora.tuning.trials import Record, Trial
+
+SCHEMA_VERSION = 1
+BASELINE, BEST = "baseline", "best"
+ANSWERS = "answers.jsonl"
+
+
+def write_results(
+    folder: SweepFolder, cfg: SweepConfig, store: TokenStore, record: Record, *, kind: str, importance: dict[str, float]
+) -> dict[str, Any]:
+    """Write both files and return what ``results.json`` says."""
+    results = _results(folder, cfg, store, record, kind, importance)
+    write_json(folder.results, results)
+    page = folder.report.with_suffix(".tmp")
+    page.write_text(render(results), encoding="utf-8")
+    page.replace(folder.report)
+    return results
+
+
+def _results(
+    folder: SweepFolder, cfg: SweepConfig, store: TokenStore, record: Record, kind: str, importance: dict[str, float]
+) -> dict[str, Any]:
+    phases = {name: phase["seconds"] for name, phase in record.phases.items()}
+    search = {
+        "sampler": cfg.search.sampler.value,
+        "scheduler": cfg.scheduler.kind.value,
+        "trials": cfg.search.trials,
+        "concurrent": cfg.search.concurrent,
+    }
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "kind": kind,
+        "name": folder.path.name,
+        "version": __version__,
+        "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "state": "finished" if BEST in record.phases else "interrupted",
+        "model": {"name": display_name(cfg.model), "parameters": record.phases.get(BASELINE, {}).get("parameters")},
+        "data": {
+            "name": cfg.data.kind,
+            "fingerprint": store.manifest["fingerprint"],
+            "rows": store.rows,
+            "loss_rows": cfg.evaluation.loss_rows,
+            "generate_rows": cfg.evaluation.generate_rows,
+        },
+        "search": search if kind == "sweep" else None,
+        "baseline": _measured(record.phases.get(BASELINE, {})),
+        "best": _best(folder, record),
+        "trials": [_trial(folder, trial) for trial in record.trials.values()],
+        "importance": importance,
+        "examples": _examples(folder, cfg.evaluation.examples),
+        "seconds": {"total": sum(phases.values()), **phases},
+    }
+
+
+def _measured(phase: dict[str, Any]) -> dict[str, Any]:
+    return {"eval_loss": _number(phase.get("eval_loss")), "exact_match": _number(phase.get("exact_match"))}
+
+
+def _best(folder: SweepFolder, record: Record) -> dict[str, Any] | None:
+    trial = record.best()
+    if trial is None:
+        return None
+    measured = record.phases.get(BEST, {})
+    return {
+        "trial_id": trial.trial_id,
+        "params": trial.params,
+        "eval_loss": _number(trial.eval_loss),
+        "exact_match": _number(measured.get("exact_match")),
+        "adapter": str((folder.best / "adapter").relative_to(folder.path)) if BEST in record.phases else None,
+    }
+
+
+def _trial(folder: SweepFolder, trial: Trial) -> dict[str, Any]:
+    return {
+        "trial_id": trial.trial_id,
+        "status": trial.status,
+        "params": trial.params,
+        "eval_loss": _number(trial.eval_loss),
+        "samples_seen": trial.samples_seen,
+        "seconds": round(trial.seconds, 3),
+        "training_seconds": round(trial.training_seconds, 3),
+        "error": trial.error,
+        "log": str((folder.trials / trial.trial_id / LOGS).relative_to(folder.path)),
+        "curve": [{key: _number(value) for key, value in point.items()} for point in trial.curve],
+        "parameters": {"trainable": trial.trainable_parameters},
+        "peak_memory_bytes": trial.peak_memory_bytes,
+    }
+
+
+def _examples(folder: SweepFolder, count: int) -> list[dict[str, str]]:
+    base, tuned = (_read_answers(folder.phase(name) / ANSWERS) for name in (BASELINE, BEST))
+    return [
+        {"prompt": b["prompt"], "expected": b["expected"], "base": b["answer"], "tuned": t["answer"]}
+        for b, t in zip(base[:count], tuned[:count], strict=False)
+    ]
+
+
+def _read_answers(path: Path) -> list[dict[str, str]]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
+
+
+def _number(value: float | None) -> float | None:
+    """JSON has no NaN."""
+    return value if value is not None and math.isfinite(value) else None

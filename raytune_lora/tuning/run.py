@@ -1,0 +1,49 @@
+"""A single run: one trial with the config as it stands, by the same driver as a sweep's trials."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+from raytune_lora.config.schema import SweepConfig
+from raytune_lora.training.driver import TaskFailed
+from raytune_lora.tuning.isolated import training_task
+from raytune_lora.tuning.job import RUN, Job, open_job, plain_run
+from raytune_lora.tuning.trials import COMPLETED, trial_name
+
+TRAINING = "trials"
+
+
+def run_once(cfg: SweepConfig) -> dict[str, Any]:
+    """Train one configuration, or go on with a run.
+
+    Returns:
+        What ``results.json`` says.
+
+    Raises:
+        UserError: the config cannot work; nothing was started.
+        JobFailed: the base model or the trained one could not be measured.
+    """
+    return open_job(RUN, cfg, _run)
+
+
+def _run(job: Job) -> None:
+    job.measure_baseline()
+    known = job.journal.record.trials.get(trial_name(0))
+    if known is None or not known.ended:
+        with job.phase(TRAINING, "training"):
+            _train(job)
+    job.finish()
+
+
+def _train(job: Job) -> None:
+    name = trial_name(0)
+    job.journal.append("trial_started", trial_id=name, params={})
+    began, status, error = time.monotonic(), COMPLETED, None
+    try:
+        for report in job.pool.stream(training_task(name, plain_run(job.cfg), job.store, job.folder.trials)):
+            job.journal.append("trial_result", trial_id=name, **report)
+    except TaskFailed as failure:
+        status, error = failure.ended.status, failure.ended.error
+    seconds = round(time.monotonic() - began, 3)
+    job.journal.append("trial_ended", trial_id=name, status=status, error=error, seconds=seconds)

@@ -1,0 +1,32 @@
+"""The last lines on the terminal: what came out, and where it is."""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+def lines(results: dict[str, Any], folder: str) -> tuple[str, bool]:
+    """The closing words, and whether there is a trained model."""
+    base, best = results["baseline"], results["best"]
+    statuses = [trial["status"] for trial in results["trials"]]
+    counts = ", ".join(f"{statuses.count(status)} {status}" for status in dict.fromkeys(statuses))
+    shown = [f"trials: {counts or 'none'}; {results['seconds']['total']:.0f} s in all"]
+    for trial in results["trials"]:
+        if trial["error"]:
+            shown.append(
+                f"trial {trial['trial_id']} {trial['status']}: {trial['error']} (log: {folder}/{trial['log']})"
+            )
+    if best is None:
+        return "\n".join([*shown, f"no trial gave a model; logs: {folder}/trials"]), False
+    shown += [
+        f"validation loss: {_number(base['eval_loss'])} before, {_number(best['eval_loss'])} after (trial {best['trial_id']})",
+        f"exact match:     {_number(base['exact_match'])} before, {_number(best['exact_match'])} after",
+        f"adapter: {folder}/{best['adapter']}",
+        f"report:  {folder}/report.html",
+        f"logs:    {folder}/trials/<trial>/logs",
+    ]
+    return "\n".join(shown), True
+
+
+def _number(value: float | None) -> str:
+    return "not measured" if value is None else f"{value:.4f}"

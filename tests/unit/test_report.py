@@ -1,0 +1,249 @@
+"""The report page: whole, safe and self-contained, whatever the results hold."""
+
+from __future__ import annotations
+
+import copy
+import json
+import re
+import shlex
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from raytune_lora.report import render
+from raytune_lora.report.charts import Dot, Line, Scale, curves, number, scatter
+
+SAMPLE = json.loads((Path(__file__).parent / "results_sample.json").read_text(encoding="utf-8"))
+HOSTILE = "<script>alert(1)</script>\"'&</title>{{ 7 * 7 }}"
+VOID = {"meta", "link", "br", "hr", "img", "input"}
+
+
+class Page(HTMLParser):
+    """Parses a page, and fails where a tag is closed that is not the one open."""
+
+    def __init__(self, html: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.text = ""
+        self.feed(html)
+        self.close()
+        assert self.open == []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        if not {"style", "script"} & set(self.open):
+            self.text += data
+
+    def count(self, tag: str, cls: str = "") -> int:
+        return sum(t == tag and (not cls or cls in (a.get("class") or "").split()) for t, a in self.tags)
+
+
+def sample(**changes: Any) -> dict[str, Any]:
+    return {**copy.deepcopy(SAMPLE), **changes}
+
+
+def minimal(kind: str = "sweep") -> dict[str, Any]:
+    """Everything that may be null or empty is."""
+    return {
+        "schema_version": 1,
+        "kind": kind,
+        "name": "nothing",
+        "version": "0.1.0",
+        "state": "interrupted",
+        "created": "2026-11-25T10:00:00+00:00",
+        "model": {"name": "tiny", "parameters": None},
+        "data": {"name": "fake", "fingerprint": "", "rows": {}, "loss_rows": None, "generate_rows": None},
+        "search": None,
+        "baseline": {"eval_loss": None, "exact_match": None},
+        "best": None,
+        "trials": [],
+        "importance": {},
+        "examples": [],
+        "seconds": {},
+    }
+
+
+def hostile(value: Any) -> Any:
+    """The same results with every text a hostile one, but for the words that mean something."""
+    if isinstance(value, dict):
+        return {k: v if k in ("kind", "created") else hostile(v) for k, v in value.items()}
+    if isinstance(value, list):
+        return [hostile(item) for item in value]
+    return HOSTILE if isinstance(value, str) else value
+
+
+def single(kind: str) -> dict[str, Any]:
+    best = next(trial for trial in SAMPLE["trials"] if trial["trial_id"] == SAMPLE["best"]["trial_id"])
+    return sample(kind=kind, trials=[best], importance={}, search=None if kind == "run" else SAMPLE["search"])
+
+
+CASES = {
+    "sample": sample(),
+    "minimal": minimal(),
+    "minimal run": minimal("run"),
+    "only the version": {"schema_version": 1},
+    "hostile": hostile(sample()),
+    "run": single("run"),
+    "one trial": single("sweep"),
+    "no baseline": sample(baseline={"eval_loss": None, "exact_match": None}),
+    "no best": sample(best=None),
+    "all failed": sample(best=None, trials=[t for t in SAMPLE["trials"] if t["status"] in ("oom", "diverged")]),
+    "null everywhere": sample(trials=[dict.fromkeys(SAMPLE["trials"][0])] * 2, best=dict.fromkeys(SAMPLE["best"])),
+    "many trials": sample(trials=[t | {"trial_id": f"{n:04}"} for n in range(17) for t in SAMPLE["trials"]]),
+}
+
+
+@pytest.mark.parametrize("results", CASES.values(), ids=CASES.keys())
+def test_every_page_is_balanced_and_fetches_nothing(results: dict[str, Any]) -> None:
+    html = render(results)
+    page = Page(html)
+    for _, attributes in page.tags:
+        for name in ("src", "href", "srcset", "action", "data", "poster"):
+            link = attributes.get(name) or "./"
+            assert link.startswith("./") or link == "data:,"
+    assert not re.search(r"url\(|@import|fetch\(", html)
+    assert page.count("script") == 1
+    assert page.count("h1") == 1
+    assert "None" not in page.text
+    assert "nan" not in page.text.replace("loss is nan", "")
+
+
+def test_rendering_leaves_the_results_alone() -> None:
+    results = sample()
+    render(results)
+    assert results == SAMPLE
+
+
+def test_the_headline_compares_the_best_with_the_untouched_model() -> None:
+    text = Page(render(sample())).text
+    for part in ("0.071", "2.104", "\N{MINUS SIGN}97%", "88%", "+88 points", "21 of 24 test answers"):
+        assert part in text
+    assert "95% interval 69\N{EN DASH}96%" in text
+
+
+def test_a_worse_result_does_not_look_good() -> None:
+    worse = render(sample(baseline={"eval_loss": 0.05, "exact_match": 0.925}))
+    assert '<span class="change bad">+42%</span>' in worse
+    assert '<span class="change bad">\N{MINUS SIGN}5 points</span>' in worse
+
+
+def test_hostile_text_is_shown_not_run() -> None:
+    html = render(hostile(sample()))
+    assert "<script>alert" not in html
+    assert HOSTILE in Page(html).text
+
+
+def test_the_best_trial_leads_the_table_and_those_without_a_loss_end_it() -> None:
+    order = re.findall(r'<td class="text" data-v="(\d{4})">', render(sample()))
+    assert order[0] == "0003"
+    assert set(order[-2:]) == {"0005", "0008"}
+    assert len(order) == len(SAMPLE["trials"])
+
+
+def test_each_trial_has_a_line_and_each_parameter_a_plot() -> None:
+    page = Page(render(sample()))
+    with_curve = sum(bool(trial["curve"]) for trial in SAMPLE["trials"])
+    assert page.count("g", "curve") == 2 * with_curve  # a wide and a narrow chart
+    assert page.count("svg") == 2 + len(SAMPLE["best"]["params"])
+
+
+def test_a_run_has_no_search_plots_and_shows_its_training_loss() -> None:
+    page = Page(render(single("run")))
+    assert page.count("svg") == 2
+    assert page.count("g", "train") == 2
+    assert "What mattered" not in page.text
+
+
+def test_overrides_survive_the_shell_and_hydra() -> None:
+    parser = pytest.importorskip("hydra.core.override_parser.overrides_parser").OverridesParser.create()
+    params = {
+        "method.r": 16,
+        "training.learning_rate": 1.2345678e-05,
+        "a.b": ["q_proj", "v proj"],
+        "c": True,
+        "d": "it's",
+    }
+    html = render(sample(best=SAMPLE["best"] | {"params": params}))
+    line = Page(html).text.partition("python jobs/train.py … ")[2].partition("\n")[0]
+    read = {o.key_or_group: o.value() for o in map(parser.parse_override, shlex.split(line))}
+    assert {k: [str(v) for v in x] if isinstance(x, list) else x for k, x in read.items()} == params
+
+
+def test_a_tuned_answer_is_right_but_for_the_space_around_it() -> None:
+    asked = {"prompt": "p", "expected": "a  b", "base": "x"}
+    right, wrong = ({**asked, "tuned": tuned} for tuned in (" a  b\n", "a b"))
+    assert "✓ as expected" in render(sample(examples=[right]))
+    assert "✓ as expected" not in render(sample(examples=[wrong]))
+
+
+def test_a_difference_is_marked_where_it_is() -> None:
+    example = {"prompt": "p", "expected": '{"n": 30}', "base": None, "tuned": '{"n": 130}'}
+    assert "<mark>1</mark>30}" in render(sample(examples=[example]))
+
+
+def test_a_prompt_folds_to_its_message() -> None:
+    assert "<summary><span>최유나예요. 지난번과 같은 원두 커피 3봉지, 12월 1일에 받을 수 있을까요?</span>" in render(
+        sample()
+    )
+
+
+def test_another_schema_version_is_refused() -> None:
+    with pytest.raises(ValueError, match="schema version 2"):
+        render(sample(schema_version=2))
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (0, "0"),
+        (16, "16"),
+        (32.0, "32"),
+        (0.05, "0.05"),
+        (0.0012, "1.2e-3"),
+        (3e-05, "3e-5"),
+        (12000.4, "12,000"),
+        (2.5e6, "2.5e6"),
+    ],
+)
+def test_numbers_read_well(value: float, text: str) -> None:
+    assert number(value) == text
+
+
+@pytest.mark.parametrize("values", [[0.5, 0.7], [0.01, 2.0], [1e-6, 1e3], [3.0], [0.0], [-2.0, 5.0], [0, 1e-9]])
+def test_a_scale_holds_its_values_and_has_ticks(values: list[float]) -> None:
+    scale = Scale.around(values, 0, 100)
+    assert all(0 <= scale(value) <= 100 for value in values)
+    ticks = scale.ticks(5)
+    assert 2 <= len(ticks) <= 7
+    assert all(-1e-6 <= scale(tick) <= 100 + 1e-6 for tick in ticks)
+
+
+def test_a_wide_range_is_logarithmic() -> None:
+    assert Scale.around([0.1, 2.0], 0, 1).log
+    assert not Scale.around([0.5, 2.0], 0, 1).log
+    assert not Scale.around([0.0, 2.0], 0, 1).log
+
+
+def test_choices_that_are_no_numbers_stand_side_by_side() -> None:
+    dots = [Dot(x, 1.0, "completed", "") for x in ("cosine", "linear", "q_proj, v_proj", 1)]
+    places = re.findall(r'cx="([\d.]+)"', scatter(dots, [1.0], "schedule"))
+    assert len(set(places)) == 4
+
+
+def test_a_curve_of_one_point_is_a_dot() -> None:
+    drawing = curves([Line([(0, 1.0)], "best", "t", "1.0")], None, 360, 300)
+    assert "<polyline" not in drawing
+    assert "<circle" in drawing
