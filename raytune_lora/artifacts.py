@@ -1,7 +1,7 @@
 """Folders that are built once and shared: by processes at the same time, and by later runs.
 
-A folder is whole when it holds ``manifest.json``, which is written last. It is built under another name and renamed, so an
-interrupted build is never taken for a whole one, and a lock beside it keeps two builders apart.
+A folder is whole when it holds ``manifest.json``, which is written last. It is built under another name and renamed, so
+that an interrupted build is never taken for a whole one, and a lock beside it keeps two builders apart.
 """
 
 from __future__ import annotations
@@ -67,17 +67,17 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
     try:
         manifest = json.loads((folder / MANIFEST).read_text())
         sizes = {name: (folder / name).stat().st_size for name in manifest["files"]}
-    except (OSError, ValueError, KeyError):
+    except (OSError, ValueError, KeyError, TypeError):
         return None
     return manifest if sizes == manifest["files"] else None
 
 
 def write_json(path: Path, value: Any) -> None:
     """Write atomically: a reader sees the old file or the new one, also after a power cut."""
+    text = json.dumps(value, ensure_ascii=False, indent=2) + "\n"
     descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
     with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-        json.dump(value, file, ensure_ascii=False, indent=2)
-        file.write("\n")
+        file.write(text)
         file.flush()
         os.fsync(file.fileno())
     os.chmod(name, 0o644)

@@ -57,9 +57,6 @@ def job(verb: str, overrides: Sequence[str] | None = None, program: str | None =
     except UserError as error:
         print(*(f"error: {problem}" for problem in error.problems), sep="\n", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
 
 
 def _run(verb: str, arguments: list[str]) -> int:
@@ -91,6 +88,9 @@ def _run(verb: str, arguments: list[str]) -> int:
     except JobFailed as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print(f"interrupted; go on with resume={cfg.resume or cfg.output}", file=sys.stderr)
+        return 130
     return _summary(results, str(cfg.resume or cfg.output))
 
 

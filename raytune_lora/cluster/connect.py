@@ -16,7 +16,7 @@ from raytune_lora.config.schema import ClusterConfig, RunConfig
 from raytune_lora.errors import UserError
 
 # Ray Train's controller asks its workers for news at this interval: at the default of 2 s every report waits for it
-_ENVIRONMENT = {
+ENVIRONMENT = {
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",
     "RAY_CHDIR_TO_TRIAL_DIR": "0",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
@@ -24,6 +24,7 @@ _ENVIRONMENT = {
     "TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S": "0",
     "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
     "RAY_AIR_NEW_OUTPUT": "0",
+    "RAY_worker_maximum_startup_concurrency": "8",
     "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",
     "TOKENIZERS_PARALLELISM": "false",
 }
@@ -47,7 +48,7 @@ def connected(cfg: ClusterConfig) -> Iterator[None]:
     if ray.is_initialized():
         yield
         return
-    os.environ.update(_ENVIRONMENT)
+    os.environ.update(ENVIRONMENT)
     logging.getLogger("ray").setLevel(logging.ERROR)
     address = _address(cfg)
     if address is None:
@@ -66,7 +67,7 @@ def connected(cfg: ClusterConfig) -> Iterator[None]:
                 address=address,
                 log_to_driver=False,
                 logging_level=logging.ERROR,
-                runtime_env={"env_vars": _ENVIRONMENT},
+                runtime_env={"env_vars": ENVIRONMENT},
             )
         except ConnectionError as error:
             raise UserError(f"cluster.address: no Ray cluster at {address}: {error}") from error

@@ -27,6 +27,7 @@ from raytune_lora.config import schema
 from raytune_lora.config.groups import conf_dir, groups
 from raytune_lora.errors import UserError
 
+_Refusal = (HydraException, OmegaConfBaseException, ValueError)  # what Hydra and OmegaConf raise at a bad override
 _PLAIN_GROUPS = {
     "training": schema.TrainingConfig,
     "deepspeed": schema.DeepSpeedConfig,
@@ -47,9 +48,11 @@ def compose(overrides: Sequence[str]) -> schema.SweepConfig:
         UserError: an override has no such key, no such choice or the wrong type; all of them at once.
     """
     _register()
+    if own := [o for o in overrides if re.match(r"[+~]*hydra[./=@]", o)]:
+        raise UserError(f"{own[0]}: Hydra only composes the config here; it has no keys of its own to set")
     try:
         return _to_object(_compose(overrides))
-    except (HydraException, OmegaConfBaseException) as error:
+    except _Refusal as error:
         raise UserError(_explain(overrides, error)) from error
 
 
@@ -109,17 +112,34 @@ def _register() -> None:
 def _compose(overrides: Sequence[str]) -> DictConfig:
     GlobalHydra.instance().clear()
     with initialize_config_dir(str(conf_dir()), version_base="1.3"):
-        return hydra_compose("config", overrides=list(overrides))
+        return hydra_compose("config", overrides=[_merged(override) for override in overrides])
+
+
+def _merged(override: str) -> str:
+    """``+space.x={…}`` as ``+space={x: {…}}``: OmegaConf adds no dictionary at a typed path, but merges one."""
+    return re.sub(r"^\+{1,2}space\.(\w+)=(.*)$", r"+space={\1: \2}", override, flags=re.DOTALL)
 
 
 def _to_object(node: Any) -> schema.SweepConfig:
     cfg = OmegaConf.to_object(node)
     if not isinstance(cfg, schema.SweepConfig):
         raise TypeError(f"composed a {type(cfg).__name__}")
+    if unknown := list(_unknown(cfg)):
+        raise OmegaConfBaseException(f"unknown keys: {', '.join(unknown)}")
     return cfg
 
 
-# ------------------------------------------------------------------------------------------------- errors, made readable
+def _unknown(value: Any, prefix: str = "") -> Iterator[str]:
+    """Dotted paths that no schema has: Hydra's ``+`` adds them even to typed sections."""
+    declared = {f.name for f in fields(value)} if is_dataclass(value) else None
+    for name, item in (vars(value) if declared is not None else value).items():
+        if declared is not None and name not in declared:
+            yield prefix + name
+        elif is_dataclass(item) or isinstance(item, dict):
+            yield from _unknown(item, f"{prefix}{name}.")
+
+
+# ------------------------------------------------------------------------------------------------ errors, made readable
 
 
 def _explain(overrides: Sequence[str], error: Exception) -> list[str]:
@@ -140,22 +160,26 @@ def _problem(choices: Sequence[str], override: str) -> str | None:
     try:
         parsed = OverridesParser.create().parse_override(override)
     except HydraException:
-        return f"{override!r} is not an override: write key=value (a value with spaces or commas in quotes)"
+        key, _, value = override.partition("=")
+        quoted = f"'{key or 'key'}=\"{value or 'value'}\"'"
+        return f"{override!r} is not an override: write key=value, and a value with unusual signs in quotes: {quoted}"
     try:
         _to_object(_compose([*choices, override]))
         return None
-    except (HydraException, OmegaConfBaseException) as error:
+    except _Refusal as error:
         return _explain_one(choices, override, parsed.key_or_group, error)
 
 
 def _explain_one(choices: Sequence[str], override: str, key: str, error: Exception) -> str:
     if key in groups():
         name = override.partition("=")[2]
+        if name in groups()[key]:
+            return f"{override}: a choice is written {key}={name}"
         near = difflib.get_close_matches(name, groups()[key], n=1)
         hint = f" Did you mean {key}={near[0]}?" if near else ""
         return f"{key}: there is no {name!r}.{hint} Known: {', '.join(groups()[key])}."
     known = sorted({*keys(_to_plain_defaults(choices)), *groups()})
-    if key not in known:
+    if key not in known and _merged(override) == override:
         near = difflib.get_close_matches(key, known, n=3, cutoff=0.6)
         by_leaf = difflib.get_close_matches(key.split(".")[-1], {k.split(".")[-1] for k in known}, n=1, cutoff=0.6)
         near += [k for k in known if by_leaf and k.split(".")[-1] == by_leaf[0] and k not in near][:2]

@@ -1,7 +1,7 @@
 """The typed configuration of a run and of a sweep.
 
-Every field has its unit beside it. What can be derived is a property. Where a group has variants (model, data, method)
-each variant is a subclass that names itself in ``kind``; ``VARIANTS`` lists them, and a YAML file of the group picks one.
+Every field has its unit beside it. Where a group has variants (model, data, method), each variant is a subclass that
+names itself in ``kind``; ``VARIANTS`` lists them, and a YAML file of the group picks one.
 """
 
 from __future__ import annotations
@@ -107,7 +107,7 @@ class ExtractionDataConfig(DataConfig):
 
     kind: str = "extraction"
     rows: int = 800
-    korean: float = 0.2  # share of the rows
+    korean: float = 0.15  # share of the rows
     seed: int = 0
 
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
-from raytune_lora.config.schema import LoraMethodConfig, RunConfig, SweepConfig
+from raytune_lora.config.schema import LoraMethodConfig, RunConfig, SweepConfig, TinyModelConfig
 
 # the schedules of transformers that need no further arguments
 LR_SCHEDULERS = ("constant", "constant_with_warmup", "cosine", "inverse_sqrt", "linear")
@@ -61,7 +62,7 @@ def problems(cfg: RunConfig) -> list[str]:
     """All that is wrong, each naming the key as the user types it; empty where nothing is."""
     found = [*_range_problems(cfg), *_choice_problems(cfg)]
     if not found:
-        found += [*_batch_problems(cfg), *_data_problems(cfg)]
+        found += [*_model_problems(cfg), *_batch_problems(cfg), *_data_problems(cfg)]
         if isinstance(cfg, SweepConfig):
             found += _sweep_problems(cfg)
     return found
@@ -72,7 +73,7 @@ def _range_problems(cfg: RunConfig) -> list[str]:
     for key, (holds, rule) in _RANGES.items():
         section, _, leaf = key.rpartition(".")
         value = getattr(getattr(cfg, section, None) if section else cfg, leaf, None)
-        if value is not None and not holds(value):
+        if value is not None and not (math.isfinite(value) and holds(value)):
             found.append(f"{key} must be {rule} (got {value:g})")
     return found
 
@@ -87,6 +88,16 @@ def _choice_problems(cfg: RunConfig) -> list[str]:
     if isinstance(cfg.method, LoraMethodConfig) and not cfg.method.target_modules:
         found.append("method.target_modules is empty; name modules, or ['all-linear']")
     return found
+
+
+def _model_problems(cfg: RunConfig) -> list[str]:
+    model = cfg.model
+    if isinstance(model, TinyModelConfig) and model.hidden % (2 * model.heads):
+        return [
+            f"model.hidden must be a multiple of 2 * model.heads, as rotary positions need it "
+            f"(got {model.hidden} and {model.heads})"
+        ]
+    return []
 
 
 def _batch_problems(cfg: RunConfig) -> list[str]:
@@ -117,12 +128,13 @@ def _sweep_problems(cfg: SweepConfig) -> list[str]:
     grace, every = cfg.scheduler.grace, cfg.evaluation.every
     if grace is not None and every is not None and grace % every:
         found.append(
-            f"scheduler.grace must be a multiple of evaluation.every, where trials are measured (got {grace} and {every})"
+            f"scheduler.grace must be a multiple of evaluation.every, where trials are measured "
+            f"(got {grace} and {every})"
         )
     searched = {dimension.key for dimension in cfg.space.values()}
     if "training.global_batch" in searched and cfg.training.max_steps is not None:
         found.append(
-            "space: with training.global_batch searched, training.max_steps gives each trial another number of samples; "
-            "set training.max_steps=null and training.epochs"
+            "space: with training.global_batch searched, training.max_steps gives each trial another number of "
+            "samples; set training.max_steps=null and training.epochs"
         )
     return found

@@ -18,21 +18,24 @@ _ENGLISH = (
     "Hi, {name} from {company} here. Please send {amount} to our {city} office by {date}.",
     "{company} ({city}) paid {amount} on {date}. Contact: {name}.",
     "On {date} {name} signed for {amount} with {company} in {city}.",
-    "Reminder: invoice of {amount} for {company}, {city}, due {date}. Ask for {name}.",
-    "{name} asked whether {company} can refund {amount} before {date}. She is in {city}.",
+    "Invoice of {amount} for {company}, {city}, due {date}. Ask for {name}.",
+    "{name} asks if {company} can refund {amount} before {date}. She is in {city}.",
     "We met {name} in {city} on {date}; {company} offers {amount}.",
 )
 _KOREAN = (
-    "{company}의 {name}입니다. {date}까지 {city} 사무실로 {amount}을 보내 주세요.",
-    "{date}에 {city}에서 {name}님이 {company}와 {amount} 계약을 했습니다.",
-    "{company}({city})가 {date}에 {amount}을 지급했습니다. 담당자: {name}.",
+    "{company} {name}입니다. {date}까지 {city}로 {amount} 보내 주세요.",
+    "{date} {city} {company}, {amount} 계약. 담당 {name}.",
+    "{company}({city}) {date} {amount} 지급, 담당 {name}.",
 )
 _ENGLISH_DATES: tuple[Callable[[date], str], ...] = (
     lambda d: f"{d:%B} {d.day}, {d.year}",
     lambda d: f"{d.day} {d:%b} {d.year}",
     lambda d: f"{d:%m/%d/%Y}",
 )
-_CITIES_KO = ("서울", "부산", "인천", "대구", "대전", "광주", "수원", "울산", "제주", "전주")
+_CITIES = ("Berlin", "Boston", "Chicago", "Dublin", "London", "Madrid", "Paris", "Rome", "Sydney", "Toronto")
+_CITIES_KO = ("서울", "부산", "인천", "대구", "대전", "광주", "수원", "제주")
+_COMPANIES_KO = ("한빛", "대한", "동아", "미래", "서해", "금강", "태양", "하나")
+_KINDS_KO = ("상사", "전자", "무역", "식품")
 
 
 def extraction_rows(rows: int, korean: float, seed: int) -> list[Row]:
@@ -63,8 +66,8 @@ def _english_row(faker: Any, rng: random.Random) -> Row:
     day, amount = _day(rng), rng.randint(10, 9999)
     words = {
         "name": f"{faker.first_name_female()} {faker.last_name()}",
-        "company": faker.company(),
-        "city": faker.city(),
+        "company": f"{faker.last_name()} {faker.company_suffix()}",
+        "city": rng.choice(_CITIES),
         "date": rng.choice(_ENGLISH_DATES)(day),
         "amount": rng.choice((f"${amount:,}", f"{amount} dollars", f"USD {amount}")),
     }
@@ -75,10 +78,10 @@ def _korean_row(faker: Any, rng: random.Random) -> Row:
     day, amount = _day(rng), rng.randint(1, 999) * 1000
     words = {
         "name": faker.name(),
-        "company": faker.company(),
+        "company": rng.choice(_COMPANIES_KO) + rng.choice(_KINDS_KO),
         "city": rng.choice(_CITIES_KO),
         "date": rng.choice((f"{day.year}년 {day.month}월 {day.day}일", f"{day:%Y.%m.%d}")),
-        "amount": rng.choice((f"{amount:,}원", f"{amount // 1000}천원")),
+        "amount": f"{amount:,}원",
     }
     return Row(_INSTRUCTION_KO, rng.choice(_KOREAN).format(**words), _record(words, day, amount))
 

@@ -65,15 +65,18 @@ def _file_rows(cfg: FileDataConfig) -> list[Row]:
     path = _path(cfg)
     rows: list[Row] = []
     faults: list[str] = []
-    with path.open("rb") as file:
-        for number, line in enumerate(file, 1):
-            if not line.strip():
-                continue
-            row = _parse(line)
-            if isinstance(row, Row):
-                rows.append(row)
-            else:
-                faults.append(f"{path}:{number}: {row}")
+    try:
+        with path.open("rb") as file:
+            for number, line in enumerate(file, 1):
+                if not line.strip():
+                    continue
+                row = _parse(line)
+                if isinstance(row, Row):
+                    rows.append(row)
+                else:
+                    faults.append(f"{path}:{number}: {row}")
+    except OSError as error:
+        raise UserError(f"data.path: {path} cannot be read ({error.strerror}); name another file") from error
     if faults:
         more = [f"{path}: {len(faults) - _SHOWN} more malformed rows"] if len(faults) > _SHOWN else []
         raise UserError([*faults[:_SHOWN], *more])
@@ -90,6 +93,8 @@ def _parse(line: bytes) -> Row | str:
         return f"not UTF-8 (byte {error.start + 1} of the line)"
     except json.JSONDecodeError as error:
         return f"not JSON: {error.msg} at column {error.colno}"
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits, brackets a thousand deep
+        return f"not JSON: {error}"
     if not isinstance(value, dict):
         return f"a row is a JSON object with instruction, input and output, not {type(value).__name__}"
     for key in ("instruction", "input", "output"):
@@ -100,7 +105,17 @@ def _parse(line: bytes) -> Row | str:
             return f"{key!r} must be a string (got {type(text).__name__})"
         if key != "input" and not text.strip():
             return f"{key!r} is empty"
+        if not _encodable(text):
+            return f"{key!r} holds half a character (a lone surrogate)"
     return Row(value["instruction"], value.get("input", ""), value["output"])
+
+
+def _encodable(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _fake_rows(cfg: FakeDataConfig) -> list[Row]:

@@ -54,7 +54,7 @@ def display_name(cfg: ModelConfig) -> str:
     return Path(cfg.file).stem if isinstance(cfg, PackageModelConfig) else cfg.kind
 
 
-# ----------------------------------------------------------------------------------------------------- folder or hub name
+# --------------------------------------------------------------------------------------------------- folder or hub name
 
 
 def _hub(cfg: HubModelConfig, _cache: Path) -> Path:

@@ -1,7 +1,7 @@
 """Checkpoints: all that every worker needs to go on, and the adapter.
 
-Trainer and DeepSpeed write each worker's part into one folder on shared storage. When all parts are there the first worker
-writes the manifest and renames the folder, so that a half-written checkpoint is never taken for a whole one.
+Trainer and DeepSpeed write each worker's part into one folder on shared storage. When all parts are there, the first
+worker writes the manifest and renames the folder, so that a half-written checkpoint is never taken for a whole one.
 """
 
 from __future__ import annotations

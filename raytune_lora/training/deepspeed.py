@@ -1,4 +1,4 @@
-"""The DeepSpeed configuration of a run."""
+"""The DeepSpeed configuration of a run, and the end of its engine."""
 
 from __future__ import annotations
 
@@ -33,3 +33,23 @@ def deepspeed_config(cfg: RunConfig, *, bf16: bool) -> dict[str, Any] | None:
         "zero_allow_untested_optimizer": True,  # the optimizer is torch's AdamW, as without DeepSpeed
         "steps_per_print": _NEVER,
     }
+
+
+def release(engine: Any) -> None:
+    """Let go of an engine and its weights, in a process that lives on.
+
+    Hooks on the parameters hold the engine until it is destroyed; ZeRO-3 also keeps the model in a global list and in the
+    cache of a method.
+    """
+    if not hasattr(engine, "destroy"):  # training never began
+        return
+    engine.destroy()
+    if engine.zero_optimization_stage() == 3:
+        from deepspeed.runtime.zero import parameter_offload
+        from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
+
+        parameter_offload.FWD_MODULE_STACK.clear()
+        wrapped = PartitionedParameterCoordinator._PartitionedParameterCoordinator__params_to_release
+        for cell in wrapped.__closure__ or ():
+            if hasattr(cell.cell_contents, "cache_clear"):
+                cell.cell_contents.cache_clear()

@@ -1,8 +1,8 @@
 """The one place where training meets Ray Train: resident worker groups, and the board that gives them their tasks.
 
-A group is a Ray Train worker group that outlives its tasks: imports, process group and memory stay warm from one trial to
-the next. Tasks and reports go over the board, an actor: a trial puts its task there and reads its reports from there,
-whichever group takes it.
+A group is a Ray Train worker group that outlives its tasks: imports, process group and memory stay warm from one trial
+to the next. Tasks and reports go over the board, an actor: a trial puts its task there and reads its reports from
+there, whichever group takes it.
 """
 
 from __future__ import annotations
@@ -109,9 +109,12 @@ class Board:
             await self.end(taken[-1].name, ended)
         return bool(taken)
 
-    async def dismiss(self) -> None:
-        """Send one group home."""
-        await self._waiting.put(None)
+    async def close(self, groups: int) -> None:
+        """Stop what is at work and send that many groups home."""
+        for name in list(self._streams):
+            await self.stop(name)
+        for _ in range(groups):
+            await self._waiting.put(None)
 
     async def give_up(self, ended: Ended) -> None:
         """No group can be started: end all that waits, and all that will."""
@@ -149,8 +152,7 @@ class Pool:
 
     def __exit__(self, *_: object) -> None:
         self._closing.set()
-        for _thread in self._threads:
-            ray.get(self.board.dismiss.remote())
+        ray.get(self.board.close.remote(len(self._threads)))
         for thread in self._threads:
             thread.join()
 

@@ -16,7 +16,7 @@ def validation_loss(model: Any, split: Any, *, rows: int, batch: int, pad_id: in
     """Mean loss over the answer tokens of the split's first rows.
 
     Args:
-        model: called with input_ids, attention_mask and labels; it may be sharded, so every worker calls it equally often.
+        model: takes input_ids, attention_mask and labels; it may be sharded, so every worker calls it equally often.
         split: of the token store.
         rows: how many to take; 0 takes all.
         batch: rows a forward pass.

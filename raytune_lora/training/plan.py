@@ -16,8 +16,8 @@ _EVALUATIONS = 10  # a run, where the config names no interval
 class Plan:
     """The steps of one run.
 
-    Position ``p`` counts the samples of the run from 0; it lies in epoch ``p // rows``. Step ``s`` takes the positions from
-    ``s * global_batch`` on, whatever the workers and the micro batch are, so that the same step sees the same samples.
+    Position ``p`` counts the samples of the run from 0; it lies in epoch ``p // rows``. Step ``s`` takes the positions
+    from ``s * global_batch`` on, whatever the workers and the micro batch are: the same step sees the same samples.
     """
 
     rows: int  # of the training split

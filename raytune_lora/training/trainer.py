@@ -1,7 +1,7 @@
 """The training loop: transformers' Trainer with our order of samples, validation loss and reports.
 
-Trainer rather than TRL's SFTTrainer: the store has tokenized and masked already, and SFTTrainer adds entropy and accuracy
-over the whole vocabulary to every step.
+Trainer rather than TRL's SFTTrainer: the store has tokenized and masked already, and SFTTrainer adds entropy and
+accuracy over the whole vocabulary to every step.
 """
 
 from __future__ import annotations

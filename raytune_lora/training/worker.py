@@ -21,10 +21,11 @@ from raytune_lora.models.loading import load_model, load_tokenizer, precision
 from raytune_lora.models.methods import method_for
 from raytune_lora.models.sources import materialize
 from raytune_lora.training.checkpoint import SAVING, latest
-from raytune_lora.training.deepspeed import deepspeed_config
+from raytune_lora.training.deepspeed import deepspeed_config, release
 from raytune_lora.training.place import Place
 from raytune_lora.training.plan import plan_run, stream
 from raytune_lora.training.trainer import PlannedTrainer, Reporter
+from raytune_lora.training.warmup import build_shared_memory_op
 
 
 def train(cfg: RunConfig, store: TokenStore, place: Place) -> None:
@@ -63,9 +64,19 @@ def train(cfg: RunConfig, store: TokenStore, place: Place) -> None:
         )
     torch.manual_seed(stream(cfg.training.seed, "dropout", place.rank))
     checkpoint = latest(place.folder)
-    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    try:
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    finally:
+        _release(trainer)
     if place.rank == 0:
         shutil.rmtree(saving, ignore_errors=True)
+
+
+def _release(trainer: PlannedTrainer) -> None:
+    """Let go of the model in a worker that lives on."""
+    if trainer.is_deepspeed_enabled:
+        release(trainer.model_wrapped)
+    trainer.accelerator.free_memory()
 
 
 def set_up(threads: int) -> None:
@@ -98,6 +109,7 @@ def _join_group(cfg: RunConfig) -> None:
     if cfg.gpus_per_worker:
         PartialState()
     elif cfg.deepspeed.enabled:
+        build_shared_memory_op()
         PartialState(backend="gloo")
     else:
         PartialState(cpu=True)

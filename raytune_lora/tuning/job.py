@@ -139,8 +139,11 @@ def open_job(kind: str, cfg: SweepConfig, run: Callable[[Job], None]) -> dict[st
             with connected(cfg.cluster), Pool(plain_run(cfg), folder.groups, groups) as pool:
                 job = Job(kind, cfg, folder, journal, progress, store, model_folder, pool)
                 progress.set_goal(job.plan.total)
-                run(job)
-                return job.write_results()
+                try:
+                    run(job)
+                finally:
+                    results = job.write_results()
+        return results
 
 
 def prepare_inputs(cfg: SweepConfig) -> tuple[Path, TokenStore]:

@@ -9,8 +9,8 @@ Schema, version 1. Null stands for what was not measured.
 - ``baseline``: ``eval_loss`` (nats a token, validation split), ``exact_match`` (share, test split)
 - ``best``: the same, and ``trial_id``, ``params``, ``adapter`` (folder relative to the sweep's); null without one
 - ``trials``: ``trial_id``, ``status`` (completed, stopped, failed, diverged, oom, or running where interrupted),
-  ``params``, ``eval_loss`` (the lowest), ``samples_seen``, ``seconds``, ``training_seconds``, ``parameters``, ``error``,
-  ``log``, ``curve``, ``peak_memory_bytes`` (of the first worker)
+  ``params``, ``eval_loss`` (the lowest), ``samples_seen``, ``seconds``, ``training_seconds``, ``parameters``,
+  ``error``, ``log``, ``curve``, ``peak_memory_bytes`` (of the first worker)
 - ``examples``: ``prompt``, ``expected``, ``base``, ``tuned``; ``importance`` by parameter
 - ``seconds``: ``total`` and each phase
 """

@@ -1,7 +1,7 @@
 """Optuna as a Tune searcher that survives a kill.
 
-Ray's OptunaSearch dies when it is restored with a persistent study. Here the study is the only state: a searcher can be made
-anew at any time, from the study and the journal.
+Ray's OptunaSearch dies when it is restored with a persistent study. Here the study is the only state: a searcher can
+be made anew at any time, from the study and the journal.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def _sampler(cfg: SearchConfig) -> optuna.samplers.BaseSampler:
 def reconcile(study: optuna.Study, record: Record) -> list[Trial]:
     """Bring the study up to the journal after a kill.
 
-    A trial that the journal never saw start is told as failed: nothing came of it. One that the journal saw end is told so.
+    A trial that the journal never saw start is told as failed: nothing came of it. One that it saw end is told so.
 
     Returns:
         The trials that were running: they are to go on.

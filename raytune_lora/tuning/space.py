@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from dataclasses import fields, is_dataclass
 from typing import Any, TypeVar
 
@@ -49,8 +50,11 @@ def configured_point(space: Space, cfg: RunConfig) -> dict[str, Any]:
     point = {}
     for dimension in space.values():
         value = lookup(cfg, dimension.key)
+        factor = 1 if dimension.multiple_of is None else lookup(cfg, dimension.multiple_of)
+        if value is None or not factor:
+            continue
         if dimension.multiple_of is not None:
-            value = value / lookup(cfg, dimension.multiple_of)
+            value = value / factor
         distribution = _distribution(dimension)
         if isinstance(distribution, optuna.distributions.CategoricalDistribution):
             matches = [choice for choice in distribution.choices if choice == value]
@@ -112,6 +116,8 @@ def _range_problems(where: str, d: DimensionConfig) -> list[str]:
         return [] if d.choices else [f"{where}.choices: a categorical dimension needs at least one choice"]
     if d.low is None or d.high is None:
         return [f"{where}: a {d.kind.value} dimension needs low and high (got low={d.low}, high={d.high})"]
+    if not all(math.isfinite(value) for value in (d.low, d.high, d.step or 0)):
+        return [f"{where}: low, high and step must be finite (got low={d.low}, high={d.high}, step={d.step})"]
     found = []
     if d.high < d.low:
         found.append(f"{where}.high must be >= low (got low={d.low:g}, high={d.high:g})")
@@ -123,6 +129,8 @@ def _range_problems(where: str, d: DimensionConfig) -> list[str]:
         found.append(f"{where}.step must be > 0 (got {d.step:g})")
     if d.kind is DimensionKind.int and (d.low != int(d.low) or d.high != int(d.high)):
         found.append(f"{where}: an int dimension has whole bounds (got low={d.low:g}, high={d.high:g})")
+    if d.kind is DimensionKind.int and d.step and d.step != int(d.step):
+        found.append(f"{where}.step must be whole in an int dimension (got {d.step:g})")
     return found
 
 
@@ -159,7 +167,7 @@ def _type_problems(where: str, d: DimensionConfig, cfg: RunConfig) -> list[str]:
         whole = d.kind is DimensionKind.int or isinstance(lookup(cfg, d.key), int)
         try:
             section[leaf] = int(value) if whole and value == int(value) else value
-        except (OmegaConfBaseException, ValueError, TypeError):
+        except (OmegaConfBaseException, ValueError, TypeError, OverflowError):
             return [f"{where}: {d.key} cannot be {value!r} ({type(lookup(cfg, d.key)).__name__} expected)"]
     if (
         d.kind is DimensionKind.float

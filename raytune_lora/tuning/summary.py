@@ -19,7 +19,8 @@ def lines(results: dict[str, Any], folder: str) -> tuple[str, bool]:
     if best is None:
         return "\n".join([*shown, f"no trial gave a model; logs: {folder}/trials"]), False
     shown += [
-        f"validation loss: {_number(base['eval_loss'])} before, {_number(best['eval_loss'])} after (trial {best['trial_id']})",
+        f"best trial:      {best['trial_id']}",
+        f"validation loss: {_number(base['eval_loss'])} before, {_number(best['eval_loss'])} after",
         f"exact match:     {_number(base['exact_match'])} before, {_number(best['exact_match'])} after",
         f"adapter: {folder}/{best['adapter']}",
         f"report:  {folder}/report.html",

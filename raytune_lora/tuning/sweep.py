@@ -77,6 +77,8 @@ def _tune(job: Job, study: optuna.Study, interrupted: list[Any], remaining: int)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         tuner.fit()
+    if sum(trial.ended for trial in job.journal.record.trials.values()) < cfg.search.trials:
+        raise KeyboardInterrupt  # Tune ends in order at the first Ctrl-C and says nothing of it
 
 
 class _Recorder(Callback):

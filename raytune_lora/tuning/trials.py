@@ -1,7 +1,7 @@
 """Trials and the journal that records them.
 
-The journal is the truth of a sweep: JSON lines, each on disk before anything is done about it. What a sweep knows is the
-fold of its journal, so a sweep that was killed knows all that it knew.
+The journal is the truth of a sweep: JSON lines, each on disk before anything is done about it. What a sweep knows is
+the fold of its journal, so a sweep that was killed knows all that it knew.
 """
 
 from __future__ import annotations

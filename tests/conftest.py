@@ -1,0 +1,29 @@
+"""What tests of every kind need: a cache of their own, and the tiny model in it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from raytune_lora.config.schema import TinyModelConfig
+from raytune_lora.models.sources import byte_tokenizer, materialize
+
+
+@pytest.fixture(scope="session")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of models and token stores."""
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(cache: Path) -> Path:
+    """The folder of ``model=tiny``."""
+    return materialize(TinyModelConfig(), cache)
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> Any:
+    """The tiny model's, without the model."""
+    return byte_tokenizer()

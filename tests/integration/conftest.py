@@ -1,0 +1,60 @@
+"""One Ray instance and one worker group of each size for all tests that train."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import ray
+
+from raytune_lora.cluster import connect
+from raytune_lora.config.compose import compose
+from raytune_lora.config.schema import RunConfig
+from raytune_lora.data.store import TokenStore
+from raytune_lora.training.driver import Pool
+from raytune_lora.tuning.job import plain_run, prepare_inputs
+
+TINY = ("model=tiny", "data=fake", "training.global_batch=8", "training.max_steps=8", "training.learning_rate=3e-3")
+EVALUATION = ("evaluation.every=32", "evaluation.loss_rows=16", "evaluation.generate_rows=4")
+
+Configure = Callable[..., RunConfig]
+
+
+@pytest.fixture(scope="session")
+def ray_instance() -> Iterator[None]:
+    """As the program starts it, with room for the groups of all tests."""
+    os.environ.update(connect.ENVIRONMENT)
+    ray.init(num_cpus=4, object_store_memory=128 * 2**20, include_dashboard=False, log_to_driver=False)
+    yield
+    ray.shutdown()
+
+
+@pytest.fixture(scope="session")
+def configure(cache: Path) -> Configure:
+    """The config of a tiny run, with overrides."""
+
+    def configured(*overrides: str) -> RunConfig:
+        return plain_run(compose([*TINY, *EVALUATION, f"cache={cache}", *overrides]))
+
+    return configured
+
+
+@pytest.fixture(scope="session")
+def store(configure: Configure, cache: Path) -> TokenStore:
+    return prepare_inputs(compose([*TINY, f"cache={cache}"]))[1]
+
+
+@pytest.fixture(scope="session")
+def single(ray_instance: None, configure: Configure, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pool]:
+    """A resident group of one worker."""
+    with Pool(configure("workers=1"), tmp_path_factory.mktemp("single"), groups=1) as pool:
+        yield pool
+
+
+@pytest.fixture(scope="session")
+def pair(ray_instance: None, configure: Configure, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pool]:
+    """A resident group of two workers."""
+    with Pool(configure("workers=2"), tmp_path_factory.mktemp("pair"), groups=1) as pool:
+        yield pool

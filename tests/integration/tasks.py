@@ -1,0 +1,53 @@
+"""What tests have worker groups do. Pickled by value: the workers cannot import the tests."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import sys
+from typing import Any
+
+from ray import cloudpickle
+
+cloudpickle.register_pickle_by_value(sys.modules[__name__])
+
+
+def train(cfg: Any, store: Any, place: Any) -> None:
+    from raytune_lora.training import worker
+
+    worker.train(cfg, store, place)
+
+
+def train_and_note_positions(cfg: Any, store: Any, place: Any) -> None:
+    """Train, and write down which samples this worker read, in order."""
+    from raytune_lora.training import batches
+
+    seen: list[int] = []
+    original = batches.Samples.__getitem__
+
+    def noted(self: Any, position: int) -> Any:
+        seen.append(position)
+        return original(self, position)
+
+    batches.Samples.__getitem__ = noted  # type: ignore[method-assign]
+    try:
+        train(cfg, store, place)
+    finally:
+        batches.Samples.__getitem__ = original  # type: ignore[method-assign]
+    (place.folder / f"seen-{place.rank}.json").write_text(json.dumps(seen))
+
+
+def train_until_told(cfg: Any, store: Any, place: Any) -> None:
+    """Train up to the step after the first checkpoint."""
+    train(cfg, store, dataclasses.replace(place, stopped=lambda: any(place.folder.glob("checkpoint-*"))))
+
+
+def die_once(cfg: Any, store: Any, place: Any) -> None:
+    """End the second worker's process as a crash would, in the first attempt."""
+    if place.rank == place.workers - 1:
+        os._exit(1)
+
+
+def fail(cfg: Any, store: Any, place: Any) -> None:
+    raise ValueError("made to fail")

@@ -1,0 +1,180 @@
+"""Whole jobs on the tiny model, by the commands that users type."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import optuna
+import pytest
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from raytune_lora.config.compose import load
+from raytune_lora.data.store import TokenStore
+from raytune_lora.training.metrics import validation_loss
+
+pytestmark = [pytest.mark.slow, pytest.mark.e2e, pytest.mark.timeout(400)]
+
+ROOT = Path(__file__).resolve().parents[2]
+STATUSES = {"completed", "stopped", "failed", "diverged", "oom"}
+
+
+def start(job: str, *overrides: str) -> subprocess.Popen[str]:
+    command = [sys.executable, str(ROOT / "jobs" / f"{job}.py"), *overrides]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
+
+
+def finish(process: subprocess.Popen[str], status: int = 0) -> tuple[str, str]:
+    out, err = process.communicate(timeout=300)
+    assert process.returncode == status, f"{out}\n{err}"
+    return out, err
+
+
+def trials_in(folder: Path) -> list[dict[str, Any]]:
+    journal = folder / "journal.jsonl"
+    lines = journal.read_text().splitlines() if journal.exists() else []
+    return [event for event in map(json.loads, lines) if event["event"].startswith("trial_")]
+
+
+def wait_for(condition: Any, seconds: float = 200) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "it never came about"
+        time.sleep(0.1)
+
+
+def processes_of(session: int) -> list[int]:
+    found = []
+    for entry in Path("/proc").iterdir():
+        try:
+            if entry.name.isdigit() and os.getsid(int(entry.name)) == session:
+                found.append(int(entry.name))
+        except ProcessLookupError:
+            continue
+    return found
+
+
+@pytest.fixture(scope="module")
+def sweep(tmp_path_factory: pytest.TempPathFactory, cache: Path) -> tuple[Path, str, str]:
+    """A finished tiny sweep: its folder and what it printed."""
+    folder = tmp_path_factory.mktemp("sweeps") / "tiny"
+    process = start("sweep", "experiment=tiny", f"output={folder}", f"cache={cache}")
+    out, err = finish(process)
+    assert not processes_of(process.pid), "it left processes behind"
+    return folder, out, err
+
+
+def test_results_say_what_was_promised(sweep: tuple[Path, str, str]) -> None:
+    folder, out, _ = sweep
+    results = json.loads((folder / "results.json").read_text())
+    assert results["schema_version"] == 1
+    assert results["state"] == "finished"
+    assert {"eval_loss", "exact_match"} <= set(results["baseline"])
+    assert results["best"]["eval_loss"] < results["baseline"]["eval_loss"]
+    assert len(results["trials"]) == 4
+    for trial in results["trials"]:
+        assert trial["status"] in STATUSES
+        assert set(trial["params"]) == {"method.r", "method.alpha", "training.learning_rate", "method.dropout"}
+        assert (folder / trial["log"]).is_dir()
+        assert [point["samples_seen"] for point in trial["curve"]] == [16, 32, 48, 64][: len(trial["curve"])]
+    assert results["best"]["eval_loss"] == min(trial["eval_loss"] for trial in results["trials"])
+    assert str(folder / "report.html") in out
+    assert results["seconds"]["total"] > 0
+
+
+def test_first_trial_is_the_config_as_it_stands(sweep: tuple[Path, str, str]) -> None:
+    cfg = load(sweep[0] / "config.yaml")
+    first = json.loads((sweep[0] / "results.json").read_text())["trials"][0]
+    assert first["trial_id"] == "0000"
+    assert first["params"]["training.learning_rate"] == cfg.training.learning_rate
+    assert first["params"]["method.r"] == cfg.method.r  # type: ignore[attr-defined]
+
+
+def test_study_is_a_real_one(sweep: tuple[Path, str, str]) -> None:
+    study = optuna.load_study(study_name="sweep", storage=f"sqlite:///{sweep[0] / 'study.db'}")
+    trials = json.loads((sweep[0] / "results.json").read_text())["trials"]
+    states = {"completed": "COMPLETE", "stopped": "PRUNED"}
+    assert [t.state.name for t in study.trials] == [states[trial["status"]] for trial in trials]
+    for frozen, trial in zip(study.trials, trials, strict=True):
+        assert frozen.intermediate_values == {p["samples_seen"]: p["eval_loss"] for p in trial["curve"]}
+
+
+def test_the_report_holds_everything_itself(sweep: tuple[Path, str, str]) -> None:
+    page = (sweep[0] / "report.html").read_text()
+    assert "<svg" in page
+    assert 'src="http' not in page
+
+
+def test_best_adapter_works_with_plain_peft(sweep: tuple[Path, str, str]) -> None:
+    """Loaded without this package, it gives the validation loss that the sweep reports."""
+    folder, adapter = sweep[0], sweep[0] / "best" / "adapter"
+    results = json.loads((folder / "results.json").read_text())
+    base = json.loads((adapter / "adapter_config.json").read_text())["base_model_name_or_path"]
+    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), adapter).eval()
+    tokenizer = AutoTokenizer.from_pretrained(adapter)
+    cfg = load(folder / "config.yaml")
+    store = TokenStore(Path(cfg.cache) / "tokens" / results["data"]["fingerprint"], {})
+    loss = validation_loss(
+        model, store.split("validation"), rows=16, batch=4, pad_id=tokenizer.pad_token_id, rank=0, workers=1
+    )
+    assert loss == pytest.approx(results["best"]["eval_loss"], abs=1e-5)
+
+
+def test_a_second_sweep_in_the_folder_is_refused(sweep: tuple[Path, str, str], cache: Path) -> None:
+    before = (sweep[0] / "journal.jsonl").read_bytes()
+    _, err = finish(start("sweep", "experiment=tiny", f"output={sweep[0]}", f"cache={cache}"), status=2)
+    assert f"resume={sweep[0]}" in err
+    assert (sweep[0] / "journal.jsonl").read_bytes() == before
+
+
+def test_killed_and_resumed(tmp_path: Path, cache: Path) -> None:
+    """After kill -9 in the middle, the total is what was asked for, and nothing that had ended is run again."""
+    folder = tmp_path / "killed"
+    process = start("sweep", "experiment=tiny", "search.concurrent=1", f"output={folder}", f"cache={cache}")
+    wait_for(lambda: any(e["event"] == "trial_ended" for e in trials_in(folder)) or process.poll() is not None)
+    wait_for(lambda: trials_in(folder)[-1]["event"] == "trial_started" or process.poll() is not None)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    wait_for(lambda: not processes_of(process.pid), 60)
+    ended = {e["trial_id"]: e for e in trials_in(folder) if e["event"] == "trial_ended"}
+    assert ended
+    assert len(ended) < 4
+    out, _ = finish(start("sweep", f"resume={folder}"))
+    results = json.loads((folder / "results.json").read_text())
+    assert [trial["trial_id"] for trial in results["trials"]] == ["0000", "0001", "0002", "0003"]
+    assert {trial["status"] for trial in results["trials"]} <= {"completed", "stopped"}
+    ends = [e["trial_id"] for e in trials_in(folder) if e["event"] == "trial_ended"]
+    assert sorted(ends) == ["0000", "0001", "0002", "0003"], "one was run twice"
+    assert "report" in out
+
+
+def test_one_run_without_a_sweep(tmp_path: Path, cache: Path) -> None:
+    folder = tmp_path / "run"
+    overrides = ("model=tiny_bias", "data=fake", "training.max_steps=4", "training.global_batch=8", "workers=2")
+    out, _ = finish(start("train", *overrides, f"output={folder}", f"cache={cache}"))
+    results = json.loads((folder / "results.json").read_text())
+    assert results["kind"] == "run"
+    assert [trial["status"] for trial in results["trials"]] == ["completed"]
+    assert results["trials"][0]["samples_seen"] == 32
+    assert results["best"]["eval_loss"] < results["baseline"]["eval_loss"]
+    assert (folder / "best" / "adapter" / "adapter_model.safetensors").is_file()
+    assert str(folder / "report.html") in out
+
+
+def test_ctrl_c_ends_in_order(tmp_path: Path, cache: Path) -> None:
+    folder = tmp_path / "interrupted"
+    process = start("sweep", "experiment=tiny", "search.trials=50", f"output={folder}", f"cache={cache}")
+    wait_for(lambda: any(e["event"] == "trial_ended" for e in trials_in(folder)) or process.poll() is not None)
+    process.send_signal(signal.SIGINT)
+    _, err = finish(process, status=130)
+    assert f"resume={folder}" in err
+    assert json.loads((folder / "results.json").read_text())["state"] == "interrupted"
+    wait_for(lambda: not processes_of(process.pid), 30)

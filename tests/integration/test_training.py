@@ -1,0 +1,162 @@
+"""Real worker groups: Ray Train, DeepSpeed and PEFT on the tiny model."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM, get_cosine_schedule_with_warmup
+
+from raytune_lora.data.store import TokenStore
+from raytune_lora.training.batches import collate
+from raytune_lora.training.checkpoint import latest
+from raytune_lora.training.driver import Pool, Task, TaskFailed
+from raytune_lora.training.plan import permutation, plan_run, stream
+from tests.integration import tasks
+from tests.integration.conftest import Configure
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(240)]
+
+# fp32 on CPU: what is left is the order of sums between processes
+TOLERANCE = 2e-6
+NO_DROPOUT = "method.dropout=0"
+
+
+def losses(folder: Path) -> list[float]:
+    return [json.loads(line)["loss"] for line in (folder / "steps.jsonl").read_text().splitlines()]
+
+
+def run(pool: Pool, store: TokenStore, folder: Path, cfg: Any, function: Any = tasks.train) -> list[dict[str, Any]]:
+    return list(pool.stream(Task(str(folder), function, cfg, store, folder)))
+
+
+@pytest.fixture(scope="module")
+def one_process(
+    single: Pool, store: TokenStore, configure: Configure, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[list[float], float]:
+    """Losses of each step and the last validation loss of one worker."""
+    folder = tmp_path_factory.mktemp("one") / "trial"
+    reports = run(single, store, folder, configure(NO_DROPOUT))
+    return losses(folder), reports[-1]["eval_loss"]
+
+
+def test_equal_to_a_plain_loop_of_torch_and_peft(
+    one_process: tuple[list[float], float], store: TokenStore, configure: Configure, tiny_folder: Path
+) -> None:
+    cfg = configure(NO_DROPOUT)
+    plan = plan_run(cfg, store.rows["train"])
+    model = AutoModelForCausalLM.from_pretrained(tiny_folder, dtype=torch.float32)
+    torch.manual_seed(stream(cfg.training.seed, "weights"))
+    model = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", r=16, lora_alpha=32, target_modules="all-linear"))
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=cfg.training.learning_rate, weight_decay=cfg.training.weight_decay)
+    schedule = get_cosine_schedule_with_warmup(optimizer, 1, plan.steps)
+    rows, order = store.split("train"), permutation(plan.rows, 0, plan.seed)
+    found = []
+    for step in range(plan.steps):
+        batch = collate([rows[order[step * 8 + i]] for i in range(8)], pad_id=0)
+        logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits[:, :-1]
+        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch["labels"][:, 1:].flatten())
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(trained, cfg.training.max_grad_norm)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+        found.append(loss.item())
+    assert one_process[0] == pytest.approx(found, abs=1e-5)
+
+
+@pytest.mark.parametrize("deepspeed", ["zero1", "zero2", "zero3", "zero0", "off"])
+def test_two_workers_equal_one_and_read_different_data(
+    deepspeed: str,
+    pair: Pool,
+    one_process: tuple[list[float], float],
+    store: TokenStore,
+    configure: Configure,
+    tmp_path: Path,
+) -> None:
+    cfg = configure(NO_DROPOUT, "workers=2", "training.micro_batch=2", f"deepspeed={deepspeed}")
+    reports = run(pair, store, tmp_path / "trial", cfg, tasks.train_and_note_positions)
+    assert losses(tmp_path / "trial") == pytest.approx(one_process[0], abs=TOLERANCE)
+    assert reports[-1]["eval_loss"] == pytest.approx(one_process[1], abs=TOLERANCE)
+    seen = [json.loads((tmp_path / "trial" / f"seen-{rank}.json").read_text()) for rank in range(2)]
+    assert not set(seen[0]) & set(seen[1])
+    assert sorted(seen[0] + seen[1]) == list(range(64))
+
+
+def test_half_the_data_would_be_noticed(
+    one_process: tuple[list[float], float], single: Pool, store: TokenStore, configure: Configure, tmp_path: Path
+) -> None:
+    """The losses of a run on half of each batch differ by far more than the tolerance above."""
+    run(single, store, tmp_path / "trial", configure(NO_DROPOUT, "training.global_batch=4"))
+    halves = losses(tmp_path / "trial")
+    assert min(abs(a - b) for a, b in zip(halves, one_process[0], strict=True)) > 100 * TOLERANCE
+
+
+def test_a_used_group_gives_the_losses_of_a_fresh_one(
+    single: Pool, one_process: tuple[list[float], float], store: TokenStore, configure: Configure, tmp_path: Path
+) -> None:
+    run(single, store, tmp_path / "other", configure("method.r=4", "deepspeed=zero3", "training.max_steps=3"))
+    run(single, store, tmp_path / "again", configure(NO_DROPOUT))
+    assert losses(tmp_path / "again") == one_process[0]
+
+
+@pytest.mark.parametrize(("workers", "deepspeed"), [(1, "zero2"), (1, "off"), (2, "zero2"), (2, "zero3")])
+def test_goes_on_from_a_checkpoint_as_if_never_stopped(
+    workers: int, deepspeed: str, single: Pool, pair: Pool, store: TokenStore, configure: Configure, tmp_path: Path
+) -> None:
+    pool = pair if workers == 2 else single
+    cfg = configure(f"workers={workers}", f"deepspeed={deepspeed}", "method.dropout=0.1")
+    run(pool, store, tmp_path / "whole", cfg)
+    run(pool, store, tmp_path / "cut", cfg, tasks.train_until_told)
+    first = latest(tmp_path / "cut")
+    assert first is not None
+    assert first.name == "checkpoint-00000004"
+    run(pool, store, tmp_path / "cut", cfg)
+    whole, cut = losses(tmp_path / "whole"), losses(tmp_path / "cut")
+    assert cut[-4:] == whole[-4:]
+
+
+def test_a_checkpoint_holds_every_workers_part_and_the_best_is_kept(
+    pair: Pool, store: TokenStore, configure: Configure, tmp_path: Path
+) -> None:
+    reports = run(pair, store, tmp_path / "trial", configure("workers=2", "evaluation.every=16"))
+    checkpoint = latest(tmp_path / "trial")
+    assert checkpoint is not None
+    assert reports[-1]["checkpoint"] == str(checkpoint)
+    files = {path.name for path in checkpoint.rglob("*")}
+    for rank in range(2):
+        assert {f"rng_state_{rank}.pth", f"zero_pp_rank_{rank}_mp_rank_00_optim_states.pt"} <= files
+    assert [report["samples_seen"] for report in reports] == [16, 32, 48, 64]
+    assert len(list((tmp_path / "trial").glob("checkpoint-*"))) <= 2
+
+
+def test_divergence_ends_the_task_and_not_the_group(
+    single: Pool, store: TokenStore, configure: Configure, tmp_path: Path
+) -> None:
+    with pytest.raises(TaskFailed, match="at step") as caught:
+        run(single, store, tmp_path / "wild", configure("training.learning_rate=1e30", "training.max_grad_norm=1e30"))
+    assert caught.value.ended.status == "diverged"
+    assert run(single, store, tmp_path / "tame", configure("training.max_steps=4"))
+
+
+def test_a_failing_task_is_told_with_its_reason(
+    single: Pool, store: TokenStore, configure: Configure, tmp_path: Path
+) -> None:
+    with pytest.raises(TaskFailed, match="made to fail") as caught:
+        run(single, store, tmp_path / "failing", configure(), tasks.fail)
+    assert caught.value.ended.status == "failed"
+    assert "made to fail" in (tmp_path / "failing" / "logs" / "worker-0.log").read_text()
+
+
+def test_a_crashed_worker_ends_the_task_and_the_group_is_replaced(
+    pair: Pool, store: TokenStore, configure: Configure, tmp_path: Path
+) -> None:
+    with pytest.raises(TaskFailed) as caught:
+        run(pair, store, tmp_path / "crash", configure("workers=2"), tasks.die_once)
+    assert caught.value.ended.status == "failed"
+    assert run(pair, store, tmp_path / "after", configure("workers=2", "training.max_steps=4"))

@@ -1,0 +1,275 @@
+"""Composing: every shipped YAML is well, and every mistake of the user is answered by its key and a remedy."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+from raytune_lora.cli import VERBS, job
+from raytune_lora.config import validate
+from raytune_lora.config.compose import compose, dump, load
+from raytune_lora.config.groups import conf_dir, groups
+from raytune_lora.config.schema import FileDataConfig, HubModelConfig, LoraMethodConfig, Precision, TinyModelConfig
+from raytune_lora.errors import UserError
+
+ROOT = Path(__file__).resolve().parents[2]
+FILES = sorted(conf_dir().rglob("*.yaml"))
+IDS = [str(path.relative_to(conf_dir())) for path in FILES]
+TINY = ["model=tiny", "data=fake"]
+
+
+def problems(*overrides: str) -> list[str]:
+    with pytest.raises(UserError) as caught:
+        compose(overrides)
+    return caught.value.problems
+
+
+def python(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    return subprocess.run(
+        [sys.executable, *arguments], cwd=cwd, env=environment, capture_output=True, text=True, check=True
+    )
+
+
+def command(path: Path) -> tuple[str, list[str]]:
+    """The verb and the overrides of the one command in a file's header."""
+    header = [line for line in path.read_text().split("\ndefaults:")[0].splitlines() if line.startswith("#")]
+    commands = [shlex.split(line[1:]) for line in header if line.startswith("# python jobs/")]
+    assert len(commands) == 1, f"{path} names {len(commands)} commands"
+    return Path(commands[0][1]).stem, commands[0][2:]
+
+
+# -------------------------------------------------------------------------------------------------------- shipped files
+
+
+@pytest.mark.parametrize("path", FILES, ids=IDS)
+def test_every_file_composes(path: Path) -> None:
+    group = path.parent.name if path.parent != conf_dir() else None
+    others = [choice for choice in TINY if group != "experiment" and not choice.startswith(f"{group}=")]
+    cfg = compose([*others, f"{group}={path.stem}"] if group else others)
+    assert validate.problems(cfg) == []
+
+
+@pytest.mark.parametrize("path", FILES, ids=IDS)
+def test_every_file_says_how_it_is_used(path: Path) -> None:
+    verb, overrides = command(path)
+    assert (ROOT / "jobs" / f"{verb}.py").is_file()
+    assert validate.problems(compose(overrides)) == []
+    if path.parent != conf_dir():
+        defaults = yaml.safe_load((conf_dir() / "config.yaml").read_text())["defaults"]
+        choice = {path.parent.name: path.stem}
+        assert choice in defaults or f"{path.parent.name}={path.stem}" in overrides
+
+
+@pytest.mark.parametrize("path", FILES, ids=IDS)
+def test_every_file_is_short_and_starts_with_its_schema(path: Path) -> None:
+    text = path.read_text()
+    assert len(text.splitlines()) <= 16
+    if path.parent.name not in ("experiment", "space"):
+        assert yaml.safe_load(text)["defaults"][0].startswith("base_")
+
+
+# ----------------------------------------------------------------------------------------------------------- round trip
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        TINY,
+        ["experiment=quickstart", "output=sweeps/x"],
+        ["model.path=Qwen/Qwen2.5-0.5B", 'data.path="한국어.jsonl"', "deepspeed=zero3", "workers=2"],
+        ["model=smollm2", "data=extraction", "scheduler=none", "search=random", "model.precision=bf16"],
+        [*TINY, "method.target_modules=[q_proj,v_proj]", "training.learning_rate=1e-05", "training.max_steps=null"],
+        [*TINY, "~space.alpha", "+space.batch={key: training.micro_batch, kind: categorical, choices: [1, 2]}"],
+    ],
+    ids=lambda overrides: " ".join(overrides),
+)
+def test_what_dump_writes_load_reads(overrides: list[str], tmp_path: Path) -> None:
+    cfg = compose(overrides)
+    path = tmp_path / "config.yaml"
+    path.write_text(dump(cfg), encoding="utf-8")
+    assert load(path) == cfg
+
+
+def test_a_composed_config_is_made_of_the_variants_chosen() -> None:
+    cfg = compose(["model.path=x", "data.path=y", "model.precision=fp32"])
+    assert (type(cfg.model), type(cfg.data), type(cfg.method)) == (HubModelConfig, FileDataConfig, LoraMethodConfig)
+    assert cfg.model.precision is Precision.fp32
+    assert isinstance(compose(TINY).model, TinyModelConfig)
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "[]", "a: [", "model: {kind: nothing}", "model: {kind: tiny}\ndata: {kind: fake}\nmethod: {kind: lora, r: x}"],
+)
+def test_a_file_that_is_no_config_is_refused(text: str, tmp_path: Path) -> None:
+    path = tmp_path / "config.yaml"
+    path.write_text(text)
+    with pytest.raises(UserError, match=r"config\.yaml: not a config of this version"):
+        load(path)
+
+
+def test_a_config_with_a_key_of_another_version_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "config.yaml"
+    path.write_text(dump(compose(TINY)).replace("training:\n", "training:\n  old_key: 1\n"))
+    with pytest.raises(UserError, match="old_key"):
+        load(path)
+
+
+def test_a_missing_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no such file"):
+        load(tmp_path / "config.yaml")
+
+
+# ------------------------------------------------------------------------------------------------------------- mistakes
+
+
+@pytest.mark.parametrize(
+    ("typed", "key", "near"),
+    [
+        ("training.learning_rat=1", "training.learning_rat", "training.learning_rate"),
+        ("learning_rate=1", "learning_rate", "training.learning_rate"),
+        ("method.rank=8", "method.rank", "method.r"),
+        ("worker=2", "worker", "workers"),
+        ("space.rank.hihg=2", "space.rank.hihg", "space.rank.high"),
+        ("+training.max_step=1", "training.max_step", "training.max_steps"),
+        ("++method.alfa=1", "method.alfa", "method.alpha"),
+        ("+space.rank.lo=1", "space.rank.lo", "space.rank.low"),
+    ],
+)
+def test_an_unknown_key_is_answered_with_the_nearest(typed: str, key: str, near: str) -> None:
+    (problem,) = problems(typed)
+    assert problem.startswith(f"{key}: unknown key. Did you mean ")
+    assert near in problem
+    assert "--cfg job" in problem
+
+
+@pytest.mark.parametrize("typed", ["+training.foo=1", "++training.foo=1", "+foo=1", "+cluster.foo.bar=1", "foo=1"])
+def test_no_sign_adds_a_key_that_no_schema_has(typed: str) -> None:
+    (problem,) = problems(*TINY, typed)
+    assert problem.startswith(f"{typed.lstrip('+').partition('=')[0]}: unknown key.")
+
+
+def test_a_key_of_another_variant_is_unknown() -> None:
+    (problem,) = problems(*TINY, "model.path=x")
+    assert problem.startswith("model.path: unknown key")
+
+
+def test_a_dimension_is_added_to_the_space() -> None:
+    space = compose([*TINY, "+space.decay={key: training.weight_decay, low: 0.0, high: 0.1}"]).space
+    assert list(space) == ["rank", "alpha", "learning_rate", "dropout", "decay"]
+    assert (space["decay"].key, space["decay"].high) == ("training.weight_decay", 0.1)
+    (problem,) = problems(*TINY, "+space.decay={kay: training.weight_decay}")
+    assert problem.startswith("space.decay: Key 'kay' not in 'DimensionConfig'")
+
+
+@pytest.mark.parametrize(
+    ("typed", "reason"),
+    [
+        ("method.r=abc", "could not be converted to Integer"),
+        ("method.r=1.5", "could not be converted to Integer"),
+        ("method.r=null", "not Optional"),
+        ("training.learning_rate=fast", "could not be converted to Float"),
+        ("training.gradient_checkpointing=perhaps", "not a valid bool"),
+        ("method.target_modules=q_proj", "not a ListConfig, list or tuple"),
+        ("model.precision=fp16", "expected one of [auto, fp32, bf16]"),
+        ("search.sampler=grid", "expected one of [tpe, random]"),
+    ],
+)
+def test_a_wrong_type_is_refused(typed: str, reason: str) -> None:
+    key, _, value = typed.partition("=")
+    (problem,) = problems(*TINY, typed)
+    assert problem.startswith(f"{key}: ")
+    assert reason in problem
+    assert problem.endswith(f"(got {value!r})")
+
+
+@pytest.mark.parametrize(
+    ("typed", "answer"),
+    [
+        ("model=tinny", "model: there is no 'tinny'. Did you mean model=tiny? Known: hub, smollm2, tiny, tiny_bias."),
+        ("scheduler=zzz", "scheduler: there is no 'zzz'. Known: asha, none."),
+        ("experiment=null", "experiment: there is no 'null'. Known: quickstart, tiny."),
+        ("+experiment=tiny", "+experiment=tiny: a choice is written experiment=tiny"),
+    ],
+)
+def test_an_unknown_choice_is_answered_with_the_known(typed: str, answer: str) -> None:
+    assert problems(typed) == [answer]
+
+
+@pytest.mark.parametrize("typed", ["method.r", "a b=1", "data.path=a=b.jsonl", "data.path=한국어.jsonl"])
+def test_what_is_no_override_is_shown(typed: str) -> None:
+    (problem,) = problems(typed)
+    assert problem.startswith(f"{typed!r} is not an override: write key=value")
+
+
+def test_the_quotes_that_an_answer_shows_work() -> None:
+    (problem,) = problems(*TINY, "output=~/한국어 a=b")
+    (quoted,) = shlex.split(problem.rpartition("in quotes: ")[2])
+    assert compose([*TINY, quoted]).output == "~/한국어 a=b"
+
+
+@pytest.mark.parametrize("typed", ["hydra.run.dir=x", "+hydra.verbose=true", "hydra/launcher=basic"])
+def test_hydras_own_keys_are_refused(typed: str) -> None:
+    (problem,) = problems(*TINY, typed)
+    assert problem.startswith(f"{typed}: Hydra only composes")
+
+
+def test_all_mistakes_are_told_at_once() -> None:
+    found = problems(*TINY, "training.foo=1", "workers=2", "method.r=x", "+bar=1")
+    assert [problem.partition(":")[0] for problem in found] == ["training.foo", "method.r", "bar"]
+    assert len(problems("model=nothing", "data=nothing")) == 2
+
+
+# --------------------------------------------------------------------------------------------------------- command line
+
+
+def test_the_config_rooms_load_nothing_heavy(tmp_path: Path) -> None:
+    code = (
+        "import sys, raytune_lora.config.compose, raytune_lora.config.validate as v\n"
+        "assert not v.problems(raytune_lora.config.compose.compose(['experiment=tiny']))\n"
+        "print({'torch', 'ray', 'transformers', 'optuna', 'numpy'} & set(sys.modules))"
+    )
+    assert python("-c", code, cwd=tmp_path).stdout == "set()\n"
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_help_is_instant_and_whole(verb: str, tmp_path: Path) -> None:
+    seconds = []
+    for _ in range(3):
+        began = time.perf_counter()
+        shown = python(str(ROOT / "jobs" / f"{verb}.py"), "--help", cwd=tmp_path).stdout
+        seconds.append(time.perf_counter() - began)
+    assert min(seconds) < 1
+    for group, names in groups().items():
+        assert any(line.split() == f"{group} {', '.join(names)}".split() for line in shown.splitlines())
+    examples = shown.partition("examples:\n")[2].splitlines()
+    assert len(examples) >= 3
+    for example in examples:
+        compose(shlex.split(example)[2:])
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_cfg_job_prints_a_config_and_leaves_no_trace(
+    verb: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert job(verb, [*TINY, "--cfg", "job", "training.max_steps=7"]) == 0
+    assert Path.cwd() == tmp_path
+    assert list(tmp_path.iterdir()) == []
+    path = tmp_path / "config.yaml"
+    path.write_text(capsys.readouterr().out)
+    assert load(path) == compose([*TINY, "training.max_steps=7"])
+
+
+def test_cfg_job_as_a_command_leaves_no_outputs_folder(tmp_path: Path) -> None:
+    shown = python(str(ROOT / "jobs" / "sweep.py"), "experiment=tiny", "--cfg", "job", cwd=tmp_path).stdout
+    assert yaml.safe_load(shown)["search"]["trials"] == 4
+    assert list(tmp_path.iterdir()) == []
