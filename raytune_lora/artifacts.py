@@ -76,7 +76,7 @@ def write_json(path: Path, value: Any) -> None:
     """Write atomically: a reader sees the old file or the new one, also after a power cut."""
     text = json.dumps(value, ensure_ascii=False, indent=2) + "\n"
     descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    with os.fdopen(descriptor, "w", encoding="utf-8") as file:
+    with os.fdopen(descriptor, "w", encoding="utf-8", errors="backslashreplace") as file:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -27,3 +28,15 @@ def tiny_folder(cache: Path) -> Path:
 def tokenizer() -> Any:
     """The tiny model's, without the model."""
     return byte_tokenizer()
+
+
+@pytest.fixture(scope="session")
+def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A user's own file of Alpaca rows."""
+    path = tmp_path_factory.mktemp("data") / "mine.jsonl"
+    lines = [
+        {"instruction": "Say it backwards.", "input": f"item {number}", "output": f"item {number}"[::-1]}
+        for number in range(200)
+    ]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return path

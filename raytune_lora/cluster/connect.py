@@ -15,9 +15,8 @@ import ray
 from raytune_lora.config.schema import ClusterConfig, RunConfig
 from raytune_lora.errors import UserError
 
-# Ray Train's controller asks its workers for news at this interval: at the default of 2 s every report waits for it
 ENVIRONMENT = {
-    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
     "RAY_CHDIR_TO_TRIAL_DIR": "0",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
@@ -54,8 +53,8 @@ def connected(cfg: ClusterConfig) -> Iterator[None]:
     if address is None:
         ray.init(
             address="local",
-            num_cpus=local_node().cpus,
-            num_gpus=local_node().gpus,
+            num_cpus=int(local_node().cpus),
+            num_gpus=int(local_node().gpus),
             object_store_memory=cfg.object_store_mb * 2**20,
             include_dashboard=cfg.dashboard,
             log_to_driver=False,

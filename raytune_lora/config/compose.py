@@ -104,7 +104,7 @@ def _register() -> None:
     store.store(name="base_sweep", node=schema.SweepConfig)
     for group, variants in schema.VARIANTS.items():
         for cls in variants:
-            store.store(group=group, name=f"base_{cls.__dataclass_fields__['kind'].default}", node=cls)
+            store.store(group=group, name=f"base_{schema.kind_of(cls)}", node=cls)
     for group, cls in _PLAIN_GROUPS.items():
         store.store(group=group, name=f"base_{group}", node=cls)
 
@@ -190,7 +190,7 @@ def _explain_one(choices: Sequence[str], override: str, key: str, error: Excepti
 
 def _to_plain_defaults(choices: Sequence[str]) -> dict[str, Any]:
     plain = OmegaConf.to_container(_compose(choices), resolve=False)
-    return plain if isinstance(plain, dict) else {}
+    return {str(key): value for key, value in plain.items()} if isinstance(plain, dict) else {}
 
 
 def _cause(error: BaseException) -> BaseException:

@@ -6,7 +6,7 @@ names itself in ``kind``; ``VARIANTS`` lists them, and a YAML file of the group 
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from enum import Enum
 from typing import Any
 
@@ -262,6 +262,11 @@ def variant(group: str, kind: str) -> type:
         KeyError: the group has no such variant.
     """
     for cls in VARIANTS[group]:
-        if cls.__dataclass_fields__["kind"].default == kind:
+        if kind_of(cls) == kind:
             return cls
     raise KeyError(f"{group} has no variant {kind!r}")
+
+
+def kind_of(cls: type) -> str:
+    """The name of a variant."""
+    return str(next(f.default for f in fields(cls) if f.name == "kind"))

@@ -30,7 +30,7 @@ _KOREAN = (
 _ENGLISH_DATES: tuple[Callable[[date], str], ...] = (
     lambda d: f"{d:%B} {d.day}, {d.year}",
     lambda d: f"{d.day} {d:%b} {d.year}",
-    lambda d: f"{d:%m/%d/%Y}",
+    lambda d: d.isoformat(),
 )
 _CITIES = ("Berlin", "Boston", "Chicago", "Dublin", "London", "Madrid", "Paris", "Rome", "Sydney", "Toronto")
 _CITIES_KO = ("서울", "부산", "인천", "대구", "대전", "광주", "수원", "제주")

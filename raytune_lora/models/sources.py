@@ -93,7 +93,10 @@ def _check_hub(cfg: HubModelConfig) -> None:
 
 
 def _gguf_file(cfg: PackageModelConfig) -> Path:
-    spec = importlib.util.find_spec(cfg.package)
+    try:
+        spec = importlib.util.find_spec(cfg.package)
+    except (ImportError, ValueError):  # of a dotted name's parent, or no name at all
+        spec = None
     if spec is None or not spec.submodule_search_locations:
         name = cfg.package.replace("_", "-")
         raise UserError(

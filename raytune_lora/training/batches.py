@@ -49,7 +49,7 @@ def training_loader(split: Any, plan: Plan, rank: int, pad_id: int) -> DataLoade
     """One worker's micro batches of the whole run: input_ids, attention_mask and labels, each (B, T)."""
     return DataLoader(
         Samples(split, plan),
-        batch_sampler=_RankBatches(plan, rank),  # type: ignore[arg-type]  # torch takes any iterable
+        batch_sampler=_RankBatches(plan, rank),
         collate_fn=lambda rows: collate(rows, pad_id),
     )
 

@@ -38,8 +38,8 @@ def deepspeed_config(cfg: RunConfig, *, bf16: bool) -> dict[str, Any] | None:
 def release(engine: Any) -> None:
     """Let go of an engine and its weights, in a process that lives on.
 
-    Hooks on the parameters hold the engine until it is destroyed; ZeRO-3 also keeps the model in a global list and in the
-    cache of a method.
+    Hooks on the parameters hold the engine until it is destroyed; ZeRO-3 also keeps the model in a global list and in
+    the cache of a method.
     """
     if not hasattr(engine, "destroy"):  # training never began
         return

@@ -28,6 +28,7 @@ from raytune_lora.config.schema import RunConfig
 from raytune_lora.data.store import TokenStore
 from raytune_lora.training.failures import FAILED, STOPPED, Ended, classify
 from raytune_lora.training.output import output_to
+from raytune_lora.training.place import Place
 
 LOGS = "logs"
 _FAILED_STARTS = 2  # in a row, before a pool gives up
@@ -140,7 +141,7 @@ class Pool:
         """
         self._cfg = cfg
         self._folder = folder
-        self.board = ray.remote(num_cpus=0)(Board).remote()
+        self.board: Any = ray.remote(num_cpus=0)(Board).remote()
         self._closing = threading.Event()
         self._threads = [threading.Thread(target=self._keep, args=(n,), daemon=True) for n in range(groups)]
 
@@ -238,7 +239,7 @@ def _workers(config: dict[str, Any]) -> None:
 
 def _do(task: Task, board: Any, rank: int, workers: int) -> None:
     """Do a task. A failure that all workers have at the same step ends the task; any other ends the group."""
-    from raytune_lora.training.worker import Place, clean_up, set_up  # here: it brings torch and transformers
+    from raytune_lora.training.worker import clean_up, set_up  # here: it brings torch and transformers
 
     def report(metrics: Report) -> None:
         if rank == 0:

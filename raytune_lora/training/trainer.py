@@ -79,16 +79,17 @@ class Reporter(TrainerCallback):
         self._losses: list[float] = []
         self._eval_loss = math.nan
 
-    def on_step_begin(self, args: TrainingArguments, state: Any, control: Any, **_: Any) -> None:
+    def on_step_begin(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
         self._began = time.perf_counter()
 
-    def on_step_end(self, args: TrainingArguments, state: Any, control: Any, **_: Any) -> None:
+    def on_step_end(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
         self._training_seconds += time.perf_counter() - self._began
         control.should_log = True
         control.should_evaluate = control.should_save = self._plan.evaluates_after(state.global_step)
         control.should_training_stop = self._stopped()
 
-    def on_log(self, args: TrainingArguments, state: Any, control: Any, logs: dict[str, float], **_: Any) -> None:
+    def on_log(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
+        logs: dict[str, float] = kwargs["logs"]
         if "loss" not in logs:
             return
         self._losses.append(logs["loss"])
@@ -104,14 +105,12 @@ class Reporter(TrainerCallback):
             if not math.isfinite(value):
                 raise DivergedError(state.global_step, value)
 
-    def on_evaluate(
-        self, args: TrainingArguments, state: Any, control: Any, metrics: dict[str, float], **_: Any
-    ) -> None:
-        self._eval_loss = metrics["eval_loss"]
+    def on_evaluate(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
+        self._eval_loss = kwargs["metrics"]["eval_loss"]
         if not math.isfinite(self._eval_loss):
             raise DivergedError(state.global_step, self._eval_loss)
 
-    def on_save(self, args: TrainingArguments, state: Any, control: Any, **_: Any) -> None:
+    def on_save(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
         step, place = state.global_step, self._place
         parts = Path(str(args.output_dir)) / f"checkpoint-{step}"
         checkpoint = commit(parts, place.folder, step, self._eval_loss, place.rank, place.workers)

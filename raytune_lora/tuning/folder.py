@@ -12,6 +12,8 @@ from raytune_lora.config.compose import dump, load
 from raytune_lora.config.schema import SweepConfig
 from raytune_lora.errors import UserError
 
+_HEADER = "# the resolved config of a "
+
 
 @dataclass(frozen=True)
 class SweepFolder:
@@ -89,8 +91,13 @@ def problems(path: Path) -> list[str]:
     return []
 
 
-def create(path: Path, cfg: SweepConfig) -> SweepFolder:
+def create(path: Path, cfg: SweepConfig, kind: str) -> SweepFolder:
     """Make the folder and write the config that is about to run.
+
+    Args:
+        path: of the folder.
+        cfg: resolved.
+        kind: ``sweep`` or ``run``.
 
     Raises:
         UserError: the folder is in use or cannot be made.
@@ -100,21 +107,26 @@ def create(path: Path, cfg: SweepConfig) -> SweepFolder:
     try:
         path.mkdir(parents=True, exist_ok=True)
         folder = SweepFolder(path)
-        folder.config.write_text(dump(cfg))
+        folder.config.write_text(f"{_HEADER}{kind}\n{dump(cfg)}")
     except OSError as error:
-        raise UserError(f"output: {path} cannot be written: {error.strerror}") from error
+        raise UserError(
+            f"output: {path} cannot be written ({error.strerror}); name another folder (output=…)"
+        ) from error
     return folder
 
 
-def reopen(path: Path) -> tuple[SweepFolder, SweepConfig]:
-    """A folder to go on with, and its config.
+def reopen(path: Path, kind: str) -> SweepConfig:
+    """The config of a folder to go on with.
 
     Raises:
-        UserError: it holds no sweep or run.
+        UserError: it holds no sweep or run, or the other of the two.
     """
-    folder = SweepFolder(path)
-    if not folder.config.is_file():
+    file = SweepFolder(path).config
+    if not file.is_file():
         raise UserError(f"resume: {path} holds no sweep or run (there is no config.yaml in it)")
-    cfg = load(folder.config)
+    found = file.read_text().partition("\n")[0].removeprefix(_HEADER)
+    if found != kind:
+        raise UserError(f"resume: {path} holds a {found}, not a {kind}; go on with it by the job that began it")
+    cfg = load(file)
     cfg.output = str(path)
-    return folder, cfg
+    return cfg

@@ -39,7 +39,7 @@ class Job:
     progress: Progress
     store: TokenStore
     model_folder: Path
-    pool: Pool
+    pool: Pool = field(init=False)  # while it is at work
     importance: dict[str, float] = field(default_factory=dict)
 
     @property
@@ -118,32 +118,40 @@ def open_job(kind: str, cfg: SweepConfig, run: Callable[[Job], None]) -> dict[st
         UserError: the config cannot work; nothing was started.
         JobFailed: a phase around the trials failed.
     """
-    if cfg.resume is not None:
-        folder, cfg = reopen(Path(cfg.resume).expanduser().absolute())
-        check(cfg, searching=kind == SWEEP, fresh=False)
-    else:
+    fresh = cfg.resume is None
+    if fresh:
         if cfg.output is None:
             cfg.output = f"{kind}s/{time.strftime('%Y%m%d-%H%M%S')}"
         cfg.output = str(output_path(cfg))
-        check(cfg, searching=kind == SWEEP, fresh=True)
-        folder = create(Path(cfg.output), cfg)
-    with folder.lock():
-        progress = Progress(folder.path.name, cfg.search.trials if kind == SWEEP else 1, 0, cfg.search.concurrent)
-        journal = Journal(folder.journal, progress.watch)
-        with progress.shown():
-            began = time.monotonic()
-            with progress.doing("preparing the model and the data"):
-                model_folder, store = prepare_inputs(cfg)
-            journal.append("phase", name="prepare", seconds=round(time.monotonic() - began, 3))
-            groups = cfg.search.concurrent if kind == SWEEP else 1
-            with connected(cfg.cluster), Pool(plain_run(cfg), folder.groups, groups) as pool:
-                job = Job(kind, cfg, folder, journal, progress, store, model_folder, pool)
-                progress.set_goal(job.plan.total)
-                try:
-                    run(job)
-                finally:
-                    results = job.write_results()
-        return results
+    else:
+        cfg = reopen(Path(str(cfg.resume)).expanduser().absolute(), kind)
+    check(cfg, searching=kind == SWEEP, fresh=fresh)
+    path = output_path(cfg)
+    progress = Progress(path.name, cfg.search.trials if kind == SWEEP else 1)
+    with progress.shown():
+        began = time.monotonic()
+        with progress.doing("preparing the model and the data"):
+            model_folder, store = prepare_inputs(cfg)
+        folder = create(path, cfg, kind) if fresh else SweepFolder(path)
+        with folder.lock():
+            journal = Journal(folder.journal, progress.watch)
+            job = Job(kind, cfg, folder, journal, progress, store, model_folder)
+            progress.know(job.plan.total, journal.record)
+            if BEST not in journal.record.phases:
+                journal.append("phase", name="prepare", seconds=round(time.monotonic() - began, 3))
+                return _work(job, run)
+            return job.write_results()
+
+
+def _work(job: Job, run: Callable[[Job], None]) -> dict[str, Any]:
+    groups = job.cfg.search.concurrent if job.kind == SWEEP else 1
+    with connected(job.cfg.cluster), Pool(plain_run(job.cfg), job.folder.groups, groups) as pool:
+        job.pool = pool
+        try:
+            run(job)
+        finally:
+            results = job.write_results()
+    return results
 
 
 def prepare_inputs(cfg: SweepConfig) -> tuple[Path, TokenStore]:

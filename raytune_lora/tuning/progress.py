@@ -23,26 +23,25 @@ _SHOWN = 20  # trials in the live table
 class Progress:
     """Follows the journal."""
 
-    def __init__(self, title: str, total: int, goal: int, concurrent: int) -> None:
+    def __init__(self, title: str, total: int) -> None:
         """
         Args:
             title: of the table.
             total: trials to be run.
-            goal: samples of a whole trial.
-            concurrent: trials at a time.
         """
-        self._console = Console(file=sys.stderr, highlight=False)
+        self._console = Console(file=sys.stderr, highlight=False, markup=False, emoji=False)
         self._title = title
         self._total = total
-        self._goal = goal
+        self._goal = 0
         self._record = Record()
         self._doing = ""
         self._live: Live | None = None
         self._began = time.monotonic()
 
-    def set_goal(self, goal: int) -> None:
-        """Samples of a whole trial, once the data is known."""
+    def know(self, goal: int, record: Record) -> None:
+        """Samples of a whole trial, once the data is known, and what was done before."""
         self._goal = goal
+        self._record = record
 
     def watch(self, event: dict[str, Any], record: Record) -> None:
         """Take a new event of the journal."""
@@ -50,14 +49,14 @@ class Progress:
         if self._live is not None:
             self._live.update(self)
         elif line := _line(event, record):
-            self._console.print(f"{self._clock()} {line}")
+            self._console.print(f"{self._clock()} {line}", soft_wrap=True)
 
     @contextlib.contextmanager
     def doing(self, what: str) -> Iterator[None]:
         """Show what is being done for as long as it takes."""
         self._doing = what
         if self._live is None:
-            self._console.print(f"{self._clock()} {what}")
+            self._console.print(f"{self._clock()} {what}", soft_wrap=True)
         try:
             yield
         finally:

@@ -45,7 +45,7 @@ def write_results(
     results = _results(folder, cfg, store, record, kind, importance)
     write_json(folder.results, results)
     page = folder.report.with_suffix(".tmp")
-    page.write_text(render(results), encoding="utf-8")
+    page.write_text(render(results), encoding="utf-8", errors="backslashreplace")
     page.replace(folder.report)
     return results
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from types import SimpleNamespace
+from typing import Any
 
 from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, TrialScheduler
 
@@ -26,7 +27,7 @@ def build(cfg: SchedulerConfig, *, total: int, every: int, record: Record) -> Tr
         metric="eval_loss",
         mode="min",
         max_t=total,
-        grace_period=cfg.grace or every,
+        grace_period=min(cfg.grace or every, total),  # beyond it, no trial would ever be stopped early
         reduction_factor=cfg.reduction,
     )
     for trial in record.trials.values():
@@ -49,4 +50,5 @@ class Asha(ASHAScheduler):
 
     def replay(self, trial_id: str, samples_seen: int, eval_loss: float) -> None:
         """Record what a trial reached at a rung."""
-        self._brackets[0].on_result(SimpleNamespace(trial_id=f"earlier-{trial_id}"), samples_seen, -eval_loss)
+        stand_in: Any = SimpleNamespace(trial_id=f"earlier-{trial_id}")  # of a trial, only its id is looked at
+        self._brackets[0].on_result(stand_in, samples_seen, -eval_loss)

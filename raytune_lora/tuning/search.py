@@ -26,29 +26,29 @@ STUDY_NAME = "sweep"
 def open_study(folder: Path, cfg: SearchConfig) -> optuna.Study:
     """The sweep's study, made where it is missing."""
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    return optuna.create_study(
-        study_name=STUDY_NAME,
-        storage=f"sqlite:///{folder / STUDY_FILE}",
-        sampler=_sampler(cfg),
-        direction="minimize",
-        load_if_exists=True,
+    study = optuna.create_study(
+        study_name=STUDY_NAME, storage=f"sqlite:///{folder / STUDY_FILE}", direction="minimize", load_if_exists=True
     )
+    # with the same seed again, a sweep that goes on would propose again what it proposed before
+    study.sampler = _sampler(cfg, cfg.seed + len(study.get_trials(deepcopy=False)))
+    return study
 
 
-def _sampler(cfg: SearchConfig) -> optuna.samplers.BaseSampler:
+def _sampler(cfg: SearchConfig, seed: int) -> optuna.samplers.BaseSampler:
     if cfg.sampler is Sampler.random:
-        return optuna.samplers.RandomSampler(seed=cfg.seed)
+        return optuna.samplers.RandomSampler(seed=seed)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
         return optuna.samplers.TPESampler(
-            n_startup_trials=cfg.startup_trials, multivariate=True, group=True, constant_liar=True, seed=cfg.seed
+            n_startup_trials=cfg.startup_trials, multivariate=True, group=True, constant_liar=True, seed=seed
         )
 
 
 def reconcile(study: optuna.Study, record: Record) -> list[Trial]:
     """Bring the study up to the journal after a kill.
 
-    A trial that the journal never saw start is told as failed: nothing came of it. One that it saw end is told so.
+    A trial that the journal never saw start is told as failed, and its parameters are proposed again. One that it saw
+    end is told so.
 
     Returns:
         The trials that were running: they are to go on.
@@ -57,6 +57,7 @@ def reconcile(study: optuna.Study, record: Record) -> list[Trial]:
         known = record.trials.get(trial_name(frozen.number))
         if known is None:
             study.tell(frozen.number, state=TrialState.FAIL)
+            study.enqueue_trial(frozen.params)
         elif known.ended:
             tell(study, known)
     return [trial for trial in record.trials.values() if not trial.ended]

@@ -24,7 +24,7 @@ from raytune_lora.tuning.trials import COMPLETED, MEASURED, Journal
 
 TRIALS = "trials"
 _ENOUGH = 10  # completed trials before parameter importance says anything
-_RESOURCES = {"memory": 1}  # a byte: a Tune trial only waits for its workers, and zero is refused
+_RESOURCES: dict[str, float] = {"memory": 1}  # a byte: a Tune trial only waits for its workers, and zero is refused
 
 
 def run_sweep(cfg: SweepConfig) -> dict[str, Any]:

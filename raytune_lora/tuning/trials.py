@@ -119,8 +119,9 @@ class Journal:
     def append(self, event: str, **values: Any) -> None:
         """Record one event durably."""
         entry = {"time": time.time(), "event": event, **values}
+        line = json.dumps(entry, ensure_ascii=False) + "\n"
         with self._path.open("ab") as file:
-            file.write(json.dumps(entry, ensure_ascii=False).encode() + b"\n")
+            file.write(line.encode(errors="backslashreplace"))  # a lone surrogate becomes JSON's own escape
             file.flush()
             os.fsync(file.fileno())
         self.record.add(entry)

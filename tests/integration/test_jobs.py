@@ -20,6 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from raytune_lora.config.compose import load
 from raytune_lora.data.store import TokenStore
 from raytune_lora.training.metrics import validation_loss
+from tests import readme
 
 pytestmark = [pytest.mark.slow, pytest.mark.e2e, pytest.mark.timeout(400)]
 
@@ -62,11 +63,29 @@ def processes_of(session: int) -> list[int]:
     return found
 
 
+SMALL = (
+    "training.global_batch=8",
+    "training.max_steps=8",
+    "training.learning_rate=3e-3",
+    "space.learning_rate.high=1e-2",
+    "evaluation.every=16",
+    "evaluation.loss_rows=16",
+    "evaluation.generate_rows=4",
+    "evaluation.max_new_tokens=16",
+    "search.trials=4",
+    "search.concurrent=2",
+    "scheduler.reduction=2",
+)
+
+
 @pytest.fixture(scope="module")
-def sweep(tmp_path_factory: pytest.TempPathFactory, cache: Path) -> tuple[Path, str, str]:
-    """A finished tiny sweep: its folder and what it printed."""
-    folder = tmp_path_factory.mktemp("sweeps") / "tiny"
-    process = start("sweep", "experiment=tiny", f"output={folder}", f"cache={cache}")
+def sweep(
+    tmp_path_factory: pytest.TempPathFactory, cache: Path, tiny_folder: Path, rows: Path
+) -> tuple[Path, str, str]:
+    """A finished sweep of the README's command for one's own data and model: its folder and what it printed."""
+    folder = tmp_path_factory.mktemp("sweeps") / "mine"
+    own = {"<folder or owner/name>": str(tiny_folder), "<file>.jsonl": str(rows), "sweeps/mine": str(folder)}
+    process = start("sweep", *readme.arguments("output=sweeps/mine", own), *SMALL, f"cache={cache}")
     out, err = finish(process)
     assert not processes_of(process.pid), "it left processes behind"
     return folder, out, err
@@ -147,7 +166,7 @@ def test_killed_and_resumed(tmp_path: Path, cache: Path) -> None:
     ended = {e["trial_id"]: e for e in trials_in(folder) if e["event"] == "trial_ended"}
     assert ended
     assert len(ended) < 4
-    out, _ = finish(start("sweep", f"resume={folder}"))
+    out, _ = finish(start("sweep", *readme.arguments("resume=", {"sweeps/mine": str(folder)})))
     results = json.loads((folder / "results.json").read_text())
     assert [trial["trial_id"] for trial in results["trials"]] == ["0000", "0001", "0002", "0003"]
     assert {trial["status"] for trial in results["trials"]} <= {"completed", "stopped"}
@@ -158,12 +177,12 @@ def test_killed_and_resumed(tmp_path: Path, cache: Path) -> None:
 
 def test_one_run_without_a_sweep(tmp_path: Path, cache: Path) -> None:
     folder = tmp_path / "run"
-    overrides = ("model=tiny_bias", "data=fake", "training.max_steps=4", "training.global_batch=8", "workers=2")
-    out, _ = finish(start("train", *overrides, f"output={folder}", f"cache={cache}"))
+    overrides = readme.arguments("jobs/train.py", {"runs/tiny": str(folder)})
+    out, _ = finish(start("train", *overrides, "model=tiny_bias", f"cache={cache}"))
     results = json.loads((folder / "results.json").read_text())
     assert results["kind"] == "run"
     assert [trial["status"] for trial in results["trials"]] == ["completed"]
-    assert results["trials"][0]["samples_seen"] == 32
+    assert results["trials"][0]["samples_seen"] == 4 * 32
     assert results["best"]["eval_loss"] < results["baseline"]["eval_loss"]
     assert (folder / "best" / "adapter" / "adapter_model.safetensors").is_file()
     assert str(folder / "report.html") in out

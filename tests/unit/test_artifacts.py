@@ -74,7 +74,7 @@ def test_two_processes_at_once_build_once(tmp_path: Path) -> None:
     assert counter.read_text() == "built\n"
 
 
-# -------------------- interruptions
+# -------------------------------------------------------------------------------------------------------- interruptions
 
 
 def test_an_interrupted_build_leaves_nothing_that_looks_whole(tmp_path: Path) -> None:
@@ -102,7 +102,7 @@ def test_a_folder_without_a_manifest_is_not_whole(tmp_path: Path) -> None:
     assert sorted(path.name for path in folder.iterdir()) == [MANIFEST, "part"]
 
 
-# -------------------- damage
+# --------------------------------------------------------------------------------------------------------------- damage
 
 
 def cut_file(folder: Path) -> None:
@@ -164,7 +164,7 @@ def test_a_damaged_folder_is_built_anew(damage: Any, tmp_path: Path) -> None:
     assert (folder / "part" / "data").read_text() == "content"
 
 
-# -------------------- files and fingerprints
+# ----------------------------------------------------------------------------------------------- files and fingerprints
 
 
 def test_json_is_replaced_as_a_whole_or_not_at_all(tmp_path: Path) -> None:
@@ -172,6 +172,9 @@ def test_json_is_replaced_as_a_whole_or_not_at_all(tmp_path: Path) -> None:
     write_json(path, {"이름": [1, None]})
     assert json.loads(path.read_text(encoding="utf-8")) == {"이름": [1, None]}
     assert stat.S_IMODE(path.stat().st_mode) == 0o644
+    write_json(path, "\udcff")
+    assert json.loads(path.read_text(encoding="utf-8")) == "\udcff"
+    write_json(path, {"이름": [1, None]})
     with path.open() as reader:
         write_json(path, {"new": True})
         assert json.load(reader) == {"이름": [1, None]}

@@ -45,7 +45,7 @@ def curve(trial: Trial) -> list[tuple[float, float]]:
     return [(point["samples_seen"], point["eval_loss"]) for point in trial.curve]
 
 
-# -------------------- the fold
+# ------------------------------------------------------------------------------------------------------------- the fold
 
 
 def test_a_trial_is_the_fold_of_its_events(path: Path) -> None:
@@ -110,7 +110,7 @@ def test_a_loss_that_is_no_number_is_never_the_best(path: Path) -> None:
     assert (trial.eval_loss, trial.checkpoint) == (2.0, "/checkpoint-16")
 
 
-# -------------------- a kill
+# --------------------------------------------------------------------------------------------------------------- a kill
 
 
 @pytest.mark.parametrize("cut", [1, 5, 40])
@@ -147,7 +147,7 @@ def test_text_of_any_kind_is_kept(path: Path) -> None:
     assert Journal(path).record.trials["0000"].error == error
 
 
-# -------------------- the best
+# ------------------------------------------------------------------------------------------------------------- the best
 
 
 def test_the_best_is_the_lowest_that_did_not_end_badly(path: Path) -> None:

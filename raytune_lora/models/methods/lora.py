@@ -21,7 +21,7 @@ class Lora(Method[LoraMethodConfig]):
         config = LoraConfig(
             task_type=TaskType.CAUSAL_LM,
             r=self.cfg.r,
-            lora_alpha=self.cfg.alpha,
+            lora_alpha=self.cfg.alpha,  # type: ignore[arg-type]  # only ever divided by r
             lora_dropout=self.cfg.dropout,
             target_modules=ALL_LINEAR if modules == [ALL_LINEAR] else list(modules),
             bias="none",
