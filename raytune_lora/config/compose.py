@@ -10,6 +10,7 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import fields, is_dataclass
 from enum import Enum
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -178,7 +179,7 @@ def _explain_one(choices: Sequence[str], override: str, key: str, error: Excepti
         near = difflib.get_close_matches(name, groups()[key], n=1)
         hint = f" Did you mean {key}={near[0]}?" if near else ""
         return f"{key}: there is no {name!r}.{hint} Known: {', '.join(groups()[key])}."
-    known = sorted({*keys(_to_plain_defaults(choices)), *groups()})
+    known = sorted({*keys(_to_plain_defaults(tuple(choices))), *groups()})
     if key not in known and _merged(override) == override:
         near = difflib.get_close_matches(key, known, n=3, cutoff=0.6)
         by_leaf = difflib.get_close_matches(key.split(".")[-1], {k.split(".")[-1] for k in known}, n=1, cutoff=0.6)
@@ -188,7 +189,8 @@ def _explain_one(choices: Sequence[str], override: str, key: str, error: Excepti
     return f"{key}: {_first_line(_cause(error))} (got {override.partition('=')[2]!r})"
 
 
-def _to_plain_defaults(choices: Sequence[str]) -> dict[str, Any]:
+@lru_cache
+def _to_plain_defaults(choices: tuple[str, ...]) -> dict[str, Any]:
     plain = OmegaConf.to_container(_compose(choices), resolve=False)
     return {str(key): value for key, value in plain.items()} if isinstance(plain, dict) else {}
 

@@ -137,4 +137,9 @@ def _sweep_problems(cfg: SweepConfig) -> list[str]:
             "space: with training.global_batch searched, training.max_steps gives each trial another number of "
             "samples; set training.max_steps=null and training.epochs"
         )
+    found += [
+        f"space: {key} cannot be searched: trials are compared at equal samples seen, and each sees as many in all"
+        for key in ("training.max_steps", "training.epochs")
+        if key in searched
+    ]
     return found

@@ -22,7 +22,6 @@ import ray
 import ray.train
 from ray.train import FailureConfig, ScalingConfig, TrainingFailedError
 from ray.train import RunConfig as RayRunConfig
-from ray.train.torch import TorchConfig, TorchTrainer
 
 from raytune_lora.config.schema import RunConfig
 from raytune_lora.data.store import TokenStore
@@ -63,7 +62,13 @@ class Board:
         self._broken: Ended | None = None
 
     async def submit(self, task: Task) -> None:
-        """Let a group have the task."""
+        """Let a group have the task.
+
+        Raises:
+            ValueError: a task of that name was there before.
+        """
+        if task.name in self._streams:
+            raise ValueError(f"there was a task {task.name!r} before: its reports would be mixed up")
         self._streams[task.name] = asyncio.Queue()
         if self._broken is None:
             await self._waiting.put(task)
@@ -182,6 +187,8 @@ class Pool:
                     return
 
     def _run_group(self, group: str) -> None:
+        from ray.train.torch import TorchConfig, TorchTrainer  # here: it brings torch
+
         cfg = self._cfg
         gpus = {"GPU": float(cfg.gpus_per_worker)} if cfg.gpus_per_worker else {}
         TorchTrainer(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -86,8 +87,10 @@ def problems(path: Path) -> list[str]:
         parent = parent.parent
     if not parent.is_dir():
         return [f"output: {parent} is a file, so {path} cannot be made; name another folder"]
-    if not os.access(parent, os.W_OK | os.X_OK):
-        return [f"output: {parent} is not writable, so {path} cannot be used; name another folder"]
+    try:
+        os.rmdir(tempfile.mkdtemp(prefix=".writable-", dir=parent))
+    except OSError as error:
+        return [f"output: {parent} is not writable ({error.strerror}), so {path} cannot be made; name another folder"]
     return []
 
 
@@ -124,8 +127,10 @@ def reopen(path: Path, kind: str) -> SweepConfig:
     file = SweepFolder(path).config
     if not file.is_file():
         raise UserError(f"resume: {path} holds no sweep or run (there is no config.yaml in it)")
-    found = file.read_text().partition("\n")[0].removeprefix(_HEADER)
-    if found != kind:
+    first = file.read_text(errors="replace").partition("\n")[0]
+    if not first.startswith(_HEADER):
+        raise UserError(f"resume: {path} holds no sweep or run (its config.yaml is another program's)")
+    if (found := first.removeprefix(_HEADER)) != kind:
         raise UserError(f"resume: {path} holds a {found}, not a {kind}; go on with it by the job that began it")
     cfg = load(file)
     cfg.output = str(path)

@@ -43,11 +43,22 @@ def train_until_told(cfg: Any, store: Any, place: Any) -> None:
     train(cfg, store, dataclasses.replace(place, stopped=lambda: any(place.folder.glob("checkpoint-*"))))
 
 
-def die_once(cfg: Any, store: Any, place: Any) -> None:
-    """End the second worker's process as a crash would, in the first attempt."""
+def train_with_a_crash(cfg: Any, store: Any, place: Any) -> None:
+    """End the last worker's process as a crash would, while the others train and wait for it."""
     if place.rank == place.workers - 1:
         os._exit(1)
+    train(cfg, store, place)
 
 
 def fail(cfg: Any, store: Any, place: Any) -> None:
     raise ValueError("made to fail")
+
+
+def count_models(cfg: Any, store: Any, place: Any) -> None:
+    """Report how many base models the process still holds."""
+    import gc
+
+    from transformers import PreTrainedModel
+
+    gc.collect()
+    place.report({"models": sum(isinstance(o, PreTrainedModel) for o in gc.get_objects())})

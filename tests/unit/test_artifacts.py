@@ -63,6 +63,12 @@ def test_a_built_folder_is_for_all_to_read(tmp_path: Path) -> None:
     assert modes == {"it": 0o755, "part": 0o755, "data": 0o644, MANIFEST: 0o644}
 
 
+def test_a_folder_appears_as_a_whole(tmp_path: Path) -> None:
+    built = build_once(tmp_path / "it", lambda work: {"inode": work.stat().st_ino, "whole": (tmp_path / "it").exists()})
+    assert built["inode"] == (tmp_path / "it").stat().st_ino
+    assert not built["whole"]
+
+
 def test_two_processes_at_once_build_once(tmp_path: Path) -> None:
     folder, counter = tmp_path / "it", tmp_path / "counter"
     command = [sys.executable, "-c", _BUILDER, str(folder), str(counter)]

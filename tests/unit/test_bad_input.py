@@ -13,7 +13,8 @@ import pytest
 import ray
 
 from raytune_lora.cli import job, main
-from raytune_lora.config.compose import compose, dump
+from raytune_lora.config.compose import compose
+from raytune_lora.tuning.folder import create
 
 ROOT = Path(__file__).resolve().parents[2]
 TINY = ["model=tiny", "data=fake"]
@@ -69,9 +70,8 @@ def rows(here: Path, content: str) -> str:
         ("data.template=chatml", "data.template: there is no 'chatml'", "known: alpaca"),
     ],
 )
-@pytest.mark.parametrize("verb", ["train", "sweep"])
-def test_a_key_or_value_that_cannot_be(verb: str, override: str, key: str, remedy: str, refused: Refused) -> None:
-    said = refused(verb, *TINY, "output=out", override)
+def test_a_key_or_value_that_cannot_be(override: str, key: str, remedy: str, refused: Refused) -> None:
+    said = refused("train", *TINY, "output=out", override)
     assert f"error: {key}" in said
     assert remedy in said
 
@@ -193,8 +193,7 @@ def test_a_cache_that_cannot_be_made(refused: Refused) -> None:
 
 
 def test_a_folder_that_holds_a_sweep(refused: Refused, here: Path) -> None:
-    (here / "old").mkdir()
-    (here / "old" / "config.yaml").write_text(dump(compose([*TINY, "output=old"])))
+    create(here / "old", compose(TINY), "sweep")
     said = refused("sweep", *TINY, "output=old")
     assert f"resume={here}/old" in said
     assert "name another folder (output=…)" in said
@@ -221,7 +220,21 @@ def test_resume_of_a_config_that_is_none(refused: Refused, here: Path) -> None:
     (here / "old").mkdir()
     (here / "old" / "config.yaml").write_text("a: 1\n")
     said = refused("sweep", "resume=old", own=False)
-    assert said.startswith(f"error: {here}/old/config.yaml: not a config of this version of raytune-lora")
+    assert said == f"error: resume: {here}/old holds no sweep or run (its config.yaml is another program's)\n"
+
+
+def test_resume_of_a_config_that_is_damaged(refused: Refused, here: Path) -> None:
+    config = create(here / "old", compose(TINY), "sweep").config
+    config.write_text(config.read_text().replace("kind: tiny", "kind: huge"))
+    said = refused("sweep", "resume=old", own=False)
+    assert said.startswith(f"error: {config}: not a config of this version of raytune-lora: ")
+
+
+def test_resume_by_the_other_job(refused: Refused, here: Path) -> None:
+    create(here / "swept", compose(TINY), "sweep")
+    create(here / "trained", compose(TINY), "run")
+    assert "holds a sweep, not a run" in refused("train", "resume=swept", own=False)
+    assert "holds a run, not a sweep" in refused("sweep", "resume=trained", own=False)
 
 
 def test_resume_takes_nothing_else(refused: Refused) -> None:

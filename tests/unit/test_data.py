@@ -168,7 +168,7 @@ def renderings(day: date) -> list[str]:
     return [
         f"{day:%B} {day.day}, {day.year}",
         f"{day.day} {day:%b} {day.year}",
-        f"{day:%m/%d/%Y}",
+        day.isoformat(),
         f"{day.year}년 {day.month}월 {day.day}일",
         f"{day:%Y.%m.%d}",
     ]

@@ -26,8 +26,10 @@ PARAMS = {"method.r": 16, "training.learning_rate": 0.00012345, "method.target_m
 
 def followed(tmp_path: Path) -> tuple[Progress, Journal]:
     """Made in the test itself, where the stream is caught that it keeps."""
-    progress = Progress("quickstart", total=8, goal=64, concurrent=2)
-    return progress, Journal(tmp_path / "journal.jsonl", progress.watch)
+    progress = Progress("quickstart", total=8)
+    journal = Journal(tmp_path / "journal.jsonl", progress.watch)
+    progress.know(64, journal.record)
+    return progress, journal
 
 
 def tell(journal: Journal, trial_id: str, *, status: str | None = None, error: str | None = None) -> None:
@@ -131,8 +133,7 @@ def test_only_the_last_trials_are_shown(tmp_path: Path) -> None:
     assert "0004" not in shown
 
 
-def test_the_goal_is_known_later(tmp_path: Path) -> None:
-    progress, journal = followed(tmp_path)
-    tell(journal, "0000")
-    progress.set_goal(128)
-    assert "16/128" in table(progress)
+def test_what_was_done_before_is_shown(tmp_path: Path) -> None:
+    tell(followed(tmp_path)[1], "0000", status="completed")
+    progress, _ = followed(tmp_path)
+    assert "quickstart: 1 of 8 trials ended" in table(progress)

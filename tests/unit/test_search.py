@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -75,8 +76,10 @@ def test_the_same_seed_proposes_the_same(sampler: Sampler, tmp_path: Path, cfg: 
 def test_a_loss_is_told_to_the_study_once(study: optuna.Study, cfg: SweepConfig) -> None:
     searching = searcher(study, cfg)
     searching.suggest("a")
-    for seen, loss in ((16, 3.0), (32, 2.0), (16, 9.0)):
-        searching.on_trial_result("a", {"samples_seen": seen, "eval_loss": loss})
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # Optuna warns of a step told twice
+        for seen, loss in ((16, 3.0), (32, 2.0), (16, 9.0)):
+            searching.on_trial_result("a", {"samples_seen": seen, "eval_loss": loss})
     searching.on_trial_result("a", {"status": "failed", "error": "e"})
     searching.on_trial_complete("a", {}, error=True)
     assert study.get_trials()[0].intermediate_values == {16: 3.0, 32: 2.0}
