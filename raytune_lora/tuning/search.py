@@ -63,9 +63,21 @@ def reconcile(study: optuna.Study, record: Record) -> list[Trial]:
     return [trial for trial in record.trials.values() if not trial.ended]
 
 
+def report(study: optuna.Study, trial: Trial) -> None:
+    """Give the study what has been measured of a trial that runs."""
+    study_trial = study.get_trials(deepcopy=False)[int(trial.trial_id)]
+    for point in trial.curve:
+        if int(point["samples_seen"]) not in study_trial.intermediate_values:
+            study._storage.set_trial_intermediate_value(
+                study_trial._trial_id, int(point["samples_seen"]), point["eval_loss"]
+            )
+
+
 def tell(study: optuna.Study, trial: Trial) -> None:
     """Tell the study how a trial ended: its loss, pruned with its curve, or failed; never a made-up number."""
     number = int(trial.trial_id)
+    if not study.get_trials(deepcopy=False)[number].state.is_finished():
+        report(study, trial)
     if trial.status == COMPLETED and trial.eval_loss is not None:
         study.tell(number, trial.eval_loss, skip_if_finished=True)
     elif trial.status == STOPPED:
@@ -83,27 +95,18 @@ class StudySearcher(Searcher):
         self._space = space
         self._cfg = cfg
         self._interrupted = list(interrupted)
-        self._live: dict[str, optuna.Trial] = {}
         if not study.get_trials(deepcopy=False):
             study.enqueue_trial(configured_point(space, cfg))
 
     def suggest(self, trial_id: str) -> dict[str, Any]:
         if self._interrupted:
             known = self._interrupted.pop(0)
-            frozen = next(t for t in self._study.get_trials(deepcopy=False) if t.number == int(known.trial_id))
-            self._live[trial_id] = optuna.Trial(self._study, frozen._trial_id)
             return {"trial_id": known.trial_id, "params": known.params}
         trial = self._study.ask()
-        self._live[trial_id] = trial
         return {"trial_id": trial_name(trial.number), "params": sample(trial, self._space, self._cfg)}
 
-    def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
-        if "samples_seen" in result and result["samples_seen"] not in self._reported(trial_id):
-            self._live[trial_id].report(result["eval_loss"], step=result["samples_seen"])
-
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
-        """The sweep tells the study once the journal has the end of the trial."""
-        self._live.pop(trial_id, None)
+        """Nothing: the study hears of measures and ends from the journal, by ``report`` and ``tell``."""
 
     def __getstate__(self) -> dict[str, Any]:
         """Nothing for Tune's own snapshots: a sweep goes on from the study and the journal."""
@@ -114,7 +117,3 @@ class StudySearcher(Searcher):
 
     def restore(self, checkpoint_path: str) -> None:
         """Nothing: the study is on disk."""
-
-    def _reported(self, trial_id: str) -> set[int]:
-        storage = self._study._storage
-        return set(storage.get_trial(self._live[trial_id]._trial_id).intermediate_values)

@@ -19,7 +19,7 @@ from raytune_lora.training.failures import FAILED, STOPPED
 from raytune_lora.tuning.isolated import run_trial
 from raytune_lora.tuning.job import SWEEP, Job, open_job, plain_run
 from raytune_lora.tuning.scheduler import build
-from raytune_lora.tuning.search import StudySearcher, open_study, reconcile, tell
+from raytune_lora.tuning.search import StudySearcher, open_study, reconcile, report, tell
 from raytune_lora.tuning.trials import COMPLETED, MEASURED, Journal
 
 TRIALS = "trials"
@@ -103,8 +103,9 @@ class _Recorder(Callback):
     def on_trial_result(self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **_: Any) -> None:
         if "samples_seen" not in result or "status" in result:
             return
-        measured = {key: result[key] for key in MEASURED}
-        self._journal.append("trial_result", trial_id=trial.config["trial_id"], **measured)
+        name, measured = trial.config["trial_id"], {key: result[key] for key in MEASURED}
+        self._journal.append("trial_result", trial_id=name, **measured)
+        report(self._study, self._journal.record.trials[name])
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:
         known = self._journal.record.trials[trial.config["trial_id"]]

@@ -20,6 +20,7 @@ from tests import readme
 
 pytestmark = [pytest.mark.slow, pytest.mark.e2e, pytest.mark.timeout(400)]
 
+OPEN = {"RAY_AUTH_MODE": "disabled"}  # between processes of one test on this machine
 RAY = str(Path(sys.executable).parent / "ray")
 
 
@@ -36,9 +37,7 @@ def dashboard(tmp_path: Path) -> Iterator[str]:
     command = [RAY, "start", "--head", "--block", "--num-cpus=4", "--node-ip-address=127.0.0.1"]
     command += [f"--port={free_port()}", f"--dashboard-port={port}", "--object-store-memory=134217728"]
     with (tmp_path / "head.log").open("w") as log:
-        head = subprocess.Popen(
-            command, stdout=log, stderr=log, start_new_session=True, env={**os.environ, "RAY_TMPDIR": str(tmp_path)}
-        )
+        head = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True, env={**os.environ, **OPEN})
     yield f"http://127.0.0.1:{port}"
     os.killpg(head.pid, 15)
     head.wait(60)
@@ -65,7 +64,7 @@ def test_submitted_to_a_cluster(dashboard: str, tmp_path: Path, cache: Path, tin
     wait_until_up(dashboard)
     done = subprocess.run(
         command,
-        env={**os.environ, "RAY_ADDRESS": dashboard, "RAY_RUNTIME_ENV_IGNORE_GITIGNORE": "0"},
+        env={**os.environ, **OPEN, "RAY_ADDRESS": dashboard},
         capture_output=True,
         text=True,
         timeout=300,

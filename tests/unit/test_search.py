@@ -16,7 +16,7 @@ from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 from raytune_lora.config.compose import compose
 from raytune_lora.config.schema import Sampler, Scheduler, SchedulerConfig, SearchConfig, SweepConfig
 from raytune_lora.tuning.scheduler import Asha, build, rungs
-from raytune_lora.tuning.search import StudySearcher, open_study, reconcile, tell
+from raytune_lora.tuning.search import StudySearcher, open_study, reconcile, report, tell
 from raytune_lora.tuning.space import lookup
 from raytune_lora.tuning.trials import Record, Trial, trial_name
 
@@ -74,16 +74,25 @@ def test_the_same_seed_proposes_the_same(sampler: Sampler, tmp_path: Path, cfg: 
 
 
 def test_a_loss_is_told_to_the_study_once(study: optuna.Study, cfg: SweepConfig) -> None:
-    searching = searcher(study, cfg)
-    searching.suggest("a")
+    searcher(study, cfg).suggest("a")
+    known = trial(0, "running")
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # Optuna warns of a step told twice
-        for seen, loss in ((16, 3.0), (32, 2.0), (16, 9.0)):
-            searching.on_trial_result("a", {"samples_seen": seen, "eval_loss": loss})
-    searching.on_trial_result("a", {"status": "failed", "error": "e"})
-    searching.on_trial_complete("a", {}, error=True)
+        for seen, loss in ((16, 3.0), (32, 2.0)):
+            known.curve.append({"samples_seen": seen, "eval_loss": loss, "train_loss": loss})
+            report(study, known)
     assert study.get_trials()[0].intermediate_values == {16: 3.0, 32: 2.0}
     assert states(study) == ["RUNNING"]
+
+
+def test_the_last_loss_of_a_stopped_trial_is_in_the_study(study: optuna.Study, cfg: SweepConfig) -> None:
+    """Tune tells a searcher of all results but the one it stops a trial at."""
+    searcher(study, cfg).suggest("a")
+    known = trial(0, "stopped", 3.0)
+    known.curve = [{"samples_seen": 16, "eval_loss": 3.0, "train_loss": 3.0}]
+    tell(study, known)
+    assert study.get_trials()[0].intermediate_values == {16: 3.0}
+    assert states(study) == ["PRUNED"]
 
 
 @pytest.mark.parametrize(
@@ -120,7 +129,7 @@ def killed(folder: Path, cfg: SweepConfig) -> tuple[Record, list[dict[str, Any]]
     known[0].status, known[0].eval_loss = "completed", 1.0
     known[1].status, known[1].eval_loss = "completed", 2.0
     known[2].curve, known[2].samples_seen = list(CURVE), 16
-    searching.on_trial_result("2", CURVE[0] | {"samples_seen": 16})
+    report(study, known[2])
     tell(study, known[0])
     return record(*known), proposals
 
@@ -140,10 +149,10 @@ def test_an_interrupted_trial_goes_on_first_with_its_parameters(tmp_path: Path, 
     study = open_study(tmp_path, cfg.search)
     searching = searcher(study, cfg, reconcile(study, known))
     assert searching.suggest("new a") == proposals[2]
-    searching.on_trial_result("new a", {"samples_seen": 16, "eval_loss": 9.0})
-    searching.on_trial_result("new a", {"samples_seen": 32, "eval_loss": 1.0})
+    again = trial(2, "completed", 1.0)
+    again.curve = [{"samples_seen": seen, "eval_loss": 1.0, "train_loss": 1.0} for seen in (16, 32)]
+    tell(study, again)
     assert study.trials[2].intermediate_values == {16: 2.0, 32: 1.0}
-    tell(study, trial(2, "completed", 1.0))
     assert states(study) == ["COMPLETE", "COMPLETE", "COMPLETE", "FAIL", "WAITING"]
 
 
