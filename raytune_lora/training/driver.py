@@ -20,7 +20,7 @@ from typing import Any
 
 import ray
 import ray.train
-from ray.train import FailureConfig, ScalingConfig, TrainingFailedError
+from ray.train import FailureConfig, ScalingConfig
 from ray.train import RunConfig as RayRunConfig
 
 from raytune_lora.config.schema import RunConfig
@@ -30,7 +30,7 @@ from raytune_lora.training.output import output_to
 from raytune_lora.training.place import Place
 
 LOGS = "logs"
-_FAILED_STARTS = 2  # in a row, before a pool gives up
+_FAILED_STARTS = 2  # in a row, before a pool goes on with a group less
 _QUIET = {"TQDM_DISABLE": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1", "TRANSFORMERS_VERBOSITY": "error"}
 
 Report = dict[str, Any]
@@ -59,6 +59,7 @@ class Board:
         self._streams: dict[str, asyncio.Queue[Report | Ended]] = {}
         self._ended: set[str] = set()
         self._stopped: set[str] = set()
+        self._dead: set[str] = set()
         self._broken: Ended | None = None
 
     async def submit(self, task: Task) -> None:
@@ -80,7 +81,11 @@ class Board:
         taken = self._taken.setdefault(group, [])
         async with self._locks.setdefault(group, asyncio.Lock()):
             if number == len(taken):
-                taken.append(await self._waiting.get())
+                task = await self._waiting.get()
+                if group in self._dead:  # it died while it waited: the task is for another
+                    await self._waiting.put(task)
+                    return None
+                taken.append(task)
         return taken[number]
 
     async def post(self, name: str, report: Report) -> None:
@@ -110,6 +115,7 @@ class Board:
 
     async def group_failed(self, group: str, ended: Ended) -> bool:
         """End what the group was at; whether it had got as far as a task."""
+        self._dead.add(group)
         taken = [task for task in self._taken.pop(group, []) if task is not None]
         if taken:
             await self.end(taken[-1].name, ended)
@@ -148,6 +154,8 @@ class Pool:
         self._folder = folder
         self.board: Any = ray.remote(num_cpus=0)(Board).remote()
         self._closing = threading.Event()
+        self._lock = threading.Lock()
+        self._groups = groups
         self._threads = [threading.Thread(target=self._keep, args=(n,), daemon=True) for n in range(groups)]
 
     def __enter__(self) -> Pool:
@@ -178,13 +186,20 @@ class Pool:
             generation += 1
             try:
                 self._run_group(group)
-            except TrainingFailedError as error:
+            except Exception as error:  # whatever ended it, the reader of its task must not wait for ever
                 ended = classify(error)
                 had_task = ray.get(self.board.group_failed.remote(group, ended))
                 failed_starts = 0 if had_task else failed_starts + 1
                 if failed_starts >= _FAILED_STARTS:
-                    ray.get(self.board.give_up.remote(Ended(FAILED, f"no worker group could start: {ended.error}")))
+                    self._abandon(Ended(FAILED, f"no worker group could start: {ended.error}"))
                     return
+
+    def _abandon(self, ended: Ended) -> None:
+        """Go on with a group less; without any, end all tasks."""
+        with self._lock:
+            self._groups -= 1
+            if self._groups == 0:
+                ray.get(self.board.give_up.remote(ended))
 
     def _run_group(self, group: str) -> None:
         from ray.train.torch import TorchConfig, TorchTrainer  # here: it brings torch

@@ -80,8 +80,8 @@ def _release(trainer: PlannedTrainer) -> None:
 
 
 def set_up(threads: int) -> None:
-    """Make a worker ready for a task."""
-    torch.set_num_threads(threads)
+    """Make a worker ready for a task; it never gets more threads than the machine has cores."""
+    torch.set_num_threads(min(threads, os.cpu_count() or 1))
     transformers_logging.disable_progress_bar()
 
 

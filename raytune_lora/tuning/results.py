@@ -34,7 +34,7 @@ from raytune_lora.tuning.folder import SweepFolder
 from raytune_lora.tuning.trials import Record, Trial
 
 SCHEMA_VERSION = 1
-BASELINE, BEST = "baseline", "best"
+BASELINE, TRIALS, BEST = "baseline", "trials", "best"  # phases
 ANSWERS = "answers.jsonl"
 
 
@@ -66,7 +66,7 @@ def _results(
         "name": folder.path.name,
         "version": __version__,
         "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "state": "finished" if BEST in record.phases else "interrupted",
+        "state": "finished" if _finished(record) else "interrupted",
         "model": {"name": display_name(cfg.model), "parameters": record.phases.get(BASELINE, {}).get("parameters")},
         "data": {
             "name": cfg.data.kind,
@@ -83,6 +83,10 @@ def _results(
         "examples": _examples(folder, cfg.evaluation.examples),
         "seconds": {"total": sum(phases.values()), **phases},
     }
+
+
+def _finished(record: Record) -> bool:
+    return BEST in record.phases or (TRIALS in record.phases and record.best() is None)
 
 
 def _measured(phase: dict[str, Any]) -> dict[str, Any]:

@@ -9,9 +9,8 @@ from raytune_lora.config.schema import SweepConfig
 from raytune_lora.training.driver import TaskFailed
 from raytune_lora.tuning.isolated import training_task
 from raytune_lora.tuning.job import RUN, Job, open_job, plain_run
+from raytune_lora.tuning.results import TRIALS
 from raytune_lora.tuning.trials import COMPLETED, trial_name
-
-TRAINING = "trials"
 
 
 def run_once(cfg: SweepConfig) -> dict[str, Any]:
@@ -31,7 +30,7 @@ def _run(job: Job) -> None:
     job.measure_baseline()
     known = job.journal.record.trials.get(trial_name(0))
     if known is None or not known.ended:
-        with job.phase(TRAINING, "training"):
+        with job.phase(TRIALS, "training"):
             _train(job)
     job.finish()
 

@@ -18,11 +18,11 @@ from raytune_lora.config.schema import SweepConfig
 from raytune_lora.training.failures import FAILED, STOPPED
 from raytune_lora.tuning.isolated import run_trial
 from raytune_lora.tuning.job import SWEEP, Job, open_job, plain_run
+from raytune_lora.tuning.results import TRIALS
 from raytune_lora.tuning.scheduler import build
 from raytune_lora.tuning.search import StudySearcher, open_study, reconcile, report, tell
 from raytune_lora.tuning.trials import COMPLETED, MEASURED, Journal
 
-TRIALS = "trials"
 _ENOUGH = 10  # completed trials before parameter importance says anything
 _RESOURCES: dict[str, float] = {"memory": 1}  # a byte: a Tune trial only waits for its workers, and zero is refused
 
@@ -120,6 +120,8 @@ class _Recorder(Callback):
     def _end(self, trial: Any, status: str, error: str | None) -> None:
         name = trial.config["trial_id"]
         ray.get(self._board.stop.remote(name))
+        if name not in self._journal.record.trials:  # its Tune actor never came up
+            self.on_trial_start(0, [], trial)
         seconds = round(time.monotonic() - self._began[name], 3)
         self._journal.append("trial_ended", trial_id=name, status=status, error=error, seconds=seconds)
         tell(self._study, self._journal.record.trials[name])

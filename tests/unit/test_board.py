@@ -1,0 +1,115 @@
+"""The board that hands tasks to worker groups, without Ray."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Coroutine
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from raytune_lora.config.schema import RunConfig
+from raytune_lora.data.store import TokenStore
+from raytune_lora.training.driver import Board, Task
+from raytune_lora.training.failures import DIVERGED, FAILED, STOPPED, Ended
+
+
+def task(name: str) -> Task:
+    return Task(name, print, RunConfig(), TokenStore(Path(name), {}), Path(name))
+
+
+def run(steps: Coroutine[Any, Any, None]) -> None:
+    asyncio.run(asyncio.wait_for(steps, 5))
+
+
+def test_each_worker_of_a_group_gets_the_same_task_and_each_group_another() -> None:
+    async def steps() -> None:
+        board = Board()
+        await board.submit(task("a"))
+        await board.submit(task("b"))
+        first = [await board.take("one", 0), await board.take("one", 0)]
+        assert [each.name for each in first if each] == ["a", "a"]
+        other = await board.take("two", 0)
+        assert other is not None
+        assert other.name == "b"
+
+    run(steps())
+
+
+def test_reports_come_in_order_and_the_first_end_counts() -> None:
+    async def steps() -> None:
+        board = Board()
+        await board.submit(task("a"))
+        await board.post("a", {"step": 1})
+        await board.post("a", {"step": 2})
+        await board.end("a", Ended(DIVERGED, "first"))
+        await board.end("a", Ended(FAILED, "second"))
+        await board.post("a", {"step": 3})
+        assert [await board.next("a") for _ in range(3)] == [{"step": 1}, {"step": 2}, Ended(DIVERGED, "first")]
+
+    run(steps())
+
+
+def test_a_stopped_task_ends_for_its_reader_at_once() -> None:
+    async def steps() -> None:
+        board = Board()
+        await board.submit(task("a"))
+        assert not await board.is_stopped("a")
+        await board.stop("a")
+        assert await board.is_stopped("a")
+        assert await board.next("a") == Ended(STOPPED)
+
+    run(steps())
+
+
+def test_a_failed_group_ends_its_task_and_one_that_waited_takes_none_with_it() -> None:
+    async def steps() -> None:
+        board = Board()
+        await board.submit(task("a"))
+        await board.take("busy", 0)
+        waiting = asyncio.create_task(board.take("idle", 0))
+        await asyncio.sleep(0)
+        assert await board.group_failed("busy", Ended(FAILED, "crash"))
+        assert await board.next("a") == Ended(FAILED, "crash")
+        assert not await board.group_failed("idle", Ended(FAILED, "crash"))
+        await board.submit(task("b"))
+        assert await waiting is None
+        taken = await board.take("fresh", 0)
+        assert taken is not None
+        assert taken.name == "b"
+
+    run(steps())
+
+
+def test_when_no_group_can_start_all_tasks_end() -> None:
+    async def steps() -> None:
+        board, ended = Board(), Ended(FAILED, "no group")
+        await board.submit(task("before"))
+        await board.give_up(ended)
+        await board.submit(task("after"))
+        assert [await board.next(name) for name in ("before", "after")] == [ended, ended]
+
+    run(steps())
+
+
+def test_closing_stops_what_is_at_work_and_sends_the_groups_home() -> None:
+    async def steps() -> None:
+        board = Board()
+        await board.submit(task("a"))
+        await board.take("one", 0)
+        await board.close(1)
+        assert await board.is_stopped("a")
+        assert await board.take("one", 1) is None
+
+    run(steps())
+
+
+def test_a_name_is_used_once() -> None:
+    async def steps() -> None:
+        board = Board()
+        await board.submit(task("a"))
+        with pytest.raises(ValueError, match="before"):
+            await board.submit(task("a"))
+
+    run(steps())
