@@ -27,7 +27,15 @@ def latest(folder: Path) -> Path | None:
     return None
 
 
-def commit(parts: Path, folder: Path, step: int, eval_loss: float, rank: int, workers: int) -> Path:
+def report_of(checkpoint: Path) -> dict[str, Any]:
+    """What was reported with a whole checkpoint, or would have been had the run not been killed in between."""
+    manifest = read_manifest(checkpoint)
+    if manifest is None:
+        raise ValueError(f"{checkpoint} is not a whole checkpoint")
+    return dict(manifest["report"]) | {"checkpoint": str(checkpoint)}
+
+
+def commit(parts: Path, folder: Path, step: int, report: dict[str, Any], rank: int, workers: int) -> Path:
     """Make a whole checkpoint of what the workers wrote; all of them call it.
 
     Of older ones only that of the lowest validation loss is kept.
@@ -36,7 +44,7 @@ def commit(parts: Path, folder: Path, step: int, eval_loss: float, rank: int, wo
         parts: what Trainer wrote.
         folder: of the trial.
         step: optimizer steps done.
-        eval_loss: measured at the step.
+        report: that goes with it; its ``eval_loss`` decides which checkpoint is the best.
         rank: of this worker.
         workers: that wrote parts.
     """
@@ -45,7 +53,7 @@ def commit(parts: Path, folder: Path, step: int, eval_loss: float, rank: int, wo
         torch.distributed.barrier()
     if rank == 0:
         files = {str(p.relative_to(parts)): p.stat().st_size for p in sorted(parts.rglob("*")) if p.is_file()}
-        write_json(parts / MANIFEST, {"step": step, "eval_loss": eval_loss, "workers": workers, "files": files})
+        write_json(parts / MANIFEST, {"step": step, "report": report, "workers": workers, "files": files})
         shutil.rmtree(target, ignore_errors=True)
         os.replace(parts, target)
         _keep_best(folder, target)
@@ -56,7 +64,7 @@ def _keep_best(folder: Path, newest: Path) -> None:
     found: dict[Path, dict[str, Any]] = {
         path: manifest for path in folder.glob(f"{_PREFIX}*") if (manifest := read_manifest(path)) is not None
     }
-    best = min(found, key=lambda path: (found[path]["eval_loss"], -found[path]["step"]))
+    best = min(found, key=lambda path: (found[path]["report"]["eval_loss"], -found[path]["step"]))
     for path in found:
         if path not in (best, newest):
             shutil.rmtree(path)

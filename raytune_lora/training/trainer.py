@@ -113,17 +113,16 @@ class Reporter(TrainerCallback):
     def on_save(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
         step, place = state.global_step, self._place
         parts = Path(str(args.output_dir)) / f"checkpoint-{step}"
-        checkpoint = commit(parts, place.folder, step, self._eval_loss, place.rank, place.workers)
-        report = {
+        report = self._facts | {
             "samples_seen": self._plan.samples_seen(step),
             "eval_loss": self._eval_loss,
             "train_loss": sum(self._losses) / max(1, len(self._losses)),
             "training_seconds": self._training_seconds,
             "peak_memory_bytes": peak_memory(),
-            "checkpoint": str(checkpoint),
         }
         self._losses.clear()
-        place.report(report | self._facts)
+        checkpoint = commit(parts, place.folder, step, report, place.rank, place.workers)
+        place.report(report | {"checkpoint": str(checkpoint)})
 
     def _stopped(self) -> bool:
         """Whether the first worker was told to stop: the others follow it, or they would wait for it for ever."""

@@ -20,7 +20,7 @@ from raytune_lora.data.store import TokenStore
 from raytune_lora.models.loading import load_model, load_tokenizer, precision
 from raytune_lora.models.methods import method_for
 from raytune_lora.models.sources import materialize
-from raytune_lora.training.checkpoint import SAVING, latest
+from raytune_lora.training.checkpoint import SAVING, latest, report_of
 from raytune_lora.training.deepspeed import deepspeed_config, release
 from raytune_lora.training.place import Place
 from raytune_lora.training.plan import plan_run, stream
@@ -64,6 +64,8 @@ def train(cfg: RunConfig, store: TokenStore, place: Place) -> None:
         )
     torch.manual_seed(stream(cfg.training.seed, "dropout", place.rank))
     checkpoint = latest(place.folder)
+    if checkpoint is not None:  # whoever reads the reports may have been killed before it read this one
+        place.report(report_of(checkpoint))
     try:
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     finally:

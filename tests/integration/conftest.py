@@ -26,7 +26,7 @@ Configure = Callable[..., RunConfig]
 def ray_instance() -> Iterator[None]:
     """As the program starts it, with room for the groups of all tests."""
     os.environ.update(connect.ENVIRONMENT)
-    ray.init(num_cpus=4, object_store_memory=128 * 2**20, include_dashboard=False, log_to_driver=False)
+    ray.init(address="local", num_cpus=4, object_store_memory=128 * 2**20, include_dashboard=False, log_to_driver=False)
     yield
     ray.shutdown()
 

@@ -175,6 +175,17 @@ def test_killed_and_resumed(tmp_path: Path, cache: Path) -> None:
     assert "report" in out
 
 
+def test_a_diverging_trial_ends_alone(tmp_path: Path, cache: Path) -> None:
+    folder = tmp_path / "wild"
+    wild = ("space.learning_rate.low=1e-3", "space.learning_rate.high=1e30", "training.max_grad_norm=1e30")
+    out, _ = finish(start("sweep", "experiment=tiny", "search.trials=3", *wild, f"output={folder}", f"cache={cache}"))
+    trials = json.loads((folder / "results.json").read_text())["trials"]
+    assert trials[0]["status"] == "completed"
+    diverged = [trial for trial in trials if trial["status"] == "diverged"]
+    assert diverged
+    assert all("at step" in trial["error"] and trial["log"] in out for trial in diverged)
+
+
 def test_one_run_without_a_sweep(tmp_path: Path, cache: Path) -> None:
     folder = tmp_path / "run"
     overrides = readme.arguments("jobs/train.py", {"runs/tiny": str(folder)})
