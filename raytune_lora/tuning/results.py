@@ -78,7 +78,7 @@ def _results(
         "search": search if kind == "sweep" else None,
         "baseline": _measured(record.phases.get(BASELINE, {})),
         "best": _best(folder, record),
-        "trials": [_trial(folder, trial) for trial in record.trials.values()],
+        "trials": [_trial(folder, record.trials[name]) for name in sorted(record.trials)],
         "importance": importance,
         "examples": _examples(folder, cfg.evaluation.examples),
         "seconds": {"total": sum(phases.values()), **phases},
