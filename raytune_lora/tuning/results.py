@@ -27,6 +27,7 @@ from raytune_lora import __version__
 from raytune_lora.artifacts import write_json
 from raytune_lora.config.schema import SweepConfig
 from raytune_lora.data.store import TokenStore
+from raytune_lora.evaluation import ANSWERS
 from raytune_lora.models.sources import display_name
 from raytune_lora.report import render
 from raytune_lora.training.driver import LOGS
@@ -35,7 +36,6 @@ from raytune_lora.tuning.trials import Record, Trial
 
 SCHEMA_VERSION = 1
 BASELINE, TRIALS, BEST = "baseline", "trials", "best"  # phases
-ANSWERS = "answers.jsonl"
 
 
 def write_results(
