@@ -158,10 +158,6 @@ class TrainingConfig:
     gradient_checkpointing: bool = False
     seed: int = 0  # of the weights' start, the order of the data and dropout
 
-    def accumulation(self, workers: int) -> int:
-        """Forward passes an optimizer step a worker."""
-        return self.global_batch // (self.micro_batch * workers)
-
 
 @dataclass
 class DeepSpeedConfig:

@@ -13,8 +13,9 @@ from raytune_lora.config.schema import RunConfig
 from raytune_lora.data.store import IGNORED, TokenStore
 from raytune_lora.evaluation import ANSWERS
 from raytune_lora.evaluation.generate import answer, exact_match
-from raytune_lora.models.loading import load_adapter, load_model, load_tokenizer
+from raytune_lora.models.loading import load_adapter, load_model
 from raytune_lora.models.sources import materialize
+from raytune_lora.models.tokenizer import load_tokenizer
 from raytune_lora.training.metrics import validation_loss
 from raytune_lora.training.place import Place
 from raytune_lora.training.worker import cache_dir

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import importlib.util
 from collections.abc import Callable
 from pathlib import Path
@@ -36,15 +35,6 @@ def materialize(cfg: ModelConfig, cache: Path) -> Path:
         UserError: there is no such model.
     """
     return _SOURCES[type(cfg)](cfg, cache)
-
-
-def tokenizer_identity(folder: Path) -> str:
-    """Stands for the tokenizer of a model folder: a digest of its files."""
-    digest = hashlib.sha256()
-    for name in ("tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt", "tokenizer_config.json"):
-        if (folder / name).is_file():
-            digest.update(name.encode() + (folder / name).read_bytes())
-    return digest.hexdigest()
 
 
 def display_name(cfg: ModelConfig) -> str:

@@ -5,15 +5,17 @@ from __future__ import annotations
 from typing import Any
 
 from raytune_lora.config.schema import RunConfig
+from raytune_lora.training.plan import Plan
 
 _NEVER = 10**9  # steps between DeepSpeed's own progress lines
 
 
-def deepspeed_config(cfg: RunConfig, *, bf16: bool) -> dict[str, Any] | None:
+def deepspeed_config(cfg: RunConfig, plan: Plan, *, bf16: bool) -> dict[str, Any] | None:
     """DeepSpeed's JSON with every key that matters spelled out; None where DeepSpeed is off.
 
     Args:
         cfg: the run.
+        plan: its batches.
         bf16: whether weights and arithmetic are bf16; fp32 otherwise.
     """
     if not cfg.deepspeed.enabled:
@@ -24,9 +26,9 @@ def deepspeed_config(cfg: RunConfig, *, bf16: bool) -> dict[str, Any] | None:
     if cfg.deepspeed.stage == 3:
         zero |= {"overlap_comm": cfg.gpus_per_worker > 0, "stage3_gather_16bit_weights_on_model_save": True}
     return {
-        "train_batch_size": cfg.training.global_batch,
-        "train_micro_batch_size_per_gpu": cfg.training.micro_batch,
-        "gradient_accumulation_steps": cfg.training.accumulation(cfg.workers),
+        "train_batch_size": plan.global_batch,
+        "train_micro_batch_size_per_gpu": plan.micro_batch,
+        "gradient_accumulation_steps": plan.accumulation,
         "gradient_clipping": cfg.training.max_grad_norm,
         "bf16": {"enabled": bf16},
         "zero_optimization": zero,

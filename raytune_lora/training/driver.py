@@ -202,11 +202,13 @@ class Pool:
                 ray.get(self.board.give_up.remote(ended))
 
     def _run_group(self, group: str) -> None:
-        from ray.train.torch import TorchConfig, TorchTrainer  # here: it brings torch
+        from ray.train.torch import TorchConfig  # here: it brings torch
+
+        from raytune_lora.training.group import GroupTrainer
 
         cfg = self._cfg
         gpus = {"GPU": float(cfg.gpus_per_worker)} if cfg.gpus_per_worker else {}
-        TorchTrainer(
+        GroupTrainer(
             _workers,
             train_loop_config={"board": self.board, "group": group, "once": not cfg.cluster.reuse_workers},
             torch_config=TorchConfig(backend="nccl" if cfg.gpus_per_worker else "gloo"),

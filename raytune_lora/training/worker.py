@@ -17,13 +17,14 @@ from transformers.utils import logging as transformers_logging
 
 from raytune_lora.config.schema import RunConfig
 from raytune_lora.data.store import TokenStore
-from raytune_lora.models.loading import load_model, load_tokenizer, precision
+from raytune_lora.models.loading import load_model, precision
 from raytune_lora.models.methods import method_for
 from raytune_lora.models.sources import materialize
+from raytune_lora.models.tokenizer import load_tokenizer
 from raytune_lora.training.checkpoint import SAVING, latest, report_of
 from raytune_lora.training.deepspeed import deepspeed_config, release
 from raytune_lora.training.place import Place
-from raytune_lora.training.plan import plan_run, stream
+from raytune_lora.training.plan import Plan, plan_run, stream
 from raytune_lora.training.trainer import PlannedTrainer, Reporter
 from raytune_lora.training.warmup import build_shared_memory_op
 
@@ -40,7 +41,7 @@ def train(cfg: RunConfig, store: TokenStore, place: Place) -> None:
     _join_group(cfg)
     saving = place.folder / SAVING
     # ZeRO-3 partitions the base model while it is loaded, and knows of it from the arguments: they come first
-    args = _arguments(cfg, plan.steps, saving, dtype)
+    args = _arguments(cfg, plan, saving, dtype)
     folder = materialize(cfg.model, cache_dir(cfg))
     tokenizer = load_tokenizer(folder, cfg.model)
     base = load_model(folder, cfg.model)
@@ -117,21 +118,21 @@ def _join_group(cfg: RunConfig) -> None:
         PartialState(cpu=True)
 
 
-def _arguments(cfg: RunConfig, steps: int, saving: Path, dtype: torch.dtype) -> TrainingArguments:
+def _arguments(cfg: RunConfig, plan: Plan, saving: Path, dtype: torch.dtype) -> TrainingArguments:
     training = cfg.training
     bf16 = dtype is torch.bfloat16
     return TrainingArguments(
         output_dir=str(saving),
-        deepspeed=deepspeed_config(cfg, bf16=bf16),
+        deepspeed=deepspeed_config(cfg, plan, bf16=bf16),
         accelerator_config={"use_configured_state": True},
         bf16=bf16 and cfg.gpus_per_worker > 0,
         use_cpu=cfg.gpus_per_worker == 0 and not cfg.deepspeed.enabled,
-        per_device_train_batch_size=training.micro_batch,
-        gradient_accumulation_steps=training.accumulation(cfg.workers),
-        max_steps=steps,
+        per_device_train_batch_size=plan.micro_batch,
+        gradient_accumulation_steps=plan.accumulation,
+        max_steps=plan.steps,
         learning_rate=training.learning_rate,
         lr_scheduler_type=training.lr_scheduler,
-        warmup_steps=math.ceil(training.warmup * steps),
+        warmup_steps=math.ceil(training.warmup * plan.steps),
         weight_decay=training.weight_decay,
         max_grad_norm=training.max_grad_norm,
         activation_checkpointing=training.gradient_checkpointing,

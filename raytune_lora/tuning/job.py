@@ -15,7 +15,8 @@ from raytune_lora.config.compose import dump
 from raytune_lora.config.schema import HubModelConfig, RunConfig, SweepConfig
 from raytune_lora.data.store import TokenStore, prepare
 from raytune_lora.models.export import export_adapter
-from raytune_lora.models.sources import materialize, tokenizer_identity
+from raytune_lora.models.sources import materialize
+from raytune_lora.models.tokenizer import load_tokenizer, tokenizer_identity
 from raytune_lora.training.driver import LOGS, Pool, Task, TaskFailed
 from raytune_lora.training.plan import Plan, plan_run
 from raytune_lora.tuning.folder import SweepFolder, create, reopen
@@ -156,8 +157,6 @@ def _work(job: Job, run: Callable[[Job], None]) -> dict[str, Any]:
 
 def prepare_inputs(cfg: SweepConfig) -> tuple[Path, TokenStore]:
     """The base model's folder and the token store, made where they are missing."""
-    from raytune_lora.models.loading import load_tokenizer  # here: it brings transformers
-
     cache = Path(cfg.cache).expanduser().absolute()
     folder = materialize(cfg.model, cache)
     store = prepare(cfg.data, load_tokenizer(folder, cfg.model), tokenizer_identity(folder), cache)

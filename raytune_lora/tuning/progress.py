@@ -85,10 +85,10 @@ class Progress:
 
     def _table(self) -> Table:
         trials = list(self._record.trials.values())
-        ended = sum(trial.ended for trial in trials)
         keys = list(dict.fromkeys(key for trial in trials for key in trial.params))
         table = Table(
-            title=f"{self._title}: {ended} of {self._total} trials ended, {self._clock()}", title_justify="left"
+            title=f"{self._title}: {self._record.ended} of {self._total} trials ended, {self._clock()}",
+            title_justify="left",
         )
         table.add_column("trial")
         table.add_column("status")

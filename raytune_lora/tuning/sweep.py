@@ -44,8 +44,7 @@ def _sweep(job: Job) -> None:
     job.measure_baseline()
     study = open_study(job.folder.path, job.cfg.search)
     interrupted = reconcile(study, job.journal.record)
-    ended = sum(trial.ended for trial in job.journal.record.trials.values())
-    remaining = job.cfg.search.trials - ended
+    remaining = job.cfg.search.trials - job.journal.record.ended
     if remaining > 0:
         with job.phase(TRIALS, "running trials"):
             _tune(job, study, interrupted, remaining)
@@ -77,7 +76,7 @@ def _tune(job: Job, study: optuna.Study, interrupted: list[Any], remaining: int)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         tuner.fit()
-    if sum(trial.ended for trial in job.journal.record.trials.values()) < cfg.search.trials:
+    if job.journal.record.ended < cfg.search.trials:
         raise KeyboardInterrupt  # Tune ends in order at the first Ctrl-C and says nothing of it
 
 

@@ -75,6 +75,11 @@ class Record:
             trial.status, trial.error = event["status"], event["error"]
             trial.seconds += event["seconds"]
 
+    @property
+    def ended(self) -> int:
+        """How many trials have ended, well or badly."""
+        return sum(trial.ended for trial in self.trials.values())
+
     def best(self) -> Trial | None:
         """The trial with the lowest validation loss among those that did not end badly."""
         able = [t for t in self.trials.values() if t.eval_loss is not None and t.status not in ENDED_BADLY]

@@ -76,6 +76,7 @@ SMALL = (
     "search.concurrent=2",
     "scheduler.reduction=2",
 )
+ONE = ("search.concurrent=1",)  # a worker group less to start
 
 
 @pytest.fixture(scope="module")
@@ -157,7 +158,7 @@ def test_a_second_sweep_in_the_folder_is_refused(sweep: tuple[Path, str, str], c
 def test_killed_and_resumed(tmp_path: Path, cache: Path) -> None:
     """After kill -9 in the middle, the total is what was asked for, and nothing that had ended is run again."""
     folder = tmp_path / "killed"
-    process = start("sweep", "experiment=tiny", "search.concurrent=1", f"output={folder}", f"cache={cache}")
+    process = start("sweep", "experiment=tiny", *ONE, f"output={folder}", f"cache={cache}")
     wait_for(lambda: any(e["event"] == "trial_ended" for e in trials_in(folder)) or process.poll() is not None)
     wait_for(lambda: trials_in(folder)[-1]["event"] == "trial_started" or process.poll() is not None)
     os.killpg(process.pid, signal.SIGKILL)
@@ -178,7 +179,9 @@ def test_killed_and_resumed(tmp_path: Path, cache: Path) -> None:
 def test_a_diverging_trial_ends_alone(tmp_path: Path, cache: Path) -> None:
     folder = tmp_path / "wild"
     wild = ("space.learning_rate.low=1e-3", "space.learning_rate.high=1e30", "training.max_grad_norm=1e30")
-    out, _ = finish(start("sweep", "experiment=tiny", "search.trials=3", *wild, f"output={folder}", f"cache={cache}"))
+    out, _ = finish(
+        start("sweep", "experiment=tiny", *ONE, "search.trials=3", *wild, f"output={folder}", f"cache={cache}")
+    )
     trials = json.loads((folder / "results.json").read_text())["trials"]
     assert trials[0]["status"] == "completed"
     diverged = [trial for trial in trials if trial["status"] == "diverged"]
@@ -201,7 +204,7 @@ def test_one_run_without_a_sweep(tmp_path: Path, cache: Path) -> None:
 
 def test_ctrl_c_ends_in_order(tmp_path: Path, cache: Path) -> None:
     folder = tmp_path / "interrupted"
-    process = start("sweep", "experiment=tiny", "search.trials=50", f"output={folder}", f"cache={cache}")
+    process = start("sweep", "experiment=tiny", *ONE, "search.trials=50", f"output={folder}", f"cache={cache}")
     wait_for(lambda: any(e["event"] == "trial_ended" for e in trials_in(folder)) or process.poll() is not None)
     process.send_signal(signal.SIGINT)
     _, err = finish(process, status=130)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shlex
+import signal
 import socket
 import subprocess
 import sys
@@ -39,7 +40,7 @@ def dashboard(tmp_path: Path) -> Iterator[str]:
     with (tmp_path / "head.log").open("w") as log:
         head = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True, env={**os.environ, **OPEN})
     yield f"http://127.0.0.1:{port}"
-    os.killpg(head.pid, 15)
+    os.killpg(head.pid, signal.SIGKILL)
     head.wait(60)
 
 
