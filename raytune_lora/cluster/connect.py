@@ -89,7 +89,7 @@ def placement_problems(cfg: RunConfig, nodes: list[Node], *, concurrent: int = 1
     offer = " + ".join(f"{node.cpus:g} CPUs" + (f" and {node.gpus:g} GPUs" if gpus else "") for node in nodes)
     what = f"workers={cfg.workers}" + (f" in each of search.concurrent={concurrent} trials" if concurrent > 1 else "")
     each = f"{cpus} CPU" + (f" and {gpus} GPU" if gpus else "")
-    return [f"{what} with {each} each do not fit: of {offer}, {room} at most can be placed; ask for fewer"]
+    return [f"{what} with {each} each do not fit: the cluster has {offer}, enough for {room}; ask for fewer"]
 
 
 def nodes(cfg: ClusterConfig) -> list[Node]:
