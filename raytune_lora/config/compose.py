@@ -30,6 +30,7 @@ from raytune_lora.errors import UserError
 
 _Refusal = (HydraException, OmegaConfBaseException, ValueError)  # what Hydra and OmegaConf raise at a bad override
 _PLAIN_GROUPS = {
+    "quantization": schema.QuantizationConfig,
     "training": schema.TrainingConfig,
     "deepspeed": schema.DeepSpeedConfig,
     "evaluation": schema.EvaluationConfig,

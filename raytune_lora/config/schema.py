@@ -12,6 +12,8 @@ from typing import Any
 
 from omegaconf import MISSING
 
+from raytune_lora.config.methods import METHODS, MethodConfig
+
 
 class Precision(Enum):
     """The number format of weights and arithmetic; ``auto`` is bf16 on a GPU that has it and fp32 elsewhere."""
@@ -19,6 +21,14 @@ class Precision(Enum):
     auto = "auto"
     fp32 = "fp32"
     bf16 = "bf16"
+
+
+class Optimizer(Enum):
+    """Of the trained weights. In 8 bits it is bitsandbytes'; paged, its states go to the CPU where the GPU is short."""
+
+    adamw = "adamw"
+    adamw_8bit = "adamw_8bit"
+    paged_adamw_8bit = "paged_adamw_8bit"
 
 
 class Sampler(Enum):
@@ -120,25 +130,26 @@ class FakeDataConfig(DataConfig):
     seed: int = 0
 
 
-# --------------------------------------------------------------------------------------------------------------- method
+# --------------------------------------------------------------------------------------------------------- quantization
+
+
+class Quantization(Enum):
+    """The number format that the base model's linear layers are kept in; ``none`` is the model's own precision."""
+
+    none = "none"
+    int8 = "int8"
+    nf4 = "nf4"
+    fp4 = "fp4"
 
 
 @dataclass
-class MethodConfig:
-    """The fine-tuning method."""
+class QuantizationConfig:
+    """How the frozen base model is kept (bitsandbytes); arithmetic is in the model's precision."""
 
-    kind: str = MISSING
-
-
-@dataclass
-class LoraMethodConfig(MethodConfig):
-    """Low-rank adapters on linear layers (Hu et al. 2021)."""
-
-    kind: str = "lora"
-    r: int = 16
-    alpha: float = 32.0  # the update is scaled by alpha / r
-    dropout: float = 0.05  # on the adapter's input
-    target_modules: list[str] = field(default_factory=lambda: ["all-linear"])
+    kind: Quantization = Quantization.none
+    double: bool = True  # 4 bits: quantize the scales too, which saves 0.37 bits a weight
+    compute: Precision = Precision.auto  # 4 bits: of the arithmetic; auto is the model's own
+    int8_threshold: float = 6.0  # int8: inputs beyond it are multiplied unquantized
 
 
 # ------------------------------------------------------------------------------------------------------------- training
@@ -147,6 +158,7 @@ class LoraMethodConfig(MethodConfig):
 @dataclass
 class TrainingConfig:
     learning_rate: float = 2e-4  # the peak
+    optimizer: Optimizer = Optimizer.adamw
     global_batch: int = 32  # sequences an optimizer step
     micro_batch: int = 4  # sequences a forward pass a worker
     epochs: float = 3.0
@@ -190,6 +202,7 @@ class RunConfig:
     model: ModelConfig = MISSING
     data: DataConfig = MISSING
     method: MethodConfig = MISSING
+    quantization: QuantizationConfig = field(default_factory=QuantizationConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
     deepspeed: DeepSpeedConfig = field(default_factory=DeepSpeedConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
@@ -247,7 +260,7 @@ class SweepConfig(RunConfig):
 VARIANTS: dict[str, tuple[type, ...]] = {
     "model": (HubModelConfig, PackageModelConfig, TinyModelConfig),
     "data": (FileDataConfig, ExtractionDataConfig, FakeDataConfig),
-    "method": (LoraMethodConfig,),
+    "method": METHODS,
 }
 
 

@@ -1,4 +1,4 @@
-"""Base models from their folder, and adapters on them."""
+"""Base models from their folder."""
 
 from __future__ import annotations
 
@@ -6,28 +6,29 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-from raytune_lora.config.schema import ModelConfig, Precision
+from raytune_lora.config.schema import ModelConfig, Precision, Quantization, QuantizationConfig
 from raytune_lora.models.tokenizer import trusted
 
 
-def load_model(folder: Path, cfg: ModelConfig) -> Any:
-    """The base model in evaluation mode, all its weights frozen, in the precision asked for."""
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=precision(cfg.precision), trust_remote_code=trusted(cfg))
+def load_model(folder: Path, cfg: ModelConfig, quantization: QuantizationConfig) -> Any:
+    """The base model in evaluation mode, all its weights frozen, in the precision and number format asked for."""
+    settings: dict[str, Any] = {}
+    if quantization.kind is not Quantization.none:
+        settings["quantization_config"] = _bitsandbytes(quantization, precision(cfg.precision))
+        if torch.cuda.is_available():  # weights are quantized where they go
+            settings["device_map"] = {"": torch.cuda.current_device()}
+    model = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=precision(cfg.precision), trust_remote_code=trusted(cfg), **settings
+    )
     model.config.use_cache = False
+    if settings:
+        from peft import prepare_model_for_kbit_training
+
+        # gradient checkpointing is the Trainer's
+        model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
     return model.requires_grad_(False).eval()
-
-
-def load_adapter(model: Any, adapter: Path) -> Any:
-    """The base model with a saved adapter on it, frozen.
-
-    In fp32 the adapter is merged, which answers faster and differs by rounding alone; in 16 bits merging would round
-    the update away, so it stays apart.
-    """
-    adapted = PeftModel.from_pretrained(model, adapter).eval()
-    return adapted.merge_and_unload() if model.dtype is torch.float32 else adapted
 
 
 def precision(asked: Precision) -> torch.dtype:
@@ -35,3 +36,15 @@ def precision(asked: Precision) -> torch.dtype:
     if asked is Precision.auto:
         return torch.bfloat16 if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else torch.float32
     return {Precision.fp32: torch.float32, Precision.bf16: torch.bfloat16}[asked]
+
+
+def _bitsandbytes(cfg: QuantizationConfig, dtype: torch.dtype) -> BitsAndBytesConfig:
+    if cfg.kind is Quantization.int8:
+        return BitsAndBytesConfig(load_in_8bit=True, llm_int8_threshold=cfg.int8_threshold)
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type=cfg.kind.value,
+        bnb_4bit_use_double_quant=cfg.double,
+        bnb_4bit_compute_dtype=dtype if cfg.compute is Precision.auto else precision(cfg.compute),
+        bnb_4bit_quant_storage=dtype,  # ZeRO-3 gathers the weights as the model's dtype
+    )

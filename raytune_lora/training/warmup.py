@@ -6,9 +6,12 @@ kept in torch's extension cache.
 
 from __future__ import annotations
 
+import hashlib
 import os
+import sys
 import sysconfig
 import time
+from pathlib import Path
 
 
 def find_ninja() -> None:
@@ -19,6 +22,14 @@ def find_ninja() -> None:
         os.environ["PATH"] = os.pathsep.join([scripts, *filter(None, folders)])
 
 
+def own_cache() -> None:
+    """Keep ops apart by environment: torch builds them anew whenever another one's paths built them last."""
+    if "TORCH_EXTENSIONS_DIR" not in os.environ:
+        environment = hashlib.sha256(sys.prefix.encode()).hexdigest()[:8]
+        cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
+        os.environ["TORCH_EXTENSIONS_DIR"] = str(cache / "raytune-lora" / "ops" / environment)
+
+
 def build_shared_memory_op() -> str:
     """Build the op, or tell DeepSpeed to do without it in this process.
 
@@ -26,6 +37,7 @@ def build_shared_memory_op() -> str:
         what was done, as a sentence.
     """
     find_ninja()
+    own_cache()
     import deepspeed
     from deepspeed.comm.torch import build_shm_op
 

@@ -1,35 +1,78 @@
-"""LoRA: low-rank adapters on linear layers (Hu et al. 2021, arXiv:2106.09685)."""
+"""LoRA (Hu et al. 2021, arXiv:2106.09685) and what differs from it in one setting."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, TypeVar
 
-from peft import LoraConfig, TaskType, get_peft_model
+from raytune_lora.config.methods import DoraMethodConfig, LoraMethodConfig, LoraPlusMethodConfig, RsloraMethodConfig
+from raytune_lora.config.schema import Quantization
+from raytune_lora.models.methods.base import ANY, Start
+from raytune_lora.models.methods.peft_method import TargetedMethod
+from raytune_lora.models.shape import Shape
 
-from raytune_lora.config.schema import LoraMethodConfig
-from raytune_lora.errors import UserError
-from raytune_lora.models.methods.base import Method
-
-ALL_LINEAR = "all-linear"  # PEFT's word for every linear layer but the head
+L = TypeVar("L", bound=LoraMethodConfig)
 
 
-class Lora(Method[LoraMethodConfig]):
+class LoraFamily(TargetedMethod[L]):
+    """Trains B, d_out x r, and A, r x d_in, beside each layer's W, d_out x d_in: W + alpha / r * B A."""
+
+    cfg: L
+
+    def peft_config(self, model: Any, start: Start) -> Any:
+        from peft import LoraConfig, TaskType
+
+        settings: dict[str, Any] = {
+            "task_type": TaskType.CAUSAL_LM,
+            "r": self.cfg.r,
+            "lora_alpha": self.cfg.alpha,  # PEFT only ever divides it
+            "lora_dropout": self.cfg.dropout,
+            "target_modules": self.target_modules,
+            "bias": "none",
+        }
+        return LoraConfig(**(settings | self.variant()))
+
+    def variant(self) -> dict[str, Any]:
+        """What sets it apart, in PEFT's config."""
+        return {}
+
+    def count(self, shape: Shape) -> int:
+        return sum(self.cfg.r * (linear.d_in + linear.d_out) for linear in self.targets(shape))
+
+
+class Lora(LoraFamily[LoraMethodConfig]):
     config_class = LoraMethodConfig
 
-    def apply(self, model: Any) -> Any:
-        modules = self.cfg.target_modules
-        config = LoraConfig(
-            task_type=TaskType.CAUSAL_LM,
-            r=self.cfg.r,
-            lora_alpha=self.cfg.alpha,  # type: ignore[arg-type]  # only ever divided by r
-            lora_dropout=self.cfg.dropout,
-            target_modules=ALL_LINEAR if modules == [ALL_LINEAR] else list(modules),
-            bias="none",
-        )
-        try:
-            return get_peft_model(model, config)
-        except ValueError as error:
-            leaves = sorted({name.rpartition(".")[2] for name, m in model.named_modules() if hasattr(m, "weight")})
-            raise UserError(
-                f"method.target_modules={list(modules)}: {error} Modules of this model: {', '.join(leaves)}"
-            ) from error
+
+class Rslora(LoraFamily[RsloraMethodConfig]):
+    """Rank-stabilized: scaled by alpha / sqrt(r) (arXiv:2312.03732)."""
+
+    config_class = RsloraMethodConfig
+
+    def variant(self) -> dict[str, Any]:
+        return {"use_rslora": True}
+
+
+class Dora(LoraFamily[DoraMethodConfig]):
+    """Weight-decomposed: a magnitude for each output beside the direction (arXiv:2402.09353)."""
+
+    config_class = DoraMethodConfig
+    bases = ANY - {Quantization.int8}
+    because = "PEFT's DoRA reads the weights of bitsandbytes' int8 layers in a way that loses their scales: use nf4"
+
+    def variant(self) -> dict[str, Any]:
+        return {"use_dora": True}
+
+    def count(self, shape: Shape) -> int:
+        return super().count(shape) + sum(linear.d_out for linear in self.targets(shape))
+
+
+class LoraPlus(LoraFamily[LoraPlusMethodConfig]):
+    """B learns ``ratio`` times as fast as A (arXiv:2402.12354)."""
+
+    config_class = LoraPlusMethodConfig
+
+    def parameter_groups(self, model: Any, learning_rate: float) -> list[dict[str, Any]]:
+        trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+        slow = [p for name, p in trained if "lora_B" not in name]
+        fast = [p for name, p in trained if "lora_B" in name]
+        return [{"params": slow, "lr": learning_rate}, {"params": fast, "lr": learning_rate * self.cfg.ratio}]

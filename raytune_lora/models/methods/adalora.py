@@ -1,0 +1,53 @@
+"""AdaLoRA: low rank by singular values, with the budget moved between layers (Zhang et al. 2023, arXiv:2303.10512)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from raytune_lora.config.methods import AdaloraMethodConfig
+from raytune_lora.models.methods.base import Start
+from raytune_lora.models.methods.peft_method import TargetedMethod
+from raytune_lora.models.shape import Shape
+
+
+class Adalora(TargetedMethod[AdaloraMethodConfig]):
+    """Trains P, d_out x r, r singular values, and Q, r x d_in; PEFT's allocator sets the least important to zero."""
+
+    config_class = AdaloraMethodConfig
+    needs_deepspeed_off = True
+    because = "its allocator reads every gradient after each step, and DeepSpeed has thrown them away by then"
+
+    def peft_config(self, model: Any, start: Start) -> Any:
+        from peft import AdaLoraConfig, TaskType
+
+        steps = max(2, start.steps)
+        final = min(round(self.cfg.settle * steps), steps - 1)
+        return AdaLoraConfig(
+            task_type=TaskType.CAUSAL_LM,
+            init_r=self.cfg.r,
+            target_r=self.cfg.target_r,
+            lora_alpha=self.cfg.alpha,  # type: ignore[arg-type]  # only ever divided
+            lora_dropout=self.cfg.dropout,
+            target_modules=self.target_modules,
+            total_step=steps,
+            tinit=min(round(self.cfg.start * steps), steps - final - 1),
+            tfinal=final,
+            orth_reg_weight=0.0,  # PEFT would add the penalty to each forward pass's loss, validation's too
+        )
+
+    def penalty(self, model: Any) -> Any:
+        """Mean distance of P'P and QQ' from the identity, in the Frobenius norm (equation 4)."""
+        import torch
+
+        terms = []
+        for name, p in model.named_parameters():
+            if "lora_A" in name or "lora_B" in name:
+                square = p @ p.T if "lora_A" in name else p.T @ p
+                terms.append(torch.linalg.norm(square - torch.eye(len(square), device=p.device, dtype=p.dtype)))
+        return self.cfg.orthogonality * torch.stack(terms).mean()
+
+    def after_step(self, model: Any, step: int) -> None:
+        model.base_model.update_and_allocate(step)
+
+    def count(self, shape: Shape) -> int:
+        return sum(self.cfg.r * (linear.d_in + linear.d_out + 1) for linear in self.targets(shape))

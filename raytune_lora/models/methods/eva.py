@@ -1,0 +1,38 @@
+"""EVA: LoRA that starts along the directions of most variance of each layer's input (arXiv:2410.07170)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from raytune_lora.config.methods import EvaMethodConfig
+from raytune_lora.models.methods.base import Start
+from raytune_lora.models.methods.lora import LoraFamily
+
+
+class Eva(LoraFamily[EvaMethodConfig]):
+    """A starts as the right singular vectors of the inputs, B at zero. With ``rho`` > 1 the ranks differ by layer.
+
+    ``count`` is exact for ``rho=1``; for more it is the budget that the ranks share.
+    """
+
+    config_class = EvaMethodConfig
+    stages = frozenset({0, 1, 2})
+    because = "it looks at the inputs of every layer before training, when ZeRO-3's weights lie in parts"
+
+    def variant(self) -> dict[str, Any]:
+        from peft import EvaConfig
+
+        return {"init_lora_weights": "eva", "eva_config": EvaConfig(rho=self.cfg.rho)}
+
+    def apply(self, model: Any, start: Start) -> Any:
+        from peft import initialize_lora_eva_weights
+
+        adapted = super().apply(model, start)
+        if start.earlier is None:
+            initialize_lora_eva_weights(
+                adapted,
+                dataloader=list(start.samples(self.cfg.samples)),
+                gather_distributed_inputs=False,  # all workers see the same samples here
+                show_progress_bar=False,
+            )
+        return adapted

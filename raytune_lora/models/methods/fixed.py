@@ -1,0 +1,165 @@
+"""Methods of few parameters on linear layers: VeRA, LoHa, LoKr, (IA)^3 and SHiRA."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from raytune_lora.config.methods import (
+    Ia3MethodConfig,
+    LohaMethodConfig,
+    LokrMethodConfig,
+    ShiraMethodConfig,
+    VeraMethodConfig,
+)
+from raytune_lora.models.methods.base import UNQUANTIZED, Start
+from raytune_lora.models.methods.peft_method import TargetedMethod
+from raytune_lora.models.shape import Shape
+
+_NO_QUANTIZED_LAYER = "PEFT has no quantized layer for it: set quantization=none"
+
+
+class Vera(TargetedMethod[VeraMethodConfig]):
+    """Fixed random A and B for all layers, a learned scale for each rank and each output (arXiv:2310.11454)."""
+
+    config_class = VeraMethodConfig
+    bases = UNQUANTIZED
+    because = _NO_QUANTIZED_LAYER
+
+    def peft_config(self, model: Any, start: Start) -> Any:
+        from peft import TaskType, VeraConfig
+
+        return VeraConfig(
+            task_type=TaskType.CAUSAL_LM,
+            r=self.cfg.r,
+            vera_dropout=self.cfg.dropout,
+            d_initial=self.cfg.initial,
+            projection_prng_key=self.cfg.seed,
+            save_projection=True,  # another machine's random numbers may differ
+            target_modules=self.target_modules,
+        )
+
+    def count(self, shape: Shape) -> int:
+        return sum(self.cfg.r + linear.d_out for linear in self.targets(shape))
+
+
+class Loha(TargetedMethod[LohaMethodConfig]):
+    """W + alpha / r * (B1 A1) * (B2 A2), elementwise (arXiv:2108.06098)."""
+
+    config_class = LohaMethodConfig
+    bases = UNQUANTIZED
+    because = _NO_QUANTIZED_LAYER
+
+    def peft_config(self, model: Any, start: Start) -> Any:
+        from peft import LoHaConfig, TaskType
+
+        return LoHaConfig(
+            task_type=TaskType.CAUSAL_LM,
+            r=self.cfg.r,
+            alpha=self.cfg.alpha,  # type: ignore[arg-type]  # only ever divided
+            rank_dropout=self.cfg.dropout,
+            target_modules=self.target_modules,
+        )
+
+    def count(self, shape: Shape) -> int:
+        return sum(2 * self.cfg.r * (linear.d_in + linear.d_out) for linear in self.targets(shape))
+
+
+class Lokr(TargetedMethod[LokrMethodConfig]):
+    """W + alpha / r * C kron (B A) (LyCORIS, arXiv:2309.14859)."""
+
+    config_class = LokrMethodConfig
+    bases = UNQUANTIZED
+    because = _NO_QUANTIZED_LAYER
+
+    def peft_config(self, model: Any, start: Start) -> Any:
+        from peft import LoKrConfig, TaskType
+
+        return LoKrConfig(
+            task_type=TaskType.CAUSAL_LM,
+            r=self.cfg.r,
+            alpha=self.cfg.alpha,  # type: ignore[arg-type]  # only ever divided
+            rank_dropout=self.cfg.dropout,
+            decompose_factor=self.cfg.factor,
+            target_modules=self.target_modules,
+        )
+
+    def count(self, shape: Shape) -> int:
+        total = 0
+        for linear in self.targets(shape):
+            (in_small, in_large), (out_small, out_large) = (
+                _factors(width, self.cfg.factor) for width in (linear.d_in, linear.d_out)
+            )
+            whole = out_large * in_large
+            low_rank = self.cfg.r * (out_large + in_large)
+            total += out_small * in_small + (low_rank if 2 * self.cfg.r < max(out_large, in_large) else whole)
+        return total
+
+
+class Ia3(TargetedMethod[Ia3MethodConfig]):
+    """A learned scale for each output, or for each input of feed-forward layers (arXiv:2205.05638)."""
+
+    config_class = Ia3MethodConfig
+
+    def peft_config(self, model: Any, start: Start) -> Any:
+        from peft import IA3Config, TaskType
+
+        return IA3Config(
+            task_type=TaskType.CAUSAL_LM,
+            target_modules=self.target_modules,
+            feedforward_modules=list(self.cfg.feedforward_modules),
+        )
+
+    def count(self, shape: Shape) -> int:
+        inputs = set(shape.targets(list(self.cfg.feedforward_modules)))
+        return sum(linear.d_in if linear in inputs else linear.d_out for linear in self.targets(shape))
+
+    def problems(self, shape: Shape) -> list[str]:
+        found = super().problems(shape)
+        if stray := [name for name in self.cfg.feedforward_modules if name not in self.cfg.target_modules]:
+            found.append(f"method.feedforward_modules must be among method.target_modules ({', '.join(stray)} is not)")
+        return found
+
+
+class Shira(TargetedMethod[ShiraMethodConfig]):
+    """r * (d_in + d_out) weights of each layer, chosen at random, train (arXiv:2406.13175)."""
+
+    config_class = ShiraMethodConfig
+    bases = UNQUANTIZED
+    stages = frozenset({0, 1, 2})
+    because = "it adds to single weights of each layer, which have to be there whole and unquantized"
+
+    def peft_config(self, model: Any, start: Start) -> Any:
+        from peft import ShiraConfig, TaskType
+
+        return ShiraConfig(
+            task_type=TaskType.CAUSAL_LM,
+            r=self.cfg.r,
+            random_seed=self.cfg.seed,
+            target_modules=self.target_modules,
+        )
+
+    def count(self, shape: Shape) -> int:
+        return sum(self.cfg.r * (linear.d_in + linear.d_out) for linear in self.targets(shape))
+
+    def problems(self, shape: Shape) -> list[str]:
+        found = super().problems(shape)
+        for linear in self.targets(shape):
+            if self.cfg.r * (linear.d_in + linear.d_out) > linear.d_in * linear.d_out:
+                found.append(
+                    f"method.r={self.cfg.r} asks for more weights than {linear.name} has "
+                    f"({linear.d_in} x {linear.d_out}); lower it"
+                )
+                break
+        return found
+
+
+def _factors(width: int, factor: int) -> tuple[int, int]:
+    """Two factors of a width, the smaller first, as LyCORIS chooses them: the smaller at most ``factor``, -1 for any.
+
+    Of all such pairs it takes the one with the smallest sum.
+    """
+    if factor > 0 and width % factor == 0:
+        return factor, width // factor
+    limit = width if factor < 0 else factor
+    pairs = [(d, width // d) for d in range(1, width + 1) if width % d == 0 and d <= limit and d <= width // d]
+    return min(pairs, key=sum)

@@ -1,0 +1,105 @@
+"""Methods that put learned vectors in front of the input or of each layer's keys and values."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, TypeVar
+
+from raytune_lora.config.methods import (
+    MethodConfig,
+    PrefixTuningMethodConfig,
+    PromptTuningMethodConfig,
+    PTuningMethodConfig,
+)
+from raytune_lora.models.methods.base import Start
+from raytune_lora.models.methods.peft_method import PeftMethod, write_adapter
+from raytune_lora.models.shape import Shape
+
+C = TypeVar("C", bound=MethodConfig)
+_ENCODER = "prompt_encoder.default."  # what PEFT puts before the names of the network's parameters
+
+
+class PromptMethod(PeftMethod[C]):
+    """Its network is computed once when saving: what is left are the vectors."""
+
+    mergeable = False
+    starts_as_base = False
+
+    def save(self, model: Any, state: dict[str, Any], folder: Path) -> None:
+        """A network is built anew from the state: the model's own may lie in parts on other workers."""
+        import torch
+
+        weights = {name.removeprefix(_ENCODER): tensor for name, tensor in state.items()}
+        if list(weights) == ["embedding.weight"]:  # learned directly
+            vectors = weights["embedding.weight"]
+        else:
+            config = model.peft_config["default"]
+            network = type(model.prompt_encoder["default"])(config)
+            network.load_state_dict(weights)
+            with torch.no_grad():
+                vectors = network(torch.arange(config.num_virtual_tokens))
+            vectors = vectors.reshape(config.num_virtual_tokens, -1)
+        write_adapter(model, {"prompt_embeddings": vectors}, folder)
+
+
+class PrefixTuning(PromptMethod[PrefixTuningMethodConfig]):
+    """Keys and values (arXiv:2101.00190)."""
+
+    config_class = PrefixTuningMethodConfig
+
+    def peft_config(self, model: Any, start: Start) -> Any:
+        from peft import PrefixTuningConfig, TaskType
+
+        return PrefixTuningConfig(
+            task_type=TaskType.CAUSAL_LM,
+            num_virtual_tokens=self.cfg.virtual_tokens,
+            prefix_projection=self.cfg.projection is not None,
+            encoder_hidden_size=self.cfg.projection,
+        )
+
+    def count(self, shape: Shape) -> int:
+        tokens, width, out = self.cfg.virtual_tokens, self.cfg.projection, 2 * shape.layers * shape.kv_width
+        if width is None:
+            return tokens * out
+        return tokens * shape.kv_width + shape.kv_width * width + width + width * out + out
+
+
+class PromptTuning(PromptMethod[PromptTuningMethodConfig]):
+    """Input embeddings (arXiv:2104.08691)."""
+
+    config_class = PromptTuningMethodConfig
+
+    def peft_config(self, model: Any, start: Start) -> Any:
+        from peft import PromptTuningConfig, PromptTuningInit, TaskType
+
+        settings: dict[str, Any] = {"prompt_tuning_init": PromptTuningInit.SAMPLE_VOCAB}
+        if self.cfg.text is not None:
+            settings = {
+                "prompt_tuning_init": PromptTuningInit.TEXT,
+                "prompt_tuning_init_text": self.cfg.text,
+                "tokenizer_name_or_path": str(start.weights),
+            }
+        return PromptTuningConfig(task_type=TaskType.CAUSAL_LM, num_virtual_tokens=self.cfg.virtual_tokens, **settings)
+
+    def count(self, shape: Shape) -> int:
+        return self.cfg.virtual_tokens * shape.hidden
+
+
+class PTuning(PromptMethod[PTuningMethodConfig]):
+    """Input embeddings out of a three-layer network (arXiv:2103.10385)."""
+
+    config_class = PTuningMethodConfig
+
+    def peft_config(self, model: Any, start: Start) -> Any:
+        from peft import PromptEncoderConfig, TaskType
+
+        return PromptEncoderConfig(
+            task_type=TaskType.CAUSAL_LM,
+            num_virtual_tokens=self.cfg.virtual_tokens,
+            encoder_hidden_size=self.cfg.width,
+        )
+
+    def count(self, shape: Shape) -> int:
+        hidden, width = shape.hidden, self.cfg.width
+        network = hidden * width + width + width * width + width + width * hidden + hidden
+        return self.cfg.virtual_tokens * hidden + network

@@ -1,0 +1,119 @@
+"""LoRA that makes up for what quantizing the base has lost: LoftQ and IR-QLoRA. Both read the weights as they were."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from raytune_lora.config.methods import IrQloraMethodConfig, LoftqMethodConfig
+from raytune_lora.models.methods.base import FOUR_BITS, Start
+from raytune_lora.models.methods.lora import LoraFamily
+from raytune_lora.models.methods.own import load_state, save_state, untouched
+from raytune_lora.models.shape import Shape, shape_of
+from raytune_lora.models.weights import Weights
+
+_WHOLE = "it quantizes the model's weights or measures what that lost, layer by layer and whole: set quantization=nf4"
+_BASE = "base_model.model."  # what PEFT puts before the names of the base model's layers
+
+
+class Loftq(LoraFamily[LoftqMethodConfig]):
+    """B A starts as the best approximation of W - quantized(W) of rank r (arXiv:2310.08659, one iteration).
+
+    More iterations would quantize the base anew, for this adapter alone; with one, the base is that of every other
+    method and the adapter an ordinary LoRA.
+    """
+
+    config_class = LoftqMethodConfig
+    bases = FOUR_BITS
+    stages = frozenset({0, 1, 2})
+    because = _WHOLE
+    starts_as_base = False  # it starts nearer to the unquantized model
+
+    def apply(self, model: Any, start: Start) -> Any:
+        adapted = super().apply(model, start)
+        if start.earlier is None:
+            _fit(adapted, Weights(start.weights))
+        return adapted
+
+
+class IrQlora(LoraFamily[IrQloraMethodConfig]):
+    """Calibrated quantization and elastic connections (IR-QLoRA, arXiv:2402.05445).
+
+    Calibration shifts each block of 64 weights by the offset that gives its 4-bit codes most entropy; the connections
+    add averages of the input to A's output and copies of A's output to B's, each times a learned scalar.
+    """
+
+    config_class = IrQloraMethodConfig
+    bases = FOUR_BITS
+    stages = frozenset({0, 1, 2})
+    because = _WHOLE
+    starts_as_base = False  # the calibrated base is nearer to the unquantized model
+    mergeable = False
+
+    def apply(self, model: Any, start: Start) -> Any:
+        return self._build(model, start.weights, start.earlier or None, start)
+
+    def _build(self, model: Any, weights: Path, offsets: dict[str, Any] | None, start: Start) -> Any:
+        from raytune_lora.models.layers.elastic import calibrate, connect
+
+        names = [linear.name for linear in self.targets(shape_of(model))]
+        calibrate(model, Weights(weights), names, self.cfg.tau_range, self.cfg.tau_steps, offsets)
+        adapted = super().apply(model, start)
+        connect(adapted)
+        return adapted
+
+    def origin(self, model: Any) -> dict[str, Any]:
+        """The offset chosen for each block, as a number of steps."""
+        from raytune_lora.models.layers.elastic import offsets
+
+        return offsets(model, _BASE)
+
+    def save(self, model: Any, state: dict[str, Any], folder: Path) -> None:
+        save_state(self.cfg, state | self.origin(model), folder)
+
+    def load(self, model: Any, folder: Path, weights: Path) -> Any:
+        state = load_state(folder)
+        offsets = {name: state.pop(name) for name in list(state) if name.endswith(".offsets")}
+        adapted = self._build(model, weights, offsets, untouched(weights))
+        adapted.load_state_dict(state, strict=False)
+        return adapted.requires_grad_(False).eval()
+
+    def count(self, shape: Shape) -> int:
+        return super().count(shape) + 2 * len(self.targets(shape))
+
+    def problems(self, shape: Shape) -> list[str]:
+        from raytune_lora.models.layers import BLOCK
+
+        found = super().problems(shape)
+        for linear in self.targets(shape):
+            if linear.d_in % self.cfg.r or linear.d_out % self.cfg.r:
+                found.append(
+                    f"method.r must divide the width of every target layer for method=ir_qlora (got {self.cfg.r}; "
+                    f"{linear.name} is {linear.d_in} x {linear.d_out})"
+                )
+                break
+        for linear in self.targets(shape):
+            if linear.d_in % BLOCK:
+                found.append(f"method=ir_qlora needs layers of a width that is a multiple of {BLOCK} ({linear.name})")
+                break
+        return found
+
+
+def _fit(model: Any, weights: Weights) -> None:
+    """Start each adapter as what quantizing its layer lost: s B A near W - quantized(W)."""
+    import torch
+    from bitsandbytes.functional import dequantize_4bit
+    from peft.tuners.lora import LoraLayer
+
+    with torch.no_grad():
+        for name, layer in model.named_modules():
+            if not isinstance(layer, LoraLayer):
+                continue
+            quantized = layer.get_base_layer().weight
+            whole = weights.get(f"{name.removeprefix(_BASE)}.weight").to(quantized.device, torch.float32)
+            lost = whole - dequantize_4bit(quantized.data, quantized.quant_state).float()
+            u, s, v = torch.linalg.svd(lost, full_matrices=False)
+            r = layer.r["default"]
+            root = (s[:r] / layer.scaling["default"]).sqrt()
+            layer.lora_B["default"].weight.copy_(u[:, :r] * root)
+            layer.lora_A["default"].weight.copy_(root[:, None] * v[:r])

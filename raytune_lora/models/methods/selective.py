@@ -1,0 +1,81 @@
+"""Methods that train some of the model's own weights, or all of them: full, BitFit and LayerNorm tuning."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from raytune_lora.config.methods import BitfitMethodConfig, FullMethodConfig, LayernormMethodConfig
+from raytune_lora.models.methods.base import UNQUANTIZED, Method, Start
+from raytune_lora.models.methods.own import OwnMethod
+from raytune_lora.models.methods.peft_method import PeftMethod
+from raytune_lora.models.shape import Shape
+
+_WITH_BIASES = "GPT-2, GPT-NeoX and Pythia, OPT, BLOOM, Phi, StarCoder2, and the attention of Qwen2 and Qwen2.5"
+
+
+class Full(Method[FullMethodConfig]):
+    """Saved as a whole model, so that transformers loads it."""
+
+    config_class = FullMethodConfig
+    bases = UNQUANTIZED
+    because = "quantized weights cannot train: set quantization=none"
+
+    def apply(self, model: Any, start: Start) -> Any:
+        return model.requires_grad_(True)
+
+    def count(self, shape: Shape) -> int:
+        return shape.parameters
+
+    def save(self, model: Any, state: dict[str, Any], folder: Path) -> None:
+        weights = {name: tensor.to(model.dtype) for name, tensor in state.items()}
+        model.save_pretrained(folder, state_dict=weights)
+
+    def load(self, model: Any, folder: Path, weights: Path) -> Any:
+        tuned = type(model).from_pretrained(folder, dtype=model.dtype)
+        tuned.config.use_cache = model.config.use_cache
+        return tuned.requires_grad_(False).eval()
+
+    def merge(self, model: Any) -> Any:
+        return model
+
+
+class Bitfit(OwnMethod[BitfitMethodConfig]):
+    """Every parameter called bias trains (arXiv:2106.10199)."""
+
+    config_class = BitfitMethodConfig
+
+    def apply(self, model: Any, start: Start) -> Any:
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(name.rpartition(".")[2] == "bias")
+        return model
+
+    def count(self, shape: Shape) -> int:
+        return shape.biases
+
+    def merge(self, model: Any) -> Any:
+        return model
+
+    def problems(self, shape: Shape) -> list[str]:
+        if shape.biases:
+            return []
+        return [
+            "method=bitfit trains biases, and the model has none, as most newer ones; models that have some: "
+            f"{_WITH_BIASES}; method=layernorm is as small and works on any"
+        ]
+
+
+class Layernorm(PeftMethod[LayernormMethodConfig]):
+    """The scales, and shifts where there are, of normalization layers (arXiv:2312.11420)."""
+
+    config_class = LayernormMethodConfig
+
+    def peft_config(self, model: Any, start: Start) -> Any:
+        from peft import LNTuningConfig, TaskType
+
+        from raytune_lora.models.shape import norms
+
+        return LNTuningConfig(task_type=TaskType.CAUSAL_LM, target_modules=[name for name, _ in norms(model)])
+
+    def count(self, shape: Shape) -> int:
+        return shape.norms
