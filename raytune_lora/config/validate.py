@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
-from raytune_lora.config.schema import LoraMethodConfig, RunConfig, SweepConfig, TinyModelConfig
+from raytune_lora.config.methods import TargetedMethodConfig
+from raytune_lora.config.schema import Optimizer, RunConfig, SweepConfig, TinyModelConfig
 
 # the schedules of transformers that need no further arguments
 LR_SCHEDULERS = ("constant", "constant_with_warmup", "cosine", "inverse_sqrt", "linear")
@@ -49,6 +50,24 @@ _RANGES: dict[str, _Rule] = {
     "method.r": _COUNT,
     "method.alpha": _POSITIVE,
     "method.dropout": _SHARE,
+    "method.iterations": _COUNT,
+    "method.rho": (lambda v: v >= 1, ">= 1"),
+    "method.samples": _COUNT,
+    "method.ratio": _POSITIVE,
+    "method.tau_range": _POSITIVE,
+    "method.tau_steps": (lambda v: 1 <= v <= 127, ">= 1 and <= 127"),
+    "method.target_r": _COUNT,
+    "method.start": _SHARE,
+    "method.settle": _SHARE,
+    "method.orthogonality": _NOT_NEGATIVE,
+    "method.initial": _POSITIVE,
+    "method.seed": _NOT_NEGATIVE,
+    "method.width": _COUNT,
+    "method.virtual_tokens": _COUNT,
+    "method.projection": _COUNT,
+    "method.l0_weight": _NOT_NEGATIVE,
+    "method.sparsity": _SHARE,
+    "quantization.int8_threshold": _NOT_NEGATIVE,
     "search.trials": _COUNT,
     "search.concurrent": _COUNT,
     "search.startup_trials": _NOT_NEGATIVE,
@@ -85,8 +104,13 @@ def _choice_problems(cfg: RunConfig) -> list[str]:
         found.append(f"training.lr_scheduler: there is no {cfg.training.lr_scheduler!r}; known: {known}")
     if cfg.data.template not in TEMPLATES:
         found.append(f"data.template: there is no {cfg.data.template!r}; known: {', '.join(TEMPLATES)}")
-    if isinstance(cfg.method, LoraMethodConfig) and not cfg.method.target_modules:
+    if isinstance(cfg.method, TargetedMethodConfig) and not cfg.method.target_modules:
         found.append("method.target_modules is empty; name modules, or ['all-linear']")
+    if cfg.training.optimizer is not Optimizer.adamw and not cfg.gpus_per_worker:
+        found.append(
+            f"training.optimizer={cfg.training.optimizer.value} is bitsandbytes' and needs a GPU (gpus_per_worker >= 1); "
+            "on the CPU take training.optimizer=adamw"
+        )
     return found
 
 

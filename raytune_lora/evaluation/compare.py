@@ -9,11 +9,12 @@ from typing import Any
 
 import torch
 
-from raytune_lora.config.schema import RunConfig
+from raytune_lora.config.schema import Quantization, RunConfig
 from raytune_lora.data.store import IGNORED, TokenStore
 from raytune_lora.evaluation import ANSWERS
 from raytune_lora.evaluation.generate import answer, exact_match
-from raytune_lora.models.loading import load_adapter, load_model
+from raytune_lora.models.loading import load_model
+from raytune_lora.models.methods import method_for
 from raytune_lora.models.sources import materialize
 from raytune_lora.models.tokenizer import load_tokenizer
 from raytune_lora.training.metrics import validation_loss
@@ -35,10 +36,14 @@ def measure(cfg: RunConfig, store: TokenStore, place: Place, *, adapter: str | N
     began = time.perf_counter()
     folder = materialize(cfg.model, cache_dir(cfg))
     tokenizer = load_tokenizer(folder, cfg.model)
-    model = load_model(folder, cfg.model)
+    model = load_model(folder, cfg.model, cfg.quantization)
     parameters = model.num_parameters()
     if adapter is not None:
-        model = load_adapter(model, Path(adapter))
+        method = method_for(cfg.method)
+        model = method.load(model, Path(adapter), folder)
+        # merged it answers faster; 16 bits or fewer would round the update away
+        if method.mergeable and cfg.quantization.kind is Quantization.none and model.dtype is torch.float32:
+            model = method.merge(model)
     if cfg.gpus_per_worker:
         model = model.to(torch.device("cuda", torch.cuda.current_device()))
     loss = validation_loss(

@@ -14,11 +14,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from raytune_lora.config.schema import RunConfig
 from raytune_lora.errors import DivergedError
+from raytune_lora.models.export import ADAPTER
+from raytune_lora.models.methods import Method
 from raytune_lora.training.batches import training_loader
 from raytune_lora.training.checkpoint import commit
 from raytune_lora.training.metrics import validation_loss
@@ -26,13 +29,25 @@ from raytune_lora.training.place import Place
 from raytune_lora.training.plan import Plan
 
 STEP_LOG = "steps.jsonl"  # in the trial's folder: a line a step
+TRAINED = "trained.safetensors"  # in a checkpoint: the trained parameters by their names in the model
 
 
 class PlannedTrainer(Trainer):
     """A Trainer that takes its samples from a plan and measures the validation loss of the whole worker group."""
 
-    def __init__(self, *, cfg: RunConfig, plan: Plan, train: Any, validation: Any, pad_id: int, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        *,
+        cfg: RunConfig,
+        plan: Plan,
+        method: Method[Any],
+        train: Any,
+        validation: Any,
+        pad_id: int,
+        **kwargs: Any,
+    ) -> None:
         super().__init__(**kwargs)
+        self._method = method
         self._cfg = cfg
         self._plan = plan
         self._train_split = train
@@ -45,6 +60,35 @@ class PlannedTrainer(Trainer):
 
     def num_examples(self, dataloader: DataLoader[Any]) -> int:
         return self._plan.total
+
+    def create_optimizer(self, model: Any = None) -> Any:
+        """The method's own learning rates where it has some; weight decay is the same for all of them."""
+        groups = self._method.parameter_groups(self.model, self.args.learning_rate)
+        if groups is None or self.optimizer is not None:
+            return super().create_optimizer(model)
+        cls, settings = self.get_optimizer_cls_and_kwargs(self.args, self.model)
+        self.optimizer = cls([group | {"weight_decay": self.args.weight_decay} for group in groups], **settings)
+        return self.optimizer
+
+    def compute_loss(self, model: Any, inputs: Any, **kwargs: Any) -> Any:
+        """The method's penalty has its gradient in the loss and leaves its value alone, so that losses compare."""
+        loss = super().compute_loss(model, inputs, **kwargs)
+        if model.training and (penalty := self._method.penalty(self.model)) is not None:
+            loss = loss + (penalty - penalty.detach()) / self._plan.accumulation
+        return loss
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        """What was learned, in the method's own files and as it stands in the model."""
+        folder = Path(str(output_dir))
+        names = [name for name, p in self.model.named_parameters() if p.requires_grad]
+        whole = state_dict if state_dict is not None else dict(self.model.named_parameters())
+        state = {name: whole[name].detach().cpu() for name in names}
+        (folder / ADAPTER).mkdir(parents=True, exist_ok=True)
+        self._method.save(self.model, state, folder / ADAPTER)
+        save_file({name: tensor.contiguous() for name, tensor in state.items()}, folder / TRAINED)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        self.model.load_state_dict(load_file(Path(resume_from_checkpoint) / TRAINED), strict=False)
 
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
         loss = validation_loss(
@@ -64,15 +108,17 @@ class PlannedTrainer(Trainer):
 class Reporter(TrainerCallback):
     """Decides when to validate, keeps the step log, ends a run that diverged or was stopped, and reports."""
 
-    def __init__(self, plan: Plan, place: Place, facts: dict[str, Any]) -> None:
+    def __init__(self, plan: Plan, place: Place, method: Method[Any], facts: dict[str, Any]) -> None:
         """
         Args:
             plan: of the run.
+            method: whose model trains.
             place: of this worker.
             facts: constants that go with every report.
         """
         self._plan = plan
         self._place = place
+        self._method = method
         self._facts = facts
         self._began = 0.0
         self._training_seconds = 0.0
@@ -87,6 +133,9 @@ class Reporter(TrainerCallback):
         control.should_log = True
         control.should_evaluate = control.should_save = self._plan.evaluates_after(state.global_step)
         control.should_training_stop = self._stopped()
+
+    def on_optimizer_step(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
+        self._method.after_step(kwargs["model"], state.global_step + 1)
 
     def on_log(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
         logs: dict[str, float] = kwargs["logs"]

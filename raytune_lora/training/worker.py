@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,18 +16,25 @@ from transformers import PrinterCallback, TrainingArguments
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from transformers.utils import logging as transformers_logging
 
-from raytune_lora.config.schema import RunConfig
+from raytune_lora.config.schema import Optimizer, RunConfig
 from raytune_lora.data.store import TokenStore
 from raytune_lora.models.loading import load_model, precision
-from raytune_lora.models.methods import method_for
+from raytune_lora.models.methods import Start, method_for
 from raytune_lora.models.sources import materialize
 from raytune_lora.models.tokenizer import load_tokenizer
+from raytune_lora.training.batches import Samples, collate
 from raytune_lora.training.checkpoint import SAVING, latest, report_of
 from raytune_lora.training.deepspeed import deepspeed_config, release
 from raytune_lora.training.place import Place
 from raytune_lora.training.plan import Plan, plan_run, stream
 from raytune_lora.training.trainer import PlannedTrainer, Reporter
 from raytune_lora.training.warmup import build_shared_memory_op
+
+_OPTIMIZERS = {  # as transformers calls them
+    Optimizer.adamw: "adamw_torch",
+    Optimizer.adamw_8bit: "adamw_8bit",
+    Optimizer.paged_adamw_8bit: "paged_adamw_8bit",
+}
 
 
 def train(cfg: RunConfig, store: TokenStore, place: Place) -> None:
@@ -44,18 +52,21 @@ def train(cfg: RunConfig, store: TokenStore, place: Place) -> None:
     args = _arguments(cfg, plan, saving, dtype)
     folder = materialize(cfg.model, cache_dir(cfg))
     tokenizer = load_tokenizer(folder, cfg.model)
-    base = load_model(folder, cfg.model)
+    base = load_model(folder, cfg.model, cfg.quantization)
+    method = method_for(cfg.method)
     torch.manual_seed(stream(cfg.training.seed, "weights"))
-    model = method_for(cfg.method).apply(base)
+    model = method.apply(base, _start(cfg, plan, store, folder, tokenizer.pad_token_id))
+    model._hf_peft_config_loaded = True  # transformers refuses to train on a quantized base that PEFT has not seen
     trainer = PlannedTrainer(
         cfg=cfg,
         plan=plan,
+        method=method,
         train=store.split("train"),
         validation=store.split("validation"),
         pad_id=tokenizer.pad_token_id,
         model=model,
         args=args,
-        callbacks=[Reporter(plan, place, _parameters(model))],
+        callbacks=[Reporter(plan, place, method, _parameters(model))],
     )
     trainer.remove_callback(PrinterCallback)
     if (trainer.accelerator.num_processes, args.process_index) != (place.workers, place.rank):
@@ -73,6 +84,17 @@ def train(cfg: RunConfig, store: TokenStore, place: Place) -> None:
         _release(trainer)
     if place.rank == 0:
         shutil.rmtree(saving, ignore_errors=True)
+
+
+def _start(cfg: RunConfig, plan: Plan, store: TokenStore, folder: Path, pad_id: int) -> Start:
+    def samples(count: int) -> Iterator[dict[str, Any]]:
+        """The run's first samples, the same on every worker."""
+        rows = Samples(store.split("train"), plan)
+        for first in range(0, min(count, plan.total), plan.micro_batch):
+            chosen = range(first, min(first + plan.micro_batch, count, plan.total))
+            yield collate([rows[position] for position in chosen], pad_id)
+
+    return Start(plan.steps, folder, samples)
 
 
 def _release(trainer: PlannedTrainer) -> None:
@@ -130,6 +152,7 @@ def _arguments(cfg: RunConfig, plan: Plan, saving: Path, dtype: torch.dtype) -> 
         per_device_train_batch_size=plan.micro_batch,
         gradient_accumulation_steps=plan.accumulation,
         max_steps=plan.steps,
+        optim=_OPTIMIZERS[training.optimizer],
         learning_rate=training.learning_rate,
         lr_scheduler_type=training.lr_scheduler,
         warmup_steps=math.ceil(training.warmup * plan.steps),

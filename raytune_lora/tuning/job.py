@@ -14,7 +14,10 @@ from raytune_lora.cluster.connect import connected
 from raytune_lora.config.compose import dump
 from raytune_lora.config.schema import HubModelConfig, RunConfig, SweepConfig
 from raytune_lora.data.store import TokenStore, prepare
-from raytune_lora.models.export import export_adapter
+from raytune_lora.errors import UserError
+from raytune_lora.models.export import ADAPTER, export_adapter
+from raytune_lora.models.methods.fit import model_problems
+from raytune_lora.models.shape import shape_of_folder
 from raytune_lora.models.sources import materialize
 from raytune_lora.models.tokenizer import load_tokenizer, tokenizer_identity
 from raytune_lora.training.driver import LOGS, Pool, Task, TaskFailed
@@ -69,7 +72,7 @@ class Job:
             return
         winner = apply(self.cfg, best.params)
         with self.phase(BEST, f"measuring the best model, trial {best.trial_id}") as facts:
-            facts |= self._measure(winner, BEST, best.checkpoint)
+            facts |= self._measure(winner, BEST, str(Path(best.checkpoint) / ADAPTER))
             model = self.cfg.model
             name = model.path if isinstance(model, HubModelConfig) and model.path else str(self.model_folder)
             export_adapter(
@@ -159,5 +162,7 @@ def prepare_inputs(cfg: SweepConfig) -> tuple[Path, TokenStore]:
     """The base model's folder and the token store, made where they are missing."""
     cache = Path(cfg.cache).expanduser().absolute()
     folder = materialize(cfg.model, cache)
+    if found := model_problems(cfg, shape_of_folder(folder, cfg.model)):
+        raise UserError(found)
     store = prepare(cfg.data, load_tokenizer(folder, cfg.model), tokenizer_identity(folder), cache)
     return folder, store

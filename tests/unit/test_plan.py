@@ -7,7 +7,8 @@ from dataclasses import replace
 
 import pytest
 
-from raytune_lora.config.schema import FakeDataConfig, LoraMethodConfig, RunConfig, TinyModelConfig
+from raytune_lora.config.methods import LoraMethodConfig
+from raytune_lora.config.schema import FakeDataConfig, RunConfig, TinyModelConfig
 from raytune_lora.training.plan import Plan, permutation, plan_run, stream
 
 BATCH = 24

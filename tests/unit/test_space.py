@@ -11,11 +11,11 @@ import optuna
 import pytest
 
 from raytune_lora.config.compose import compose
+from raytune_lora.config.methods import LoraMethodConfig
 from raytune_lora.config.schema import (
     DimensionConfig,
     DimensionKind,
     FakeDataConfig,
-    LoraMethodConfig,
     SweepConfig,
     TinyModelConfig,
 )

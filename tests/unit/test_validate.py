@@ -8,12 +8,12 @@ from typing import Any
 import pytest
 
 from raytune_lora.config import validate
+from raytune_lora.config.methods import LoraMethodConfig
 from raytune_lora.config.schema import (
     VARIANTS,
     DimensionConfig,
     ExtractionDataConfig,
     FakeDataConfig,
-    LoraMethodConfig,
     RunConfig,
     SweepConfig,
     TinyModelConfig,

@@ -1,0 +1,38 @@
+"""Whether a method fits the rest of a run: known before anything starts."""
+
+from __future__ import annotations
+
+from raytune_lora.config.schema import RunConfig
+from raytune_lora.models.methods import method_for
+from raytune_lora.models.shape import Shape
+
+
+def problems(cfg: RunConfig) -> list[str]:
+    """Why the method cannot work with the quantization and the ZeRO stage asked for; empty where it can."""
+    method, kind = method_for(cfg.method), cfg.method.kind
+    found = []
+    if cfg.quantization.kind not in method.bases:
+        able = ", ".join(sorted(base.value for base in method.bases))
+        found.append(
+            f"method={kind} does not work on quantization={cfg.quantization.kind.value} (it does on {able}): "
+            f"{method.because}"
+        )
+    if cfg.deepspeed.enabled and method.needs_deepspeed_off:
+        found.append(f"method={kind} does not work with DeepSpeed: {method.because}; set deepspeed=off")
+    if cfg.deepspeed.enabled and cfg.deepspeed.stage not in method.stages:
+        able = ", ".join(f"zero{stage}" for stage in sorted(method.stages))
+        found.append(
+            f"method={kind} does not work with deepspeed=zero{cfg.deepspeed.stage} (it does with {able}, off): "
+            f"{method.because}"
+        )
+    if kind == "prefix_tuning" and cfg.training.gradient_checkpointing:
+        found.append(
+            "method=prefix_tuning does not work with training.gradient_checkpointing=true: its keys and values are "
+            "handed over in the cache that gradient checkpointing has to leave out"
+        )
+    return found
+
+
+def model_problems(cfg: RunConfig, shape: Shape) -> list[str]:
+    """Why the method does not fit the model; empty where it does."""
+    return method_for(cfg.method).problems(shape)
