@@ -108,7 +108,7 @@ def _choice_problems(cfg: RunConfig) -> list[str]:
         found.append("method.target_modules is empty; name modules, or ['all-linear']")
     if cfg.training.optimizer is not Optimizer.adamw and not cfg.gpus_per_worker:
         found.append(
-            f"training.optimizer={cfg.training.optimizer.value} is bitsandbytes' and needs a GPU (gpus_per_worker >= 1); "
+            f"training.optimizer={cfg.training.optimizer.value} needs a GPU (gpus_per_worker >= 1); "
             "on the CPU take training.optimizer=adamw"
         )
     return found

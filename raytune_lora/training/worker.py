@@ -16,7 +16,7 @@ from transformers import PrinterCallback, TrainingArguments
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from transformers.utils import logging as transformers_logging
 
-from raytune_lora.config.schema import Optimizer, RunConfig
+from raytune_lora.config.schema import Optimizer, Quantization, RunConfig
 from raytune_lora.data.store import TokenStore
 from raytune_lora.models.loading import load_model, precision
 from raytune_lora.models.methods import Start, method_for
@@ -56,7 +56,8 @@ def train(cfg: RunConfig, store: TokenStore, place: Place) -> None:
     method = method_for(cfg.method)
     torch.manual_seed(stream(cfg.training.seed, "weights"))
     model = method.apply(base, _start(cfg, plan, store, folder, tokenizer.pad_token_id))
-    model._hf_peft_config_loaded = True  # transformers refuses to train on a quantized base that PEFT has not seen
+    if cfg.quantization.kind is not Quantization.none:
+        model._hf_peft_config_loaded = True  # transformers trains on a quantized base only what PEFT has seen
     trainer = PlannedTrainer(
         cfg=cfg,
         plan=plan,

@@ -62,3 +62,9 @@ def count_models(cfg: Any, store: Any, place: Any) -> None:
 
     gc.collect()
     place.report({"models": sum(isinstance(o, PreTrainedModel) for o in gc.get_objects())})
+
+
+def measure(cfg: Any, store: Any, place: Any, adapter: str | None) -> None:
+    from raytune_lora.evaluation import compare
+
+    compare.measure(cfg, store, place, adapter=adapter)
