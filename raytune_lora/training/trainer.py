@@ -63,16 +63,17 @@ class PlannedTrainer(Trainer):
 
     def create_optimizer(self, model: Any = None) -> Any:
         """The method's own learning rates where it has some; weight decay is the same for all of them."""
-        groups = self._method.parameter_groups(self.model, self.args.learning_rate)
+        trained: Any = self.model
+        groups = self._method.parameter_groups(trained, self.args.learning_rate)
         if groups is None or self.optimizer is not None:
             return super().create_optimizer(model)
-        cls, settings = self.get_optimizer_cls_and_kwargs(self.args, self.model)
+        cls, settings = self.get_optimizer_cls_and_kwargs(self.args, trained)
         self.optimizer = cls([group | {"weight_decay": self.args.weight_decay} for group in groups], **settings)
         return self.optimizer
 
-    def compute_loss(self, model: Any, inputs: Any, **kwargs: Any) -> Any:
+    def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
         """The method's penalty has its gradient in the loss and leaves its value alone, so that losses compare."""
-        loss = super().compute_loss(model, inputs, **kwargs)
+        loss = super().compute_loss(model, inputs, *args, **kwargs)
         if model.training and (penalty := self._method.penalty(self.model)) is not None:
             loss = loss + (penalty - penalty.detach()) / self._plan.accumulation
         return loss
@@ -80,15 +81,17 @@ class PlannedTrainer(Trainer):
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         """What was learned, in the method's own files and as it stands in the model."""
         folder = Path(str(output_dir))
-        names = [name for name, p in self.model.named_parameters() if p.requires_grad]
-        whole = state_dict if state_dict is not None else dict(self.model.named_parameters())
+        model: Any = self.model
+        names = [name for name, p in model.named_parameters() if p.requires_grad]
+        whole = state_dict if state_dict is not None else dict(model.named_parameters())
         state = {name: whole[name].detach().cpu() for name in names}
         (folder / ADAPTER).mkdir(parents=True, exist_ok=True)
-        self._method.save(self.model, state, folder / ADAPTER)
+        self._method.save(model, state, folder / ADAPTER)
         save_file({name: tensor.contiguous() for name, tensor in state.items()}, folder / TRAINED)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        self.model.load_state_dict(load_file(Path(resume_from_checkpoint) / TRAINED), strict=False)
+        trained: Any = self.model
+        trained.load_state_dict(load_file(Path(resume_from_checkpoint) / TRAINED), strict=False)
 
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
         loss = validation_loss(

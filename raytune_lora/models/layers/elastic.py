@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from bitsandbytes.functional import dequantize_4bit
-from bitsandbytes.nn import Linear4bit, Params4bit
+from bitsandbytes.nn.modules import Linear4bit, Params4bit
 from peft.tuners.lora import LoraLayer
 from torch import nn
 
@@ -45,10 +45,10 @@ class ElasticUp(nn.Linear):
 
 def connect(model: Any) -> None:
     """Put the elastic connections around each layer's A and B."""
-    for layer in model.modules():
-        if isinstance(layer, LoraLayer):
-            layer.lora_A["default"] = ElasticDown(layer.lora_A["default"])
-            layer.lora_B["default"] = ElasticUp(layer.lora_B["default"])
+    layers: list[Any] = [module for module in model.modules() if isinstance(module, LoraLayer)]
+    for layer in layers:
+        layer.lora_A["default"] = ElasticDown(layer.lora_A["default"])
+        layer.lora_B["default"] = ElasticUp(layer.lora_B["default"])
 
 
 @torch.no_grad()
@@ -108,14 +108,15 @@ def _most_entropy(
 
 def _quantized(blocks: torch.Tensor, layer: Any) -> Any:
     old = layer.weight
-    return Params4bit(
+    fresh: Any = Params4bit(
         blocks.reshape(layer.out_features, layer.in_features).to(layer.compute_dtype or blocks.dtype),
         requires_grad=False,
         compress_statistics=old.compress_statistics,
         quant_type=old.quant_type,
         quant_storage=old.quant_storage,
         module=layer,
-    ).to(old.device)
+    )
+    return fresh.to(old.device)
 
 
 def _entropy(weight: Any) -> torch.Tensor:

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Generic, TypeVar
 
-from raytune_lora.config.schema import MethodConfig, Quantization
+from raytune_lora.config.methods import MethodConfig
+from raytune_lora.config.schema import Quantization
 from raytune_lora.models.shape import Shape
 
 C = TypeVar("C", bound=MethodConfig)

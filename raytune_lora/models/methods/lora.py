@@ -16,8 +16,6 @@ L = TypeVar("L", bound=LoraMethodConfig)
 class LoraFamily(TargetedMethod[L]):
     """Trains B, d_out x r, and A, r x d_in, beside each layer's W, d_out x d_in: W + alpha / r * B A."""
 
-    cfg: L
-
     def peft_config(self, model: Any, start: Start) -> Any:
         from peft import LoraConfig, TaskType
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from raytune_lora.config.compose import to_plain
-from raytune_lora.config.schema import MethodConfig
+from raytune_lora.config.methods import MethodConfig
 from raytune_lora.models.methods.base import C, Method, Start
 
 METHOD, WEIGHTS = "method.json", "weights.safetensors"

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from raytune_lora.config.methods import ALL_LINEAR, TargetedMethodConfig
 from raytune_lora.errors import UserError
 from raytune_lora.models.methods.base import C, Method, Start
 from raytune_lora.models.shape import Linear, Shape
+
+T = TypeVar("T", bound=TargetedMethodConfig)
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"  # PEFT's own names
 _ADAPTER = "default"  # PEFT's name of a model's only adapter
@@ -66,10 +68,8 @@ def write_adapter(model: Any, weights: dict[str, Any], folder: Path, **changes: 
     config.save_pretrained(folder)
 
 
-class TargetedMethod(PeftMethod[C]):
+class TargetedMethod(PeftMethod[T]):
     """A PEFT method on linear layers that ``target_modules`` names."""
-
-    cfg: TargetedMethodConfig
 
     @property
     def target_modules(self) -> str | list[str]:

@@ -95,7 +95,7 @@ def _begin_with(model: Any, factors: dict[str, Any]) -> None:
         for name, parameter in model.named_parameters():
             if name in factors:
                 parameter.copy_(factors[name])
-        for layer in model.modules():
-            if isinstance(layer, LoraLayer):
-                weight, scaling = layer.get_base_layer().weight, layer.scaling["default"]
-                weight.copy_(weight - scaling * layer.lora_B["default"].weight @ layer.lora_A["default"].weight)
+        layers: list[Any] = [module for module in model.modules() if isinstance(module, LoraLayer)]
+        for layer in layers:
+            weight, scaling = layer.get_base_layer().weight, layer.scaling["default"]
+            weight.copy_(weight - scaling * layer.lora_B["default"].weight @ layer.lora_A["default"].weight)

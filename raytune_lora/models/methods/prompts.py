@@ -54,7 +54,7 @@ class PrefixTuning(PromptMethod[PrefixTuningMethodConfig]):
             task_type=TaskType.CAUSAL_LM,
             num_virtual_tokens=self.cfg.virtual_tokens,
             prefix_projection=self.cfg.projection is not None,
-            encoder_hidden_size=self.cfg.projection,
+            encoder_hidden_size=self.cfg.projection,  # type: ignore[arg-type]  # unused without projection
         )
 
     def count(self, shape: Shape) -> int:

@@ -105,10 +105,9 @@ def _fit(model: Any, weights: Weights) -> None:
     from bitsandbytes.functional import dequantize_4bit
     from peft.tuners.lora import LoraLayer
 
+    named: list[tuple[str, Any]] = [(n, m) for n, m in model.named_modules() if isinstance(m, LoraLayer)]
     with torch.no_grad():
-        for name, layer in model.named_modules():
-            if not isinstance(layer, LoraLayer):
-                continue
+        for name, layer in named:
             quantized = layer.get_base_layer().weight
             whole = weights.get(f"{name.removeprefix(_BASE)}.weight").to(quantized.device, torch.float32)
             lost = whole - dequantize_4bit(quantized.data, quantized.quant_state).float()
