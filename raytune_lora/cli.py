@@ -129,7 +129,7 @@ def _help(verb: str, program: str) -> str:
     """Needs no library, so that it answers at once."""
     from raytune_lora.config.groups import groups
 
-    shown = [f"  {name:<12}{', '.join(names)}" for name, names in groups().items()]
+    shown = [f"  {name:<13}{', '.join(names)}" for name, names in groups().items()]
     return "\n".join(
         [
             f"usage: {program} [--help] [--cfg job] [key=value …]",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
-from raytune_lora.config.methods import TargetedMethodConfig
+from raytune_lora.config.methods import AdaloraMethodConfig, TargetedMethodConfig
 from raytune_lora.config.schema import Optimizer, RunConfig, SweepConfig, TinyModelConfig
 
 # the schedules of transformers that need no further arguments
@@ -67,6 +67,7 @@ _RANGES: dict[str, _Rule] = {
     "method.projection": _COUNT,
     "method.l0_weight": _NOT_NEGATIVE,
     "method.sparsity": _SHARE,
+    "method.factor": (lambda v: v == -1 or v >= 1, "-1 or >= 1"),
     "quantization.int8_threshold": _NOT_NEGATIVE,
     "search.trials": _COUNT,
     "search.concurrent": _COUNT,
@@ -81,7 +82,7 @@ def problems(cfg: RunConfig) -> list[str]:
     """All that is wrong, each naming the key as the user types it; empty where nothing is."""
     found = [*_range_problems(cfg), *_choice_problems(cfg)]
     if not found:
-        found += [*_model_problems(cfg), *_batch_problems(cfg), *_data_problems(cfg)]
+        found += [*_model_problems(cfg), *_method_problems(cfg), *_batch_problems(cfg), *_data_problems(cfg)]
         if isinstance(cfg, SweepConfig):
             found += _sweep_problems(cfg)
     return found
@@ -122,6 +123,21 @@ def _model_problems(cfg: RunConfig) -> list[str]:
             f"(got {model.hidden} and {model.heads})"
         ]
     return []
+
+
+def _method_problems(cfg: RunConfig) -> list[str]:
+    method = cfg.method
+    if not isinstance(method, AdaloraMethodConfig):
+        return []
+    found = []
+    if method.target_r > method.r:
+        found.append(f"method.target_r must be <= method.r (got {method.target_r} and {method.r})")
+    if method.start + method.settle >= 1:
+        found.append(
+            f"method.start + method.settle must be < 1, or the budget never falls (got {method.start:g} + "
+            f"{method.settle:g})"
+        )
+    return found
 
 
 def _batch_problems(cfg: RunConfig) -> list[str]:

@@ -9,11 +9,12 @@ from typing import Any
 import pytest
 import torch
 
-from raytune_lora.config.methods import METHODS, MethodConfig
+from raytune_lora.config.compose import compose
+from raytune_lora.config.methods import METHODS, MethodConfig, Placement
 from raytune_lora.config.schema import Quantization, QuantizationConfig, TinyModelConfig, kind_of
 from raytune_lora.models.loading import load_model
-from raytune_lora.models.methods import Method, Start, method_for, registered
-from raytune_lora.models.shape import shape_of_folder
+from raytune_lora.models.methods import Method, Start, fit, method_for, registered
+from raytune_lora.models.shape import shape_of, shape_of_folder
 from raytune_lora.models.sources import materialize
 
 STEPS = 6
@@ -146,3 +147,121 @@ def test_a_method_keeps_its_promises(kind: str, base: Quantization, folders: dic
     elif not bench.method.mergeable:
         with pytest.raises(NotImplementedError):
             bench.method.merge(loaded)
+
+
+# ------------------------------------------------------------------------------------------------- counts and refusals
+
+
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind not in ("full", "bitfit")])
+def test_the_count_is_that_of_a_model_with_grouped_heads_and_tied_embeddings(kind: str) -> None:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config_of_model = LlamaConfig(
+        vocab_size=300, hidden_size=64, intermediate_size=192, num_hidden_layers=3, num_attention_heads=4,
+        num_key_value_heads=2, tie_word_embeddings=True,
+    )  # fmt: skip
+    model = LlamaForCausalLM(config_of_model)
+    shape = shape_of(model)
+    if kind in ("loftq", "ir_qlora", "pissa", "olora", "eva"):  # they read weights or data: LoRA's layers all the same
+        assert method_for(config(kind)).count(shape) >= method_for(config("lora", r=config(kind).r)).count(shape)  # type: ignore[attr-defined]
+        return
+    method = method_for(config(kind))
+    applied = method.apply(model, Start(STEPS, Path(), lambda count: iter(())))
+    assert sum(p.numel() for p in applied.parameters() if p.requires_grad) == method.count(shape)
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes"),
+    [
+        ("adapter", {"placement": Placement.houlsby}),
+        ("prefix_tuning", {"projection": 12}),
+        ("lokr", {"r": 2, "factor": 4}),
+        ("lora", {"target_modules": ["q_proj", "v_proj"]}),
+        ("dora", {"target_modules": ["down_proj"]}),
+        ("vera", {"target_modules": ["q_proj", "o_proj"]}),
+    ],
+)
+def test_the_count_follows_the_settings(kind: str, changes: dict[str, Any], folders: dict[bool, Path]) -> None:
+    bench = Bench(kind, folders, Quantization.none, **changes)
+    trained = sum(p.numel() for p in bench.applied().parameters() if p.requires_grad)
+    assert trained == bench.method.count(shape_of(bench.base()))
+
+
+def test_bitfit_on_a_model_without_biases_names_models_that_have_some(folders: dict[bool, Path]) -> None:
+    (problem,) = method_for(config("bitfit")).problems(shape_of_folder(folders[False], TinyModelConfig()))
+    assert "GPT-2" in problem
+
+
+def test_a_layer_that_is_not_there_is_refused_with_those_that_are(folders: dict[bool, Path]) -> None:
+    shape = shape_of_folder(folders[False], TinyModelConfig())
+    (problem,) = method_for(config("lora", target_modules=["q_proj", "query"])).problems(shape)
+    assert "called query" in problem
+    assert "q_proj" in problem
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["method=full", "quantization=nf4"], ["method=full", "quantization=nf4", "cannot train"]),
+        (["method=pissa", "deepspeed=zero3"], ["method=pissa", "deepspeed=zero3", "zero0, zero1, zero2, off"]),
+        (["method=adalora", "deepspeed=zero2"], ["method=adalora", "deepspeed=off"]),
+        (["method=loftq", "quantization=none"], ["method=loftq", "nf4"]),
+        (["method=prefix_tuning", "training.gradient_checkpointing=true"], ["method=prefix_tuning"]),
+    ],
+)
+def test_what_cannot_work_is_refused_with_the_reason(overrides: list[str], words: list[str]) -> None:
+    (problem,) = fit.problems(compose(["model=tiny", "data=fake", *overrides]))
+    assert all(word in problem for word in words), problem
+
+
+def test_every_method_works_as_it_is_configured() -> None:
+    for kind in KINDS:
+        assert fit.problems(compose(["model=tiny", "data=fake", f"method={kind}"])) == []
+
+
+def test_diff_pruning_keeps_as_much_as_it_is_told_to(folders: dict[bool, Path], tmp_path: Path) -> None:
+    bench = Bench("diff_pruning", folders, Quantization.none, sparsity=0.9)
+    model = bench.applied()
+    bench.train(model)
+    state = bench.state(model)
+    assert bench.method.facts(state)["sparsity"] == pytest.approx(0.9, abs=1e-4)
+    bench.method.save(model, state, tmp_path)
+    loaded = bench.method.load(bench.base(), tmp_path, bench.folder)
+    kept = [p for name, p in loaded.named_parameters() if name.endswith("sparse.diff")]
+    assert sum(int((p != 0).sum()) for p in kept) == pytest.approx(0.1 * sum(p.numel() for p in kept), abs=2)
+
+
+def test_loftq_starts_nearer_to_the_unquantized_model_than_lora(folders: dict[bool, Path]) -> None:
+    whole = Bench("lora", folders, Quantization.none)
+    target = whole.logits(whole.base())
+    lost = {}
+    for kind in ("lora", "loftq"):
+        bench = Bench(kind, folders, Quantization.nf4)
+        lost[kind] = float((bench.logits(bench.applied()) - target).norm())
+    assert lost["loftq"] < 0.9 * lost["lora"]
+
+
+def test_calibration_raises_the_entropy_of_the_codes(folders: dict[bool, Path]) -> None:
+    from raytune_lora.models.layers.elastic import _entropy
+
+    bench = Bench("ir_qlora", folders, Quantization.nf4)
+    name = "model.layers.0.self_attn.q_proj"
+    plain = _entropy(bench.base().get_submodule(name).weight).mean()
+    calibrated = _entropy(bench.applied().get_submodule(f"base_model.model.{name}").base_layer.weight).mean()
+    assert calibrated > plain
+
+
+def test_lora_plus_gives_b_its_own_learning_rate(folders: dict[bool, Path]) -> None:
+    bench = Bench("lora_plus", folders, Quantization.none)
+    slow, fast = bench.method.parameter_groups(bench.applied(), 1e-3) or []
+    assert (slow["lr"], fast["lr"]) == (1e-3, 1.6e-2)
+    assert len(slow["params"]) == len(fast["params"]) == 14
+
+
+def test_a_principal_start_is_taken_up_again_to_the_bit(folders: dict[bool, Path]) -> None:
+    bench = Bench("pissa", folders, Quantization.none)
+    model = bench.applied()
+    torch.manual_seed(2)
+    again = bench.method.apply(bench.base(), bench.start(earlier=bench.method.origin(model)))
+    for (name, one), (_, other) in zip(model.named_parameters(), again.named_parameters(), strict=True):
+        assert torch.equal(one, other), name
