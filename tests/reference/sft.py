@@ -25,17 +25,19 @@ marks["imports"] = time.time()
 
 
 class Notes(TrainerCallback):
-    """The log of each step, and when it was over."""
+    """The log of each step, when it was over, and the CPU seconds used up to then."""
 
     def __init__(self) -> None:
         self.steps: list[dict[str, float]] = []
         self.ends: list[float] = []
+        self.cpu: list[float] = []
 
     def on_step_begin(self, args, state, control, **kwargs):
         marks.setdefault("begin", time.time())
 
     def on_step_end(self, args, state, control, **kwargs):
         self.ends.append(time.time())
+        self.cpu.append(time.process_time())
 
     def on_log(self, args, state, control, logs, **kwargs):
         if "loss" in logs:
@@ -113,7 +115,8 @@ def main() -> None:
         marks["train"] = time.time()
         trainer.train()
     peak = torch.cuda.max_memory_allocated() if gpu else None
-    args.out.write_text(json.dumps({"steps": notes.steps, "ends": notes.ends, "marks": marks, "peak_memory": peak}))
+    found = {"steps": notes.steps, "marks": marks, "ends": notes.ends, "cpu": notes.cpu, "peak_memory": peak}
+    args.out.write_text(json.dumps(found))
 
 
 if __name__ == "__main__":
