@@ -313,7 +313,7 @@ def launches(found: dict[str, list[list[Measured]]]) -> dict[str, dict[str, floa
     for name in VARIANTS:
         for run in (run for turn in found[name] for run in turn):
             kind, parts = ("fresh", FRESH_PARTS) if run.fresh else ("warm", WARM_PARTS)
-            runs.setdefault(f"{kind} {name}", []).append(run.parts(parts | WORKER_PARTS))
+            runs.setdefault(f"{kind} trial, deepspeed {name}", []).append(run.parts(parts | WORKER_PARTS))
     return {
         name: {part: statistics.median(parts[part] for parts in of_kind) for part in of_kind[0]}
         for name, of_kind in runs.items()
@@ -330,9 +330,8 @@ def show(steps: dict[str, Any], launch: dict[str, dict[str, float]]) -> None:
         print(f"{label(name):24}{seconds:10.3f}{of['ratio']:8.3f}  {spread:18}{cpu:8.3f}{of['cpu_ratio']:8.3f}")
     print("\nfrom launch to the end of the first step, in seconds")
     for name, parts in launch.items():
-        print(
-            f"{label(name)}: {sum(parts.values()):.1f} = " + " + ".join(f"{s:.2f} {part}" for part, s in parts.items())
-        )
+        print(f"{name}: {sum(parts.values()):.1f}")
+        print("".join(f"{seconds:10.2f}  {part}\n" for part, seconds in parts.items()), end="")
 
 
 def label(name: str) -> str:
