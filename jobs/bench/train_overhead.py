@@ -232,9 +232,10 @@ def write_data(case: Case) -> Path:
 
 
 def environment(case: Case) -> dict[str, str]:
-    """Of both sides: the same number of threads, the same priority."""
+    """Of both sides: the same device, number of threads and priority."""
     own = {"OMP_NUM_THREADS": str(case.threads), "RAY_worker_niceness": "0", "HF_HUB_OFFLINE": "1"}
-    return os.environ | own | {"TRANSFORMERS_VERBOSITY": "error", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
+    device = {} if case.gpus else {"CUDA_VISIBLE_DEVICES": ""}
+    return os.environ | own | device | {"TRANSFORMERS_VERBOSITY": "error", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
 
 
 def run_reference(case: Case, model: Path) -> Measured:
