@@ -38,6 +38,46 @@ def train_and_note_positions(cfg: Any, store: Any, place: Any) -> None:
     (place.folder / f"seen-{place.rank}.json").write_text(json.dumps(seen))
 
 
+def train_by_plain_descent(cfg: Any, store: Any, place: Any) -> None:
+    """Train with an optimizer that adds the gradient itself, so that the weights tell what the gradients were."""
+    import torch
+
+    from raytune_lora.training.trainer import PlannedTrainer
+
+    descent = staticmethod(lambda args, model=None: (torch.optim.SGD, {"lr": args.learning_rate}))
+    PlannedTrainer.get_optimizer_cls_and_kwargs = descent  # type: ignore[method-assign, assignment]
+    try:
+        train(cfg, store, place)
+    finally:
+        del PlannedTrainer.get_optimizer_cls_and_kwargs
+
+
+def train_and_note_streams(cfg: Any, store: Any, place: Any) -> None:
+    """Train, and write down what each random stream gave this worker: the data, the adapter, the state of dropout."""
+    import hashlib
+
+    import torch
+
+    from raytune_lora.training.trainer import PlannedTrainer
+
+    noted: dict[str, Any] = {"order": []}
+
+    def training_step(self: Any, model: Any, inputs: Any, *arguments: Any) -> Any:
+        if not noted["order"]:
+            start = [p.detach().numpy().tobytes() for p in model.parameters() if p.requires_grad]
+            noted["weights"] = hashlib.sha256(b"".join(start)).hexdigest()
+            noted["dropout"] = hashlib.sha256(torch.get_rng_state().numpy().tobytes()).hexdigest()
+        noted["order"].append(inputs["input_ids"].tolist())
+        return super(PlannedTrainer, self).training_step(model, inputs, *arguments)
+
+    PlannedTrainer.training_step = training_step  # type: ignore[method-assign]
+    try:
+        train(cfg, store, place)
+    finally:
+        del PlannedTrainer.training_step
+    (place.folder / f"streams-{place.rank}.json").write_text(json.dumps(noted))
+
+
 def train_until_told(cfg: Any, store: Any, place: Any) -> None:
     """Train up to the step after the first checkpoint."""
     train(cfg, store, dataclasses.replace(place, stopped=lambda: any(place.folder.glob("checkpoint-*"))))

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import uuid
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -15,24 +13,17 @@ from transformers import AutoModelForCausalLM, get_cosine_schedule_with_warmup
 from raytune_lora.data.store import TokenStore
 from raytune_lora.training.batches import collate
 from raytune_lora.training.checkpoint import latest
-from raytune_lora.training.driver import Pool, Task, TaskFailed
+from raytune_lora.training.driver import Pool, TaskFailed
 from raytune_lora.training.plan import permutation, plan_run, stream
 from tests.integration import tasks
 from tests.integration.conftest import Configure
+from tests.integration.running import losses, run
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(240)]
 
 # fp32 on CPU: what is left is the order of sums between processes
 TOLERANCE = 2e-6
 NO_DROPOUT = "method.dropout=0"
-
-
-def losses(folder: Path) -> list[float]:
-    return [json.loads(line)["loss"] for line in (folder / "steps.jsonl").read_text().splitlines()]
-
-
-def run(pool: Pool, store: TokenStore, folder: Path, cfg: Any, function: Any = tasks.train) -> list[dict[str, Any]]:
-    return list(pool.stream(Task(uuid.uuid4().hex, function, cfg, store, folder)))
 
 
 @pytest.fixture(scope="module")
