@@ -5,11 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
-from raytune_lora.config.schema import LoraMethodConfig, RunConfig, SweepConfig, TinyModelConfig
+from raytune_lora.config.schema import LoraMethodConfig, RunConfig, SweepConfig, TinyModelConfig, TrackingConfig
 
 # the schedules of transformers that need no further arguments
 LR_SCHEDULERS = ("constant", "constant_with_warmup", "cosine", "inverse_sqrt", "linear")
 TEMPLATES = ("alpaca",)
+TRACKERS = ("tensorboard", "wandb", "mlflow", "ray")
 
 _Rule = tuple[Callable[[float], bool], str]  # whether a value holds, and the rule in words
 _POSITIVE: _Rule = (lambda v: v > 0, "> 0")
@@ -87,6 +88,17 @@ def _choice_problems(cfg: RunConfig) -> list[str]:
         found.append(f"data.template: there is no {cfg.data.template!r}; known: {', '.join(TEMPLATES)}")
     if isinstance(cfg.method, LoraMethodConfig) and not cfg.method.target_modules:
         found.append("method.target_modules is empty; name modules, or ['all-linear']")
+    return found + _tracking_problems(cfg.tracking)
+
+
+def _tracking_problems(cfg: TrackingConfig) -> list[str]:
+    known = ", ".join(TRACKERS)
+    unknown = [name for name in cfg.trackers if name not in TRACKERS]
+    found = [f"tracking.trackers: there is no {name!r}; known: {known}" for name in unknown]
+    if len(set(cfg.trackers)) < len(cfg.trackers):
+        found.append(f"tracking.trackers names one twice (got {', '.join(cfg.trackers)})")
+    if not cfg.project:
+        found.append("tracking.project is empty; name the W&B project or MLflow experiment")
     return found
 
 

@@ -25,6 +25,7 @@ from raytune_lora.training.checkpoint import SAVING, latest, report_of
 from raytune_lora.training.deepspeed import deepspeed_config, release
 from raytune_lora.training.place import Place
 from raytune_lora.training.plan import Plan, plan_run, stream
+from raytune_lora.training.tracking.watch import watchers
 from raytune_lora.training.trainer import PlannedTrainer, Reporter
 from raytune_lora.training.warmup import build_shared_memory_op
 
@@ -47,15 +48,17 @@ def train(cfg: RunConfig, store: TokenStore, place: Place) -> None:
     base = load_model(folder, cfg.model)
     torch.manual_seed(stream(cfg.training.seed, "weights"))
     model = method_for(cfg.method).apply(base)
+    rows = store.split("train")
+    watching = watchers(cfg, plan, place, rows, model)
     trainer = PlannedTrainer(
         cfg=cfg,
         plan=plan,
-        train=store.split("train"),
+        train=rows,
         validation=store.split("validation"),
         pad_id=tokenizer.pad_token_id,
         model=model,
         args=args,
-        callbacks=[Reporter(plan, place, _parameters(model))],
+        callbacks=[*watching, Reporter(plan, place, _parameters(model))],
     )
     trainer.remove_callback(PrinterCallback)
     if (trainer.accelerator.num_processes, args.process_index) != (place.workers, place.rank):
@@ -70,6 +73,8 @@ def train(cfg: RunConfig, store: TokenStore, place: Place) -> None:
     try:
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     finally:
+        for watcher in watching:
+            watcher.close()
         _release(trainer)
     if place.rank == 0:
         shutil.rmtree(saving, ignore_errors=True)

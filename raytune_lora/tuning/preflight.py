@@ -10,6 +10,7 @@ from raytune_lora.config.schema import SweepConfig
 from raytune_lora.data import sources as data_sources
 from raytune_lora.errors import UserError
 from raytune_lora.models import sources as model_sources
+from raytune_lora.training import tracking
 from raytune_lora.tuning import folder, space
 
 
@@ -27,7 +28,7 @@ def check(cfg: SweepConfig, *, searching: bool, fresh: bool) -> None:
     found = validate.problems(cfg)
     if searching:
         found += space.problems(cfg.space, cfg) or _extremes(cfg)
-    found += data_sources.problems(cfg.data) + model_sources.problems(cfg.model)
+    found += data_sources.problems(cfg.data) + model_sources.problems(cfg.model) + tracking.problems(cfg.tracking)
     if fresh:
         found += folder.problems(output_path(cfg))
     found += _cache_problems(cfg)
