@@ -62,3 +62,27 @@ def count_models(cfg: Any, store: Any, place: Any) -> None:
 
     gc.collect()
     place.report({"models": sum(isinstance(o, PreTrainedModel) for o in gc.get_objects())})
+
+
+BROKEN = ("start", "log", "close")  # trackers named after where they fail
+
+
+def train_with_broken_trackers(cfg: Any, store: Any, place: Any) -> None:
+    """Train with trackers that fail at each thing a tracker does."""
+    from raytune_lora.training.tracking import base
+
+    def tracker(name: str) -> type[base.Tracker]:
+        def step(where: str) -> None:
+            if where == name:
+                raise ConnectionError(f"{name} is away")
+
+        methods = {where: lambda self, *arguments, where=where: step(where) for where in BROKEN}
+        return type(name, (base.Tracker,), {"kind": name, **methods})
+
+    try:
+        for name in BROKEN:
+            tracker(name)
+        train(cfg, store, place)
+    finally:
+        for name in BROKEN:
+            del base._REGISTRY[name]

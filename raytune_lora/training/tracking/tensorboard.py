@@ -16,19 +16,26 @@ class TensorBoard(Tracker):
 
     kind = "tensorboard"
     module = package = "tensorboard"
-    _writer: Any
+    _writer: Any = None
 
     def start(self, trial: TrackedTrial) -> None:
-        from torch.utils.tensorboard import SummaryWriter
-
-        self._writer = SummaryWriter(str(trial.folder / FOLDER))
-        text = yaml.safe_dump(trial.config, sort_keys=False, allow_unicode=True)
-        self._writer.add_text("config", f"```yaml\n{text}```")
+        self._trial = trial
 
     def log(self, step: int, values: Values) -> None:
+        if self._writer is None:
+            self._open(step)
         for name, value in values.items():
             if value is not None:
                 self._writer.add_scalar(name, value, step)
 
     def close(self) -> None:
-        self._writer.close()
+        if self._writer is not None:
+            self._writer.close()
+
+    def _open(self, first: int) -> None:
+        """A file whose steps take the place of those from ``first`` on in older files of the trial."""
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._writer = SummaryWriter(str(self._trial.folder / FOLDER), purge_step=first)
+        text = yaml.safe_dump(self._trial.config, sort_keys=False, allow_unicode=True)
+        self._writer.add_text("config", f"```yaml\n{text}```", first)
