@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import re
 import time
 import urllib.request
@@ -94,13 +93,18 @@ def test_ray_exports_the_numbers_of_a_trial_until_it_ends(
     tracker = tracker_class("ray")(TrackingConfig())
     tracker.start(TrackedTrial.of(configure(), tmp_path / name))
 
-    def shows(value: float) -> bool:
-        found = exported().get(("loss", name))
-        return found is not None and (found == value or (math.isnan(found) and math.isnan(value)))
-
-    for value, act in ((4.25, lambda: tracker.log(1, {"loss": 4.25, "mfu": None})), (math.nan, tracker.close)):
-        act()
+    def wait_for(value: float | None) -> None:
         deadline = time.monotonic() + 90
-        while not shows(value):
+        while exported().get(("loss", name)) != value:
             assert time.monotonic() < deadline, f"Ray does not show {value}: {exported()}"
             time.sleep(1)
+
+    tracker.log(1, {"loss": 4.25, "mfu": None})
+    wait_for(4.25)
+    shown = time.monotonic()
+    while time.monotonic() < shown + 25:  # longer than Ray keeps what is not set again
+        assert exported()["loss", name] == 4.25
+        time.sleep(1)
+    assert ("mfu", name) not in exported()
+    tracker.close()
+    wait_for(None)

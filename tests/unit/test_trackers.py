@@ -108,7 +108,9 @@ def test_every_tracker_is_read_back_by_a_test() -> None:
     assert set(validate.TRACKERS) == set(tracking.kinds()) - {"jsonl"}
 
 
-@pytest.mark.parametrize("kind", [k if k != "mlflow" else pytest.param(k, marks=pytest.mark.slow) for k in READERS])
+@pytest.mark.parametrize(
+    "kind", ["jsonl", "tensorboard", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("wandb", "mlflow"))]
+)
 def test_what_a_tracker_took_its_own_library_reads(
     kind: str, trial: TrackedTrial, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-import math
+import threading
 from typing import Any
 
 from raytune_lora.training.tracking.base import TrackedTrial, Tracker, Values
 
 PREFIX = "raytune_lora_"  # Ray puts ``ray_`` before it
+_REFRESH = 5.0  # seconds; half of Ray's own interval
 
 
 class RayGauges(Tracker):
-    """A gauge a number, tagged by sweep and trial.
+    """A gauge a number, tagged by sweep and trial, with the last value measured.
 
-    A gauge lives as long as the worker's process, which outlives the trial: closing sets it to NaN, so that the graph
-    ends with the trial.
+    Ray forgets a gauge that is not set for two of its export intervals of ten seconds, and a step or a validation may
+    take longer: a thread sets them again until the trial ends.
     """
 
     kind = "ray"
@@ -22,19 +23,28 @@ class RayGauges(Tracker):
     def start(self, trial: TrackedTrial) -> None:
         self._tags = {"sweep": trial.sweep, "trial": trial.name}
         self._gauges: dict[str, Any] = {}
+        self._last: dict[str, float] = {}
+        self._lock = threading.Lock()
+        self._closed = threading.Event()
+        threading.Thread(target=self._refresh, daemon=True, name="ray-gauges").start()
 
     def log(self, step: int, values: Values) -> None:
-        for name, value in {"step": step, **values}.items():
-            if value is not None:
-                self._gauge(name).set(float(value), tags=self._tags)
+        with self._lock:
+            self._last |= {"step": step, **{name: value for name, value in values.items() if value is not None}}
+            self._set()
 
     def close(self) -> None:
-        for gauge in self._gauges.values():
-            gauge.set(math.nan, tags=self._tags)
+        self._closed.set()
 
-    def _gauge(self, name: str) -> Any:
+    def _refresh(self) -> None:
+        while not self._closed.wait(_REFRESH):
+            with self._lock:
+                self._set()
+
+    def _set(self) -> None:
         from ray.util.metrics import Gauge
 
-        if name not in self._gauges:
-            self._gauges[name] = Gauge(PREFIX + name, f"{name} of a trial", tag_keys=tuple(self._tags))
-        return self._gauges[name]
+        for name, value in self._last.items():
+            if name not in self._gauges:
+                self._gauges[name] = Gauge(PREFIX + name, f"{name} of a trial", tag_keys=tuple(self._tags))
+            self._gauges[name].set(float(value), tags=self._tags)
