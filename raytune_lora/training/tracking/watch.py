@@ -64,14 +64,14 @@ class Watcher(TrainerCallback):
         self._plan = plan
         self._tokens = tokens
         self._mfu_per_token = mfu_per_token
-        self._kinds = trackers
+        self._to_start = trackers
         self._trial = trial
         self._trackers: Trackers | None = None
         self._step: tuple[int, dict[str, float | None]] | None = None  # measured, and not yet handed over
         self._mark = 0.0
 
     def on_train_begin(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
-        self._trackers = Trackers(self._kinds, self._trial)
+        self._trackers = Trackers(self._to_start, self._trial)
         self._mark = time.perf_counter()
 
     def on_log(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
