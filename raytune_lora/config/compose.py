@@ -37,6 +37,7 @@ _PLAIN_GROUPS = {
     "search": schema.SearchConfig,
     "scheduler": schema.SchedulerConfig,
     "cluster": schema.ClusterConfig,
+    "tracking": schema.TrackingConfig,
 }
 
 

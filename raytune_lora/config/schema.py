@@ -41,6 +41,11 @@ class Scheduler(Enum):
     none = "none"
 
 
+class WandbMode(Enum):
+    offline = "offline"
+    online = "online"
+
+
 class DimensionKind(Enum):
     float = "float"
     int = "int"
@@ -196,6 +201,16 @@ class ClusterConfig:
 
 
 @dataclass
+class TrackingConfig:
+    """Where the numbers of each step go, beside ``steps.jsonl`` in the trial's folder."""
+
+    trackers: list[str] = field(default_factory=list)  # of tensorboard, wandb, mlflow, ray
+    project: str = "raytune-lora"  # W&B project and MLflow experiment
+    wandb_mode: WandbMode = WandbMode.offline  # offline: in the trial's folder, for `wandb sync`
+    mlflow_uri: str | None = None  # server or store; null: $MLFLOW_TRACKING_URI, or else mlflow.db in the output folder
+
+
+@dataclass
 class RunConfig:
     """One training run."""
 
@@ -207,6 +222,7 @@ class RunConfig:
     deepspeed: DeepSpeedConfig = field(default_factory=DeepSpeedConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
     workers: int = 1  # processes that train one model together
     cpus_per_worker: int = 1
     gpus_per_worker: int = 0

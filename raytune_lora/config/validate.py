@@ -6,11 +6,12 @@ import math
 from collections.abc import Callable
 
 from raytune_lora.config.methods import AdaloraMethodConfig, TargetedMethodConfig
-from raytune_lora.config.schema import Optimizer, RunConfig, SweepConfig, TinyModelConfig
+from raytune_lora.config.schema import Optimizer, RunConfig, SweepConfig, TinyModelConfig, TrackingConfig
 
 # the schedules of transformers that need no further arguments
 LR_SCHEDULERS = ("constant", "constant_with_warmup", "cosine", "inverse_sqrt", "linear")
 TEMPLATES = ("alpaca",)
+TRACKERS = ("tensorboard", "wandb", "mlflow", "ray")
 
 _Rule = tuple[Callable[[float], bool], str]  # whether a value holds, and the rule in words
 _POSITIVE: _Rule = (lambda v: v > 0, "> 0")
@@ -112,6 +113,17 @@ def _choice_problems(cfg: RunConfig) -> list[str]:
             f"training.optimizer={cfg.training.optimizer.value} needs a GPU (gpus_per_worker >= 1); "
             "on the CPU take training.optimizer=adamw"
         )
+    return found + _tracking_problems(cfg.tracking)
+
+
+def _tracking_problems(cfg: TrackingConfig) -> list[str]:
+    known = ", ".join(TRACKERS)
+    unknown = [name for name in cfg.trackers if name not in TRACKERS]
+    found = [f"tracking.trackers: there is no {name!r}; known: {known}" for name in unknown]
+    if len(set(cfg.trackers)) < len(cfg.trackers):
+        found.append(f"tracking.trackers names one twice (got {', '.join(cfg.trackers)})")
+    if not cfg.project:
+        found.append("tracking.project is empty; name the W&B project or MLflow experiment")
     return found
 
 

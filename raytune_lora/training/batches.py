@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import lru_cache
 from typing import Any
 
 import torch
@@ -19,14 +18,13 @@ class Samples(Dataset[dict[str, list[int]]]):
     def __init__(self, split: Any, plan: Plan) -> None:
         self._split = split.select_columns(["input_ids", "labels"])
         self._plan = plan
-        self._order = lru_cache(maxsize=2)(lambda epoch: permutation(plan.rows, epoch, plan.seed))
 
     def __len__(self) -> int:
         return self._plan.steps * self._plan.global_batch
 
     def __getitem__(self, position: int) -> dict[str, list[int]]:
         epoch, index = divmod(position, self._plan.rows)
-        row: dict[str, list[int]] = self._split[self._order(epoch)[index]]
+        row: dict[str, list[int]] = self._split[permutation(self._plan.rows, epoch, self._plan.seed)[index]]
         if position >= self._plan.total:
             return {"input_ids": row["input_ids"], "labels": [IGNORED] * len(row["labels"])}
         return row

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import sys
+from collections.abc import Iterator
 from typing import Any
 
 from raytune_lora.config.schema import RunConfig
@@ -35,6 +38,19 @@ def deepspeed_config(cfg: RunConfig, plan: Plan, *, bf16: bool) -> dict[str, Any
         "zero_allow_untested_optimizer": True,  # the optimizer is torch's AdamW, as without DeepSpeed
         "steps_per_print": _NEVER,
     }
+
+
+@contextlib.contextmanager
+def without_mlflow() -> Iterator[None]:
+    """Hide MLflow while DeepSpeed is imported: its autotuner would import it, which takes seconds in each worker."""
+    hide = "mlflow" not in sys.modules
+    if hide:
+        sys.modules["mlflow"] = None  # type: ignore[assignment]  # Python's own sign for what cannot be imported
+    try:
+        yield
+    finally:
+        if hide:
+            del sys.modules["mlflow"]
 
 
 def release(engine: Any) -> None:

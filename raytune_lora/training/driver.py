@@ -25,6 +25,7 @@ from ray.train import RunConfig as RayRunConfig
 
 from raytune_lora.config.schema import RunConfig
 from raytune_lora.data.store import TokenStore
+from raytune_lora.training.deepspeed import without_mlflow
 from raytune_lora.training.failures import FAILED, STOPPED, Ended, classify
 from raytune_lora.training.output import output_to
 from raytune_lora.training.place import Place
@@ -263,7 +264,8 @@ def _workers(config: dict[str, Any]) -> None:
 
 def _do(task: Task, board: Any, rank: int, workers: int) -> None:
     """Do a task. A failure that all workers have at the same step ends the task; any other ends the group."""
-    from raytune_lora.training.worker import clean_up, set_up  # here: it brings torch and transformers
+    with without_mlflow():
+        from raytune_lora.training.worker import clean_up, set_up  # here: it brings torch and transformers
 
     def report(metrics: Report) -> None:
         if rank == 0:

@@ -6,6 +6,7 @@ import math
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 
 from raytune_lora.config.schema import RunConfig
 
@@ -67,11 +68,12 @@ def plan_run(cfg: RunConfig, rows: int) -> Plan:
     )
 
 
-def permutation(rows: int, epoch: int, seed: int) -> list[int]:
+@lru_cache(maxsize=2)
+def permutation(rows: int, epoch: int, seed: int) -> tuple[int, ...]:
     """The order of the rows in an epoch."""
     order = list(range(rows))
     random.Random(f"{seed}/{epoch}").shuffle(order)
-    return order
+    return tuple(order)
 
 
 def stream(seed: int, name: str, rank: int = 0) -> int:

@@ -6,7 +6,6 @@ accuracy over the whole vocabulary to every step.
 
 from __future__ import annotations
 
-import json
 import math
 import resource
 import time
@@ -28,7 +27,6 @@ from raytune_lora.training.metrics import validation_loss
 from raytune_lora.training.place import Place
 from raytune_lora.training.plan import Plan
 
-STEP_LOG = "steps.jsonl"  # in the trial's folder: a line a step
 TRAINED = "trained.safetensors"  # in a checkpoint: the trained parameters by their names in the model
 
 
@@ -109,7 +107,7 @@ class PlannedTrainer(Trainer):
 
 
 class Reporter(TrainerCallback):
-    """Decides when to validate, keeps the step log, ends a run that diverged or was stopped, and reports."""
+    """Decides when to validate, ends a run that diverged or was stopped, and reports."""
 
     def __init__(self, plan: Plan, place: Place, method: Method[Any], facts: dict[str, Any]) -> None:
         """
@@ -145,14 +143,6 @@ class Reporter(TrainerCallback):
         if "loss" not in logs:
             return
         self._losses.append(logs["loss"])
-        if self._place.rank == 0:
-            line = {
-                "step": state.global_step,
-                "samples_seen": self._plan.samples_seen(state.global_step),
-                **{key: logs.get(key) for key in ("loss", "grad_norm", "learning_rate")},
-            }
-            with (self._place.folder / STEP_LOG).open("a") as file:
-                file.write(json.dumps(line) + "\n")
         for value in (logs["loss"], logs.get("grad_norm", 0.0)):
             if not math.isfinite(value):
                 raise DivergedError(state.global_step, value)

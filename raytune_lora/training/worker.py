@@ -27,6 +27,7 @@ from raytune_lora.training.checkpoint import SAVING, latest, report_of
 from raytune_lora.training.deepspeed import deepspeed_config, release
 from raytune_lora.training.place import Place
 from raytune_lora.training.plan import Plan, plan_run, stream
+from raytune_lora.training.tracking.watch import watchers
 from raytune_lora.training.trainer import PlannedTrainer, Reporter
 from raytune_lora.training.warmup import build_shared_memory_op
 
@@ -58,16 +59,18 @@ def train(cfg: RunConfig, store: TokenStore, place: Place) -> None:
     model = method.apply(base, _start(cfg, plan, store, folder, tokenizer.pad_token_id))
     if cfg.quantization.kind is not Quantization.none:
         model._hf_peft_config_loaded = True  # transformers trains on a quantized base only what PEFT has seen
+    rows = store.split("train")
+    watching = watchers(cfg, plan, place, rows, model)
     trainer = PlannedTrainer(
         cfg=cfg,
         plan=plan,
         method=method,
-        train=store.split("train"),
+        train=rows,
         validation=store.split("validation"),
         pad_id=tokenizer.pad_token_id,
         model=model,
         args=args,
-        callbacks=[Reporter(plan, place, method, _parameters(model))],
+        callbacks=[*watching, Reporter(plan, place, method, _parameters(model))],
     )
     trainer.remove_callback(PrinterCallback)
     if (trainer.accelerator.num_processes, args.process_index) != (place.workers, place.rank):
@@ -82,6 +85,8 @@ def train(cfg: RunConfig, store: TokenStore, place: Place) -> None:
     try:
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     finally:
+        for watcher in watching:
+            watcher.close()
         _release(trainer)
     if place.rank == 0:
         shutil.rmtree(saving, ignore_errors=True)

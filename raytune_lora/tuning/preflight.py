@@ -11,6 +11,7 @@ from raytune_lora.data import sources as data_sources
 from raytune_lora.errors import UserError
 from raytune_lora.models import sources as model_sources
 from raytune_lora.models.methods.fit import problems as method_problems
+from raytune_lora.training import tracking
 from raytune_lora.tuning import folder, space
 
 
@@ -28,7 +29,7 @@ def check(cfg: SweepConfig, *, searching: bool, fresh: bool) -> None:
     found = validate.problems(cfg)
     if searching:
         found += space.problems(cfg.space, cfg) or _extremes(cfg)
-    found += method_problems(cfg)
+    found += method_problems(cfg) + tracking.problems(cfg.tracking)
     found += data_sources.problems(cfg.data) + model_sources.problems(cfg.model)
     if fresh:
         found += folder.problems(output_path(cfg))

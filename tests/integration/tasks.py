@@ -108,3 +108,27 @@ def measure(cfg: Any, store: Any, place: Any, adapter: str | None) -> None:
     from raytune_lora.evaluation import compare
 
     compare.measure(cfg, store, place, adapter=adapter)
+
+
+BROKEN = ("start", "log", "close")  # trackers named after where they fail
+
+
+def train_with_broken_trackers(cfg: Any, store: Any, place: Any) -> None:
+    """Train with trackers that fail at each thing a tracker does."""
+    from raytune_lora.training.tracking import base
+
+    def tracker(name: str) -> type[base.Tracker]:
+        def step(where: str) -> None:
+            if where == name:
+                raise ConnectionError(f"{name} is away")
+
+        methods = {where: lambda self, *arguments, where=where: step(where) for where in BROKEN}
+        return type(name, (base.Tracker,), {"kind": name, **methods})
+
+    try:
+        for name in BROKEN:
+            tracker(name)
+        train(cfg, store, place)
+    finally:
+        for name in BROKEN:
+            del base._REGISTRY[name]

@@ -191,7 +191,7 @@ def test_a_diverging_trial_ends_alone(tmp_path: Path, cache: Path) -> None:
 
 def test_one_run_without_a_sweep(tmp_path: Path, cache: Path) -> None:
     folder = tmp_path / "run"
-    overrides = readme.arguments("jobs/train.py", {"runs/tiny": str(folder)})
+    overrides = readme.arguments("output=runs/tiny", {"runs/tiny": str(folder)})
     out, _ = finish(start("train", *overrides, "model=tiny_bias", f"cache={cache}"))
     results = json.loads((folder / "results.json").read_text())
     assert results["kind"] == "run"

@@ -14,6 +14,7 @@ import ray
 
 from raytune_lora.cli import job, main
 from raytune_lora.config.compose import compose
+from raytune_lora.training.tracking import tracker_class
 from raytune_lora.tuning.folder import create
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -166,6 +167,13 @@ def test_more_trials_at_once_than_the_machine_has(refused: Refused) -> None:
 def test_a_gpu_where_none_is(verb: str, refused: Refused) -> None:
     assert refused(verb, *TINY, "gpus_per_worker=1", "output=out") == (
         "error: gpus_per_worker=1: this machine has no GPU; set gpus_per_worker=0 to train on the CPU\n"
+    )
+
+
+def test_a_tracker_that_is_not_installed(refused: Refused, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tracker_class("mlflow"), "module", "not_installed_here")
+    assert refused("train", *TINY, "tracking=mlflow", "output=out") == (
+        "error: tracking.trackers: mlflow needs the package mlflow-skinny: pip install mlflow-skinny\n"
     )
 
 

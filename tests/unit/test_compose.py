@@ -86,6 +86,7 @@ def test_every_file_is_short_and_starts_with_its_schema(path: Path) -> None:
         TINY,
         ["experiment=quickstart", "output=sweeps/x"],
         ["model.path=Qwen/Qwen2.5-0.5B", 'data.path="한국어.jsonl"', "deepspeed=zero3", "workers=2"],
+        [*TINY, "tracking=wandb", "tracking.wandb_mode=online", "tracking.mlflow_uri=http://host:5000"],
         ["model=smollm2", "data=extraction", "scheduler=none", "search=random", "model.precision=bf16"],
         [*TINY, "method.target_modules=[q_proj,v_proj]", "training.learning_rate=1e-05", "training.max_steps=null"],
         [*TINY, "~space.alpha", "+space.batch={key: training.micro_batch, kind: categorical, choices: [1, 2]}"],

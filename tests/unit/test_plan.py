@@ -126,10 +126,10 @@ def test_an_epoch_takes_each_row_once(rows: int) -> None:
 
 
 def test_each_epoch_and_each_seed_has_its_own_order() -> None:
-    orders = [tuple(permutation(50, epoch, seed)) for epoch in range(4) for seed in (0, 1, 11)]
+    orders = [permutation(50, epoch, seed) for epoch in range(4) for seed in (0, 1, 11)]
     assert len(set(orders)) == 12
     assert permutation(50, 1, 0) == permutation(50, 1, 0)
-    assert permutation(6, 0, 0) == [0, 5, 1, 4, 3, 2]
+    assert permutation(6, 0, 0) == (0, 5, 1, 4, 3, 2)
 
 
 def test_each_stream_has_its_own_seed() -> None:

@@ -14,6 +14,7 @@ EXECUTED = {
     "make test": "the tests themselves",
     "jobs/sweep.py model.path=": "integration/test_jobs.py::sweep",
     "jobs/train.py model=tiny data=fake workers=2": "integration/test_jobs.py::test_one_run_without_a_sweep",
+    "tracking.trackers=": "integration/test_tracking.py::test_a_run_with_every_tracker",
     "jobs/sweep.py resume=": "integration/test_jobs.py::test_killed_and_resumed",
     "jobs/sweep.py --help": "unit/test_readme.py::test_help_and_config",
     "--cfg job": "unit/test_readme.py::test_help_and_config",

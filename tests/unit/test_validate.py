@@ -160,6 +160,9 @@ def test_the_templates_are_those_of_the_data_room() -> None:
         ("training", "lr_scheduler", "cosin", "known: constant, constant_with_warmup, cosine"),
         ("data", "template", "chatml", "known: alpaca"),
         ("method", "target_modules", [], "['all-linear']"),
+        ("tracking", "trackers", ["tensorbord"], "known: tensorboard, wandb, mlflow, ray"),
+        ("tracking", "trackers", ["wandb", "ray", "wandb"], "names one twice (got wandb, ray, wandb)"),
+        ("tracking", "project", "", "name the W&B project or MLflow experiment"),
     ],
 )
 def test_an_unknown_name_is_answered_with_the_known(section: str, leaf: str, value: Any, remedy: str) -> None:

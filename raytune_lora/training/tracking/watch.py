@@ -1,0 +1,150 @@
+"""What is measured at each step of a trial; the first worker measures for its whole group.
+
+- ``samples_seen``: samples trained on, of the whole group
+- ``loss``: training loss of the step; ``eval_loss``: validation loss, at the steps that measure it (nats a token)
+- ``learning_rate``; ``grad_norm``: before clipping
+- ``step_seconds``: wall time from the end of the step before, reading data included, validation and checkpoints not
+- ``tokens_per_second``: tokens that are not padding, of the whole group
+- ``memory_bytes``: GPU memory that the first worker's process holds; its resident memory where there is no GPU
+- ``mfu``: model FLOPs utilization, a share of 1; None where the peak is not known (see ``utilization``)
+"""
+
+from __future__ import annotations
+
+import math
+import resource
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import TrainerCallback, TrainingArguments
+
+from raytune_lora.config.schema import RunConfig
+from raytune_lora.models.loading import precision
+from raytune_lora.training.place import Place
+from raytune_lora.training.plan import Plan, permutation
+from raytune_lora.training.tracking import StepLog, TrackedTrial, Tracker, Trackers, tracker_class
+from raytune_lora.training.tracking.utilization import flops_per_token, worker_peak
+
+
+def watchers(cfg: RunConfig, plan: Plan, place: Place, split: Any, model: Any) -> list[Watcher]:
+    """The callbacks that measure: one on the first worker, none on the others.
+
+    Args:
+        cfg: the run.
+        plan: of the run.
+        place: of this worker.
+        split: that is trained on, of the token store.
+        model: that trains, with its adapters.
+    """
+    if place.rank != 0:
+        return []
+    peak = worker_peak(precision(cfg.model.precision))
+    share = flops_per_token(model) / (peak * plan.workers) if peak else None
+    trackers: list[Tracker] = [StepLog(cfg.tracking), *(tracker_class(k)(cfg.tracking) for k in cfg.tracking.trackers)]
+    return [Watcher(plan, StepTokens(split, plan), share, trackers, TrackedTrial.of(cfg, place.folder))]
+
+
+class Watcher(TrainerCallback):
+    """Measures each step and hands the numbers to the trackers; a step that is validated waits for its validation."""
+
+    def __init__(
+        self, plan: Plan, tokens: StepTokens, mfu_per_token: float | None, trackers: list[Tracker], trial: TrackedTrial
+    ) -> None:
+        """
+        Args:
+            plan: of the run.
+            tokens: of each step.
+            mfu_per_token: utilization at one token a second; None where the peak is not known.
+            trackers: started when the training begins.
+            trial: what they are told.
+        """
+        self._plan = plan
+        self._tokens = tokens
+        self._mfu_per_token = mfu_per_token
+        self._to_start = trackers
+        self._trial = trial
+        self._trackers: Trackers | None = None
+        self._step: tuple[int, dict[str, float | None]] | None = None  # measured, and not yet handed over
+        self._mark = 0.0
+
+    def on_train_begin(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
+        self._trackers = Trackers(self._to_start, self._trial)
+        self._mark = time.perf_counter()
+
+    def on_log(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
+        logs: dict[str, float] = kwargs["logs"]
+        if "loss" not in logs:
+            return
+        now = time.perf_counter()  # the loss has been read, so the GPU has done its part
+        step, seconds = int(state.global_step), now - self._mark
+        tokens_per_second = self._tokens(step) / seconds
+        mfu = self._mfu_per_token * tokens_per_second if self._mfu_per_token is not None else None
+        values: dict[str, float | None] = {
+            "samples_seen": self._plan.samples_seen(step),
+            "loss": logs["loss"],
+            "eval_loss": None,
+            "learning_rate": logs.get("learning_rate"),
+            "grad_norm": logs.get("grad_norm"),
+            "step_seconds": seconds,
+            "tokens_per_second": tokens_per_second,
+            "memory_bytes": _memory(),
+            "mfu": mfu,
+        }
+        self._step = step, values
+        if not control.should_evaluate:
+            self._hand_over()
+        self._mark = now
+
+    def on_evaluate(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
+        if self._step is not None:
+            self._step[1]["eval_loss"] = kwargs["metrics"]["eval_loss"]
+        self._hand_over()
+
+    def on_save(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
+        self._mark = time.perf_counter()
+
+    def close(self) -> None:
+        """End the trackers, however the training ended."""
+        self._hand_over()
+        if self._trackers is not None:
+            self._trackers.close()
+
+    def _hand_over(self) -> None:
+        if self._step is not None and self._trackers is not None:
+            step, values = self._step
+            self._trackers.log(step, {name: _finite(value) for name, value in values.items()})
+        self._step = None
+
+
+class StepTokens:
+    """Tokens that are not padding in each step of a plan, on all workers together.
+
+    Any worker can count them alone: the plan says which rows a step reads, and the store how long they are.
+    """
+
+    def __init__(self, split: Any, plan: Plan) -> None:
+        offsets = (chunk.offsets.to_numpy() for chunk in split.data.column("input_ids").chunks)
+        self._lengths = np.concatenate([np.diff(o) for o in offsets])
+        self._plan = plan
+
+    def __call__(self, step: int) -> int:
+        """Tokens of the step; steps count from 1."""
+        plan = self._plan
+        positions = range(plan.samples_seen(step - 1), plan.samples_seen(step))
+        rows = [permutation(plan.rows, p // plan.rows, plan.seed)[p % plan.rows] for p in positions]
+        return int(self._lengths[rows].sum())
+
+
+def _memory() -> int:
+    if torch.cuda.is_available():
+        return int(torch.cuda.memory_reserved())
+    pages = Path("/proc/self/statm").read_text().split()[1]
+    return int(pages) * resource.getpagesize()
+
+
+def _finite(value: float | None) -> float | None:
+    """JSON has no NaN."""
+    return value if value is not None and math.isfinite(value) else None
