@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from raytune_lora.config.schema import LoraMethodConfig, RunConfig
+from raytune_lora.config.methods import LoraMethodConfig
+from raytune_lora.config.schema import RunConfig
 from raytune_lora.data.store import TokenStore
 from raytune_lora.training.driver import Pool
 from raytune_lora.training.plan import permutation, plan_run, stream
