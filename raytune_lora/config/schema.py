@@ -31,6 +31,14 @@ class Optimizer(Enum):
     paged_adamw_8bit = "paged_adamw_8bit"
 
 
+class Offload(Enum):
+    """Where DeepSpeed keeps what the GPU has no room for."""
+
+    none = "none"
+    cpu = "cpu"
+    nvme = "nvme"
+
+
 class Sampler(Enum):
     tpe = "tpe"
     random = "random"
@@ -173,6 +181,8 @@ class TrainingConfig:
     weight_decay: float = 0.01
     max_grad_norm: float = 1.0
     gradient_checkpointing: bool = False
+    patience: int | None = 3  # validations without a lower loss before the run ends; null: it goes through to the end
+    keep_checkpoints: int = 2  # of the newest; the best one stays beside them
     seed: int = 0  # of the weights' start, the order of the data and dropout
 
 
@@ -180,6 +190,9 @@ class TrainingConfig:
 class DeepSpeedConfig:
     enabled: bool = True  # off: plain torch.distributed data parallelism
     stage: int = 2  # ZeRO stage 0-3
+    offload_optimizer: Offload = Offload.none  # stages 1-3: where the optimizer's states are kept and stepped
+    offload_weights: Offload = Offload.none  # stage 3: where weights wait for their turn
+    nvme_path: str | None = None  # folder on a fast local disk of every node, for what is offloaded to nvme
 
 
 @dataclass

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable
 
 from raytune_lora.config.methods import AdaloraMethodConfig, TargetedMethodConfig
-from raytune_lora.config.schema import Optimizer, RunConfig, SweepConfig, TinyModelConfig, TrackingConfig
+from raytune_lora.config.schema import Offload, Optimizer, RunConfig, SweepConfig, TinyModelConfig, TrackingConfig
 
 # the schedules of transformers that need no further arguments
 LR_SCHEDULERS = ("constant", "constant_with_warmup", "cosine", "inverse_sqrt", "linear")
@@ -32,6 +32,8 @@ _RANGES: dict[str, _Rule] = {
     "training.weight_decay": _NOT_NEGATIVE,
     "training.max_grad_norm": _POSITIVE,
     "training.seed": _NOT_NEGATIVE,
+    "training.patience": _COUNT,
+    "training.keep_checkpoints": _COUNT,
     "deepspeed.stage": (lambda v: v in (0, 1, 2, 3), "0, 1, 2 or 3"),
     "evaluation.every": _COUNT,
     "evaluation.loss_rows": _NOT_NEGATIVE,
@@ -84,6 +86,7 @@ def problems(cfg: RunConfig) -> list[str]:
     found = [*_range_problems(cfg), *_choice_problems(cfg)]
     if not found:
         found += [*_model_problems(cfg), *_method_problems(cfg), *_batch_problems(cfg), *_data_problems(cfg)]
+        found += _deepspeed_problems(cfg)
         if isinstance(cfg, SweepConfig):
             found += _sweep_problems(cfg)
     return found
@@ -114,6 +117,28 @@ def _choice_problems(cfg: RunConfig) -> list[str]:
             "on the CPU take training.optimizer=adamw"
         )
     return found + _tracking_problems(cfg.tracking)
+
+
+def _deepspeed_problems(cfg: RunConfig) -> list[str]:
+    deepspeed, stage = cfg.deepspeed, cfg.deepspeed.stage if cfg.deepspeed.enabled else 0
+    offloads = {"offload_optimizer": deepspeed.offload_optimizer, "offload_weights": deepspeed.offload_weights}
+    found = []
+    for name, lowest in (("offload_optimizer", 1), ("offload_weights", 3)):
+        if offloads[name] is not Offload.none and stage < lowest:
+            asked = f"stage {stage}" if deepspeed.enabled else "DeepSpeed off"
+            found.append(f"deepspeed.{name}={offloads[name].value} needs ZeRO stage {lowest} or higher (got {asked})")
+    on_disk = [name for name, where in offloads.items() if where is Offload.nvme]
+    if on_disk and stage < 3:
+        found.append(f"deepspeed.{on_disk[0]}=nvme needs ZeRO stage 3; below it, take cpu")
+    if on_disk and deepspeed.nvme_path is None:
+        found.append(f"deepspeed.{on_disk[0]}=nvme needs deepspeed.nvme_path=<folder on a fast local disk>")
+    if stage >= 1 and cfg.training.optimizer is not Optimizer.adamw:
+        found.append(
+            f"training.optimizer={cfg.training.optimizer.value} does not work with ZeRO stage {stage}: its blocks of "
+            "8-bit states cannot be divided among workers and put together again; take training.optimizer=adamw, "
+            "whose states ZeRO divides, or deepspeed=off"
+        )
+    return found
 
 
 def _tracking_problems(cfg: TrackingConfig) -> list[str]:

@@ -23,7 +23,8 @@ def load_model(folder: Path, cfg: ModelConfig, quantization: QuantizationConfig)
         folder, dtype=precision(cfg.precision), trust_remote_code=trusted(cfg), **settings
     )
     model.config.use_cache = False
-    if settings:
+    divided = any(hasattr(p, "ds_id") for p in model.parameters())  # DeepSpeed's engine decides their precision
+    if settings and not divided:
         from peft import prepare_model_for_kbit_training
 
         # gradient checkpointing is the Trainer's

@@ -33,8 +33,8 @@ class Samples(Dataset[dict[str, list[int]]]):
 class _RankBatches:
     """The batch sampler of one worker."""
 
-    def __init__(self, plan: Plan, rank: int) -> None:
-        self._batches = list(plan.positions(rank))
+    def __init__(self, plan: Plan, rank: int, first: int) -> None:
+        self._batches = list(plan.positions(rank, first * plan.accumulation))
 
     def __iter__(self) -> Any:
         return iter(self._batches)
@@ -43,11 +43,11 @@ class _RankBatches:
         return len(self._batches)
 
 
-def training_loader(split: Any, plan: Plan, rank: int, pad_id: int) -> DataLoader[Any]:
-    """One worker's micro batches of the whole run: input_ids, attention_mask and labels, each (B, T)."""
+def training_loader(split: Any, plan: Plan, rank: int, pad_id: int, first: int = 0) -> DataLoader[Any]:
+    """One worker's micro batches from step ``first`` on: input_ids, attention_mask and labels, each (B, T)."""
     return DataLoader(
         Samples(split, plan),
-        batch_sampler=_RankBatches(plan, rank),
+        batch_sampler=_RankBatches(plan, rank, first),
         collate_fn=lambda rows: collate(rows, pad_id),
     )
 

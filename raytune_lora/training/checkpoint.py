@@ -1,70 +1,141 @@
-"""Checkpoints: all that every worker needs to go on, and the adapter.
+"""Checkpoints: all that a run needs to go on, on as many workers and under whichever ZeRO stage, and the adapter.
 
-Trainer and DeepSpeed write each worker's part into one folder on shared storage. When all parts are there, the first
-worker writes the manifest and renames the folder, so that a half-written checkpoint is never taken for a whole one.
+A checkpoint is a folder: what was learned in the method's own files (``adapter/``), the trained parameters and the
+optimizer's states whole and by name (``state.py``), and the manifest with the report and each file's size and digest.
+The schedule, the data's position and the random streams follow from the number of steps; weights that do not train
+are never written. The first worker writes it all under another name, the manifest last, and renames the folder.
 """
 
 from __future__ import annotations
 
+import hashlib
+import logging
 import os
 import shutil
+from collections import deque
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from raytune_lora.artifacts import MANIFEST, read_manifest, write_json
+from raytune_lora.models.export import ADAPTER
+from raytune_lora.models.methods import Method
+from raytune_lora.training import state
 
-SAVING = "saving"  # beside the whole checkpoints: where parts are written
+SAVING = "saving"  # beside the whole checkpoints: where one is written
+WEIGHTS, OPTIMIZER, EXTRA = "trained", "optimizer", "extra"  # stems of a checkpoint's files
 _PREFIX = "checkpoint-"
+_logger = logging.getLogger(__name__)
 
 
-def latest(folder: Path) -> Path | None:
-    """The whole checkpoint of a trial's folder that saw most steps."""
+class Checkpoint:
+    """A whole checkpoint."""
+
+    def __init__(self, path: Path, manifest: dict[str, Any]) -> None:
+        self.path = path
+        self.step: int = manifest["step"]  # optimizer steps done
+        self.progress: dict[str, Any] = manifest["progress"]  # of the reporter
+        self.report: dict[str, Any] = manifest["report"] | {"checkpoint": str(path)}
+
+    @property
+    def weights(self) -> state.Saved:
+        """The trained parameters."""
+        return state.Saved(self.path, WEIGHTS)
+
+    @property
+    def optimizer(self) -> state.Saved:
+        """The optimizer's states."""
+        return state.Saved(self.path, OPTIMIZER)
+
+    def extra(self) -> dict[str, torch.Tensor]:
+        """``Method.extra_state`` as it was."""
+        return state.Saved(self.path, EXTRA).all()
+
+
+def latest(folder: Path) -> Checkpoint | None:
+    """The checkpoint of a trial's folder that saw most steps; one that is damaged is passed over with a warning."""
     for path in sorted(folder.glob(f"{_PREFIX}*"), reverse=True):
-        if read_manifest(path) is not None:
-            return path
+        manifest = read_manifest(path)
+        damaged = ["its manifest, or a file is missing or cut"] if manifest is None else _damaged(path, manifest)
+        if manifest is not None and not damaged:
+            return Checkpoint(path, manifest)
+        _logger.warning("%s is damaged (%s): the run goes on from the one before it", path, ", ".join(damaged))
     return None
 
 
-def report_of(checkpoint: Path) -> dict[str, Any]:
-    """What was reported with a whole checkpoint, or would have been had the run not been killed in between."""
-    manifest = read_manifest(checkpoint)
-    if manifest is None:
-        raise ValueError(f"{checkpoint} is not a whole checkpoint")
-    return dict(manifest["report"]) | {"checkpoint": str(checkpoint)}
-
-
-def commit(parts: Path, folder: Path, step: int, report: dict[str, Any], rank: int, workers: int) -> Path:
-    """Make a whole checkpoint of what the workers wrote; all of them call it.
-
-    Of older ones only that of the lowest validation loss is kept.
+def write_parts(folder: Path, model: Any, optimizer: Any, method: Method[Any], *, rank: int) -> None:
+    """Gather a checkpoint from all workers, who call this together; the first writes it.
 
     Args:
-        parts: what Trainer wrote.
+        folder: made anew.
+        model: that trains.
+        optimizer: as accelerate wraps it.
+        method: of the model.
+        rank: of this worker.
+    """
+    if rank:
+        deque(state.gathered_weights(model), maxlen=0)
+        deque(state.gathered_optimizer(model, optimizer), maxlen=0)
+        return
+    shutil.rmtree(folder, ignore_errors=True)
+    (folder / ADAPTER).mkdir(parents=True)
+    weights = dict(state.gathered_weights(model))
+    state.write(folder, WEIGHTS, weights.items())
+    as_they_compute = {name: weights[name].to(p.dtype) for name, p in state.trained(model)}
+    method.save(model, as_they_compute, folder / ADAPTER)
+    state.write(folder, OPTIMIZER, state.gathered_optimizer(model, optimizer))
+    state.write(folder, EXTRA, method.extra_state(model).items())
+
+
+def commit(parts: Path, folder: Path, step: int, report: dict[str, Any], progress: dict[str, Any], keep: int) -> Path:
+    """Make a whole checkpoint of what was written; the first worker calls it.
+
+    Of older ones, that of the lowest validation loss is kept, and the newest.
+
+    Args:
+        parts: what ``write_parts`` wrote.
         folder: of the trial.
         step: optimizer steps done.
         report: that goes with it; its ``eval_loss`` decides which checkpoint is the best.
-        rank: of this worker.
-        workers: that wrote parts.
+        progress: what the reporter needs to go on.
+        keep: how many of the newest stay.
     """
     target = folder / f"{_PREFIX}{step:08d}"
-    if workers > 1:
-        torch.distributed.barrier()
-    if rank == 0:
-        files = {str(p.relative_to(parts)): p.stat().st_size for p in sorted(parts.rglob("*")) if p.is_file()}
-        write_json(parts / MANIFEST, {"step": step, "report": report, "workers": workers, "files": files})
-        shutil.rmtree(target, ignore_errors=True)
-        os.replace(parts, target)
-        _keep_best(folder, target)
+    files = {str(p.relative_to(parts)): p for p in sorted(parts.rglob("*")) if p.is_file()}
+    manifest = {
+        "step": step,
+        "report": report,
+        "progress": progress,
+        "files": {name: path.stat().st_size for name, path in files.items()},
+        "sha256": {name: _digest(path) for name, path in files.items()},
+    }
+    write_json(parts / MANIFEST, manifest)
+    shutil.rmtree(target, ignore_errors=True)
+    os.replace(parts, target)
+    _forget_others(folder, keep)
     return target
 
 
-def _keep_best(folder: Path, newest: Path) -> None:
+def _damaged(path: Path, manifest: dict[str, Any]) -> list[str]:
+    return [name for name, digest in manifest["sha256"].items() if _digest(path / name) != digest]
+
+
+def _digest(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while piece := file.read(2**20):
+            digest.update(piece)
+    return digest.hexdigest()
+
+
+def _forget_others(folder: Path, keep: int) -> None:
     found: dict[Path, dict[str, Any]] = {
-        path: manifest for path in folder.glob(f"{_PREFIX}*") if (manifest := read_manifest(path)) is not None
+        path: manifest
+        for path in sorted(folder.glob(f"{_PREFIX}*"))
+        if (manifest := read_manifest(path)) is not None
     }
     best = min(found, key=lambda path: (found[path]["report"]["eval_loss"], -found[path]["step"]))
-    for path in found:
-        if path not in (best, newest):
+    for path in list(found)[:-keep]:
+        if path != best:
             shutil.rmtree(path)

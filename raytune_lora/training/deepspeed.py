@@ -7,10 +7,13 @@ import sys
 from collections.abc import Iterator
 from typing import Any
 
-from raytune_lora.config.schema import RunConfig
+from raytune_lora.config.schema import Offload, RunConfig
 from raytune_lora.training.plan import Plan
 
 _NEVER = 10**9  # steps between DeepSpeed's own progress lines
+_BUCKET = 50_000_000  # elements sent at once: a tenth of DeepSpeed's default, which takes 2 GB of the GPU by itself
+_PERSISTENT = 100_000  # elements of the largest parameter that every worker keeps whole
+_LIVE = 1_000_000_000  # elements kept whole for a second use
 
 
 def deepspeed_config(cfg: RunConfig, plan: Plan, *, bf16: bool) -> dict[str, Any] | None:
@@ -23,21 +26,44 @@ def deepspeed_config(cfg: RunConfig, plan: Plan, *, bf16: bool) -> dict[str, Any
     """
     if not cfg.deepspeed.enabled:
         return None
-    zero: dict[str, Any] = {"stage": cfg.deepspeed.stage}
-    if cfg.deepspeed.stage in (1, 2):
-        zero |= {"overlap_comm": cfg.gpus_per_worker > 0, "contiguous_gradients": True}
-    if cfg.deepspeed.stage == 3:
-        zero |= {"overlap_comm": cfg.gpus_per_worker > 0, "stage3_gather_16bit_weights_on_model_save": True}
     return {
         "train_batch_size": plan.global_batch,
         "train_micro_batch_size_per_gpu": plan.micro_batch,
         "gradient_accumulation_steps": plan.accumulation,
         "gradient_clipping": cfg.training.max_grad_norm,
         "bf16": {"enabled": bf16},
-        "zero_optimization": zero,
-        "zero_allow_untested_optimizer": True,  # the optimizer is torch's AdamW, as without DeepSpeed
+        "zero_optimization": _zero(cfg),
+        "zero_allow_untested_optimizer": True,  # the optimizer is torch's AdamW, as without DeepSpeed,
+        "zero_force_ds_cpu_optimizer": False,  # and stays so where it is offloaded
         "steps_per_print": _NEVER,
     }
+
+
+def _zero(cfg: RunConfig) -> dict[str, Any]:
+    on_gpu, asked = cfg.gpus_per_worker > 0, cfg.deepspeed
+    zero: dict[str, Any] = {"stage": asked.stage}
+    if asked.stage == 0:
+        return zero
+    zero |= {
+        "overlap_comm": on_gpu,
+        "contiguous_gradients": True,
+        "reduce_bucket_size": _BUCKET,
+        "allgather_bucket_size": _BUCKET,
+    }
+    if asked.stage == 3:
+        zero |= {
+            "stage3_prefetch_bucket_size": _BUCKET,
+            "stage3_param_persistence_threshold": _PERSISTENT,
+            "stage3_max_live_parameters": _LIVE,
+            "stage3_max_reuse_distance": _LIVE,
+            "stage3_gather_16bit_weights_on_model_save": False,  # checkpoints gather what trains by themselves
+        }
+    for key, where in (("offload_optimizer", asked.offload_optimizer), ("offload_param", asked.offload_weights)):
+        if where is not Offload.none:
+            zero[key] = {"device": where.value, "pin_memory": on_gpu}
+        if where is Offload.nvme:
+            zero[key]["nvme_path"] = asked.nvme_path
+    return zero
 
 
 @contextlib.contextmanager

@@ -26,7 +26,7 @@ from ray.train import RunConfig as RayRunConfig
 from raytune_lora.config.schema import RunConfig
 from raytune_lora.data.store import TokenStore
 from raytune_lora.training.deepspeed import without_mlflow
-from raytune_lora.training.failures import FAILED, STOPPED, Ended, classify
+from raytune_lora.training.failures import FAILED, OOM, STOPPED, Ended, classify
 from raytune_lora.training.output import output_to
 from raytune_lora.training.place import Place
 
@@ -35,19 +35,26 @@ _FAILED_STARTS = 2  # in a row, before a pool goes on with a group less
 _QUIET = {"TQDM_DISABLE": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1", "TRANSFORMERS_VERBOSITY": "error"}
 
 Report = dict[str, Any]
+Key = tuple[str, int]  # name and attempt of a task
 
 
 @dataclass(frozen=True)
 class Task:
     """Something for a worker group to do."""
 
-    name: str  # no other task of the pool has it
+    name: str  # what it is stopped by
     function: Callable[..., None]  # called in each worker with cfg, store, its place, and extra
     cfg: RunConfig
     store: TokenStore
     folder: Path  # logs and checkpoints; on storage that all nodes share
     cpus: int = 0  # a worker's threads; 0: as many as the config gives it
     extra: dict[str, Any] = field(default_factory=dict)
+    attempt: int = 0  # at the same thing; no other task of the pool has the same name and attempt
+
+    @property
+    def key(self) -> tuple[str, int]:
+        """Its stream of reports."""
+        return self.name, self.attempt
 
 
 class Board:
@@ -57,8 +64,8 @@ class Board:
         self._waiting: asyncio.Queue[Task | None] = asyncio.Queue()
         self._taken: dict[str, list[Task | None]] = {}
         self._locks: dict[str, asyncio.Lock] = {}
-        self._streams: dict[str, asyncio.Queue[Report | Ended]] = {}
-        self._ended: set[str] = set()
+        self._streams: dict[Key, asyncio.Queue[Report | Ended]] = {}
+        self._ended: set[Key] = set()
         self._stopped: set[str] = set()
         self._dead: set[str] = set()
         self._broken: Ended | None = None
@@ -67,15 +74,15 @@ class Board:
         """Let a group have the task.
 
         Raises:
-            ValueError: a task of that name was there before.
+            ValueError: a task of that name and attempt was there before.
         """
-        if task.name in self._streams:
-            raise ValueError(f"there was a task {task.name!r} before: its reports would be mixed up")
-        self._streams[task.name] = asyncio.Queue()
+        if task.key in self._streams:
+            raise ValueError(f"there was a task {task.key} before: its reports would be mixed up")
+        self._streams[task.key] = asyncio.Queue()
         if self._broken is None:
             await self._waiting.put(task)
         else:
-            await self.end(task.name, self._broken)
+            await self.end(task.key, self._broken)
 
     async def take(self, group: str, number: int) -> Task | None:
         """The group's task of that number, the same for each of its workers; None sends the group home."""
@@ -89,26 +96,26 @@ class Board:
                 taken.append(task)
         return taken[number]
 
-    async def post(self, name: str, report: Report) -> None:
+    async def post(self, key: Key, report: Report) -> None:
         """Add to a task's stream."""
-        if name not in self._ended:
-            await self._streams[name].put(report)
+        if key not in self._ended:
+            await self._streams[key].put(report)
 
-    async def end(self, name: str, ended: Ended) -> None:
+    async def end(self, key: Key, ended: Ended) -> None:
         """Close a task's stream; the first to close it says how it ended."""
-        if name not in self._ended:
-            self._ended.add(name)
-            await self._streams[name].put(ended)
+        if key not in self._ended:
+            self._ended.add(key)
+            await self._streams[key].put(ended)
 
-    async def next(self, name: str) -> Report | Ended:
+    async def next(self, key: Key) -> Report | Ended:
         """The next item of a task's stream."""
-        return await self._streams[name].get()
+        return await self._streams[key].get()
 
     async def stop(self, name: str) -> None:
-        """Ask for the end of a task; its reader need not wait for it."""
+        """Ask for the end of a task, all attempts at it; its reader need not wait for it."""
         self._stopped.add(name)
-        if name in self._streams:
-            await self.end(name, Ended(STOPPED))
+        for key in [key for key in self._streams if key[0] == name]:
+            await self.end(key, Ended(STOPPED))
 
     async def is_stopped(self, name: str) -> bool:
         """Whether the task's end was asked for."""
@@ -119,12 +126,12 @@ class Board:
         self._dead.add(group)
         taken = [task for task in self._taken.pop(group, []) if task is not None]
         if taken:
-            await self.end(taken[-1].name, ended)
+            await self.end(taken[-1].key, ended)
         return bool(taken)
 
     async def close(self, groups: int) -> None:
         """Stop what is at work and send that many groups home."""
-        for name in list(self._streams):
+        for name, _ in list(self._streams):
             await self.stop(name)
         for _ in range(groups):
             await self._waiting.put(None)
@@ -135,7 +142,7 @@ class Board:
         while not self._waiting.empty():
             task = self._waiting.get_nowait()
             if task is not None:
-                await self.end(task.name, ended)
+                await self.end(task.key, ended)
 
 
 class Pool:
@@ -240,7 +247,7 @@ def stream(board: Any, task: Task) -> Iterator[Report]:
     """
     ray.get(board.submit.remote(task))
     while True:
-        item = ray.get(board.next.remote(task.name))
+        item = ray.get(board.next.remote(task.key))
         if isinstance(item, Ended):
             if item.status:
                 raise TaskFailed(item)
@@ -263,13 +270,17 @@ def _workers(config: dict[str, Any]) -> None:
 
 
 def _do(task: Task, board: Any, rank: int, workers: int) -> None:
-    """Do a task. A failure that all workers have at the same step ends the task; any other ends the group."""
+    """Do a task.
+
+    A failure that all workers have at the same step ends the task, and so does the want of memory where there is one
+    worker; any other ends the group.
+    """
     with without_mlflow():
         from raytune_lora.training.worker import clean_up, set_up  # here: it brings torch and transformers
 
     def report(metrics: Report) -> None:
         if rank == 0:
-            ray.get(board.post.remote(task.name, metrics))
+            ray.get(board.post.remote(task.key, metrics))
 
     log = task.folder / LOGS / f"worker-{rank}.log"
     log.parent.mkdir(parents=True, exist_ok=True)
@@ -282,13 +293,13 @@ def _do(task: Task, board: Any, rank: int, workers: int) -> None:
         except Exception as error:
             ended = classify(error)
             logging.getLogger(__name__).exception("task %s failed", task.name)
-            if not ended.everywhere:
+            if not ended.everywhere and not (ended.status == OOM and workers == 1):
                 raise
         finally:
             clean_up()
             gc.collect()
     if rank == 0:
-        ray.get(board.end.remote(task.name, ended))
+        ray.get(board.end.remote(task.key, ended))
 
 
 def _is_stopped(board: Any, name: str) -> bool:

@@ -48,9 +48,9 @@ class Plan:
         seen, before = self.samples_seen(step), self.samples_seen(step - 1)
         return seen // self.every > before // self.every or step == self.steps
 
-    def positions(self, rank: int) -> Iterator[list[int]]:
-        """One worker's micro batches, in order; positions from ``total`` on are padding of the last step."""
-        for micro in range(self.steps * self.accumulation):
+    def positions(self, rank: int, first: int = 0) -> Iterator[list[int]]:
+        """One worker's micro batches from its ``first`` on; positions from ``total`` on are padding of the last step."""
+        for micro in range(first, self.steps * self.accumulation):
             start = (micro * self.workers + rank) * self.micro_batch
             yield list(range(start, start + self.micro_batch))
 
@@ -68,6 +68,12 @@ def plan_run(cfg: RunConfig, rows: int) -> Plan:
     )
 
 
+def smaller_micro_batch(cfg: RunConfig) -> int | None:
+    """The largest micro batch of at most half the config's that divides the global batch; None below one."""
+    forward = cfg.training.global_batch // cfg.workers
+    return next((size for size in range(cfg.training.micro_batch // 2, 0, -1) if forward % size == 0), None)
+
+
 @lru_cache(maxsize=2)
 def permutation(rows: int, epoch: int, seed: int) -> tuple[int, ...]:
     """The order of the rows in an epoch."""
@@ -76,6 +82,6 @@ def permutation(rows: int, epoch: int, seed: int) -> tuple[int, ...]:
     return tuple(order)
 
 
-def stream(seed: int, name: str, rank: int = 0) -> int:
+def stream(seed: int, name: str, index: int = 0) -> int:
     """The seed of one random stream of a run, so that a change of one stream leaves the others as they are."""
-    return random.Random(f"{seed}/{name}/{rank}").getrandbits(31)
+    return random.Random(f"{seed}/{name}/{index}").getrandbits(31)

@@ -9,25 +9,23 @@ from __future__ import annotations
 import math
 import resource
 import time
+import warnings
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
-from raytune_lora.config.schema import RunConfig
+from raytune_lora.config.schema import RunConfig, TrainingConfig
 from raytune_lora.errors import DivergedError
-from raytune_lora.models.export import ADAPTER
 from raytune_lora.models.methods import Method
 from raytune_lora.training.batches import training_loader
-from raytune_lora.training.checkpoint import commit
+from raytune_lora.training.checkpoint import Checkpoint, commit, write_parts
 from raytune_lora.training.metrics import validation_loss
 from raytune_lora.training.place import Place
-from raytune_lora.training.plan import Plan
-
-TRAINED = "trained.safetensors"  # in a checkpoint: the trained parameters by their names in the model
+from raytune_lora.training.plan import Plan, stream
+from raytune_lora.training.state import put_optimizer
 
 
 class PlannedTrainer(Trainer):
@@ -42,8 +40,20 @@ class PlannedTrainer(Trainer):
         train: Any,
         validation: Any,
         pad_id: int,
+        checkpoint: Checkpoint | None,
         **kwargs: Any,
     ) -> None:
+        """
+        Args:
+            cfg: the run.
+            plan: its batches.
+            method: of the model.
+            train: split of the token store.
+            validation: split of the token store.
+            pad_id: fills short rows.
+            checkpoint: whose weights the model has, to go on from.
+            kwargs: of ``Trainer``.
+        """
         super().__init__(**kwargs)
         self._method = method
         self._cfg = cfg
@@ -51,10 +61,13 @@ class PlannedTrainer(Trainer):
         self._train_split = train
         self._validation_split = validation
         self._pad_id = pad_id
+        self._checkpoint = checkpoint
+        self._first = checkpoint.step if checkpoint else 0  # steps done before
+        self._micro = self._first * plan.accumulation  # forward passes done by this worker
 
     def get_train_dataloader(self) -> DataLoader[Any]:
         """This worker's part alone; accelerate must not divide it again."""
-        return training_loader(self._train_split, self._plan, self.args.process_index, self._pad_id)
+        return training_loader(self._train_split, self._plan, self.args.process_index, self._pad_id, self._first)
 
     def num_examples(self, dataloader: DataLoader[Any]) -> int:
         return self._plan.total
@@ -76,20 +89,32 @@ class PlannedTrainer(Trainer):
             loss = loss + (penalty - penalty.detach()) / self._plan.accumulation
         return loss
 
-    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
-        """What was learned, in the method's own files and as it stands in the model."""
-        folder = Path(str(output_dir))
-        model: Any = self.model
-        names = [name for name, p in model.named_parameters() if p.requires_grad]
-        whole = state_dict if state_dict is not None else dict(model.named_parameters())
-        state = {name: whole[name].detach().cpu() for name in names}
-        (folder / ADAPTER).mkdir(parents=True, exist_ok=True)
-        self._method.save(model, state, folder / ADAPTER)
-        save_file({name: tensor.contiguous() for name, tensor in state.items()}, folder / TRAINED)
+    def training_step(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        """Dropout draws by the samples' place in the run: whoever goes on from there, on any worker, draws the same."""
+        position = next(self._plan.positions(self.args.process_index, self._micro))[0]
+        torch.manual_seed(stream(self._cfg.training.seed, "dropout", position))
+        self._micro += 1
+        return super().training_step(model, inputs, *args, **kwargs)
 
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        trained: Any = self.model
-        trained.load_state_dict(load_file(Path(resume_from_checkpoint) / TRAINED), strict=False)
+    def _init_training_state(self, *args: Any, **kwargs: Any) -> tuple[int, int]:
+        super()._init_training_state(*args, **kwargs)
+        self.state.global_step = self._first
+        return 0, 0  # the loader begins at the step
+
+    def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
+        prepared = super()._prepare_for_training(*args, **kwargs)
+        if self._checkpoint is not None:
+            saved = self._checkpoint
+            put_optimizer(self.model, self.optimizer, saved.weights, saved.optimizer, saved.step)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # torch would have the optimizer step first
+                for _ in range(saved.step):
+                    self.lr_scheduler.step()
+        return prepared
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        folder = Path(str(self.args.output_dir))
+        write_parts(folder, self.model, self.optimizer, self._method, rank=self.args.process_index)
 
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
         loss = validation_loss(
@@ -107,24 +132,37 @@ class PlannedTrainer(Trainer):
 
 
 class Reporter(TrainerCallback):
-    """Decides when to validate, ends a run that diverged or was stopped, and reports."""
+    """Decides when to validate, ends a run that diverged, was stopped or no longer gains, and reports."""
 
-    def __init__(self, plan: Plan, place: Place, method: Method[Any], facts: dict[str, Any]) -> None:
+    def __init__(
+        self,
+        cfg: TrainingConfig,
+        plan: Plan,
+        place: Place,
+        method: Method[Any],
+        facts: dict[str, Any],
+        checkpoint: Checkpoint | None,
+    ) -> None:
         """
         Args:
+            cfg: says when to give up, and how many checkpoints to keep.
             plan: of the run.
-            method: whose model trains.
             place: of this worker.
+            method: whose model trains.
             facts: constants that go with every report.
+            checkpoint: to go on from.
         """
+        self._cfg = cfg
         self._plan = plan
         self._place = place
         self._method = method
         self._facts = facts
         self._began = 0.0
-        self._training_seconds = 0.0
+        self._training_seconds: float = checkpoint.report["training_seconds"] if checkpoint else 0.0
         self._losses: list[float] = []
         self._eval_loss = math.nan
+        self._lowest: float = checkpoint.progress["lowest"] if checkpoint else math.inf
+        self._in_vain: int = checkpoint.progress["in_vain"] if checkpoint else 0  # evaluations since the lowest loss
 
     def on_step_begin(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
         self._began = time.perf_counter()
@@ -133,7 +171,7 @@ class Reporter(TrainerCallback):
         self._training_seconds += time.perf_counter() - self._began
         control.should_log = True
         control.should_evaluate = control.should_save = self._plan.evaluates_after(state.global_step)
-        control.should_training_stop = self._stopped()
+        control.should_training_stop |= self._stopped()
 
     def on_optimizer_step(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
         self._method.after_step(kwargs["model"], state.global_step + 1)
@@ -151,20 +189,29 @@ class Reporter(TrainerCallback):
         self._eval_loss = kwargs["metrics"]["eval_loss"]
         if not math.isfinite(self._eval_loss):
             raise DivergedError(state.global_step, self._eval_loss)
+        self._in_vain = 0 if self._eval_loss < self._lowest else self._in_vain + 1
+        self._lowest = min(self._lowest, self._eval_loss)
+        control.should_training_stop |= self._gave_up()
 
     def on_save(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
-        step, place = state.global_step, self._place
-        parts = Path(str(args.output_dir)) / f"checkpoint-{step}"
+        if self._place.rank:
+            return
+        step, parts = state.global_step, Path(str(args.output_dir))
         report = self._facts | {
             "samples_seen": self._plan.samples_seen(step),
             "eval_loss": self._eval_loss,
             "train_loss": sum(self._losses) / max(1, len(self._losses)),
             "training_seconds": self._training_seconds,
             "peak_memory_bytes": peak_memory(),
+            "last": step == self._plan.steps or self._gave_up(),
         }
         self._losses.clear()
-        checkpoint = commit(parts, place.folder, step, report, place.rank, place.workers)
-        place.report(report | {"checkpoint": str(checkpoint)})
+        progress = {"lowest": self._lowest, "in_vain": self._in_vain}
+        checkpoint = commit(parts, self._place.folder, step, report, progress, self._cfg.keep_checkpoints)
+        self._place.report(report | {"checkpoint": str(checkpoint)})
+
+    def _gave_up(self) -> bool:
+        return self._cfg.patience is not None and self._in_vain >= self._cfg.patience
 
     def _stopped(self) -> bool:
         """Whether the first worker was told to stop: the others follow it, or they would wait for it for ever."""

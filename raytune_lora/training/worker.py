@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 import shutil
@@ -16,6 +17,8 @@ from transformers import PrinterCallback, TrainingArguments
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from transformers.utils import logging as transformers_logging
 
+from raytune_lora.artifacts import fingerprint
+from raytune_lora.config.compose import to_plain
 from raytune_lora.config.schema import Optimizer, Quantization, RunConfig
 from raytune_lora.data.store import TokenStore
 from raytune_lora.models.loading import load_model, precision
@@ -23,10 +26,12 @@ from raytune_lora.models.methods import Start, method_for
 from raytune_lora.models.sources import materialize
 from raytune_lora.models.tokenizer import load_tokenizer
 from raytune_lora.training.batches import Samples, collate
-from raytune_lora.training.checkpoint import SAVING, latest, report_of
+from raytune_lora.training.checkpoint import SAVING, Checkpoint, latest
 from raytune_lora.training.deepspeed import deepspeed_config, release
 from raytune_lora.training.place import Place
 from raytune_lora.training.plan import Plan, plan_run, stream
+from raytune_lora.training.sharding import divided_loading
+from raytune_lora.training.state import put_weights, trained
 from raytune_lora.training.tracking.watch import watchers
 from raytune_lora.training.trainer import PlannedTrainer, Reporter
 from raytune_lora.training.warmup import build_shared_memory_op
@@ -48,15 +53,24 @@ def train(cfg: RunConfig, store: TokenStore, place: Place) -> None:
     plan = plan_run(cfg, store.rows["train"])
     dtype = precision(cfg.model.precision)
     _join_group(cfg)
+    _same_everywhere(cfg, place)
+    checkpoint = _agreed_checkpoint(place)
+    if checkpoint is not None:  # whoever reads the reports may have been killed before it read this one
+        place.report(checkpoint.report)
+        if checkpoint.report["last"]:
+            return
     saving = place.folder / SAVING
-    # ZeRO-3 partitions the base model while it is loaded, and knows of it from the arguments: they come first
     args = _arguments(cfg, plan, saving, dtype)
     folder = materialize(cfg.model, cache_dir(cfg))
     tokenizer = load_tokenizer(folder, cfg.model)
-    base = load_model(folder, cfg.model, cfg.quantization)
+    with divided_loading(args.hf_deepspeed_config) if _divides_weights(cfg) else contextlib.nullcontext():
+        base = load_model(folder, cfg.model, cfg.quantization)
     method = method_for(cfg.method)
     torch.manual_seed(stream(cfg.training.seed, "weights"))
-    model = method.apply(base, _start(cfg, plan, store, folder, tokenizer.pad_token_id))
+    start = _start(cfg, plan, store, folder, tokenizer.pad_token_id, checkpoint)
+    model = method.apply(base, start)
+    if checkpoint is not None:
+        put_weights(model, checkpoint.weights)
     if cfg.quantization.kind is not Quantization.none:
         model._hf_peft_config_loaded = True  # transformers trains on a quantized base only what PEFT has seen
     rows = store.split("train")
@@ -68,9 +82,10 @@ def train(cfg: RunConfig, store: TokenStore, place: Place) -> None:
         train=rows,
         validation=store.split("validation"),
         pad_id=tokenizer.pad_token_id,
+        checkpoint=checkpoint,
         model=model,
         args=args,
-        callbacks=[*watching, Reporter(plan, place, method, _parameters(model))],
+        callbacks=[*watching, Reporter(cfg.training, plan, place, method, _facts(model, plan), checkpoint)],
     )
     trainer.remove_callback(PrinterCallback)
     if (trainer.accelerator.num_processes, args.process_index) != (place.workers, place.rank):
@@ -78,12 +93,8 @@ def train(cfg: RunConfig, store: TokenStore, place: Place) -> None:
             f"accelerate sees {trainer.accelerator.num_processes} processes and rank {args.process_index}; "
             f"the group has {place.workers} workers and this is rank {place.rank}"
         )
-    torch.manual_seed(stream(cfg.training.seed, "dropout", place.rank))
-    checkpoint = latest(place.folder)
-    if checkpoint is not None:  # whoever reads the reports may have been killed before it read this one
-        place.report(report_of(checkpoint))
     try:
-        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        trainer.train()
     finally:
         for watcher in watching:
             watcher.close()
@@ -92,7 +103,37 @@ def train(cfg: RunConfig, store: TokenStore, place: Place) -> None:
         shutil.rmtree(saving, ignore_errors=True)
 
 
-def _start(cfg: RunConfig, plan: Plan, store: TokenStore, folder: Path, pad_id: int) -> Start:
+def _divides_weights(cfg: RunConfig) -> bool:
+    return cfg.deepspeed.enabled and cfg.deepspeed.stage == 3
+
+
+def _same_everywhere(cfg: RunConfig, place: Place) -> None:
+    """See that all workers of the group train the same trial.
+
+    Raises:
+        RuntimeError: they do not.
+    """
+    if place.workers == 1:
+        return
+    mine = fingerprint(to_plain(cfg))
+    theirs = [""] * place.workers
+    torch.distributed.all_gather_object(theirs, mine)
+    if set(theirs) != {mine}:
+        raise RuntimeError(f"the workers of a group were given different trials: {theirs}; this is rank {place.rank}")
+
+
+def _agreed_checkpoint(place: Place) -> Checkpoint | None:
+    """The checkpoint to go on from; the first worker looks for it, so that all of them take the same one."""
+    found: list[Any] = [latest(place.folder) if place.rank == 0 else None]
+    if place.workers > 1:
+        torch.distributed.broadcast_object_list(found, src=0)
+    checkpoint: Checkpoint | None = found[0]
+    return checkpoint
+
+
+def _start(
+    cfg: RunConfig, plan: Plan, store: TokenStore, folder: Path, pad_id: int, checkpoint: Checkpoint | None
+) -> Start:
     def samples(count: int) -> Iterator[dict[str, Any]]:
         """The run's first samples, the same on every worker."""
         rows = Samples(store.split("train"), plan)
@@ -100,7 +141,7 @@ def _start(cfg: RunConfig, plan: Plan, store: TokenStore, folder: Path, pad_id: 
             chosen = range(first, min(first + plan.micro_batch, count, plan.total))
             yield collate([rows[position] for position in chosen], pad_id)
 
-    return Start(plan.steps, folder, samples)
+    return Start(plan.steps, folder, samples, checkpoint.extra() if checkpoint else None)
 
 
 def _release(trainer: PlannedTrainer) -> None:
@@ -178,7 +219,7 @@ def _arguments(cfg: RunConfig, plan: Plan, saving: Path, dtype: torch.dtype) -> 
     )
 
 
-def _parameters(model: Any) -> dict[str, int]:
-    """How many parameters train; a partitioned one is counted whole."""
-    trained = (p for p in model.parameters() if p.requires_grad)
-    return {"trainable_parameters": sum(getattr(p, "ds_numel", p.numel()) for p in trained)}
+def _facts(model: Any, plan: Plan) -> dict[str, int]:
+    """What every report says: how many parameters train, a partitioned one counted whole, and the micro batch."""
+    count = sum(getattr(p, "ds_numel", p.numel()) for _, p in trained(model))
+    return {"trainable_parameters": count, "micro_batch": plan.micro_batch}

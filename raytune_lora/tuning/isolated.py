@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +11,9 @@ from ray import tune
 
 from raytune_lora.config.schema import RunConfig
 from raytune_lora.data.store import TokenStore
-from raytune_lora.training.driver import Task, TaskFailed, stream
+from raytune_lora.training.driver import Report, Task, TaskFailed, stream
+from raytune_lora.training.failures import OOM
+from raytune_lora.training.plan import smaller_micro_batch
 from raytune_lora.tuning.space import apply
 
 
@@ -23,24 +27,38 @@ def run_trial(proposal: dict[str, Any], *, board: Any, cfg: RunConfig, store: To
         store: the data.
         trials: the folder of all trials.
     """
-    for report in _reports(board, training_task(proposal["trial_id"], apply(cfg, proposal["params"]), store, trials)):
-        tune.report(report)
+    try:
+        for report in train(board, proposal["trial_id"], apply(cfg, proposal["params"]), store, trials):
+            tune.report(report)
+    except TaskFailed as failure:
+        tune.report({"status": failure.ended.status, "error": failure.ended.error})
 
 
-def training_task(trial_id: str, cfg: RunConfig, store: TokenStore, trials: Path) -> Task:
-    """The task of training one trial in its folder, from its last checkpoint on if it has one."""
-    return Task(trial_id, train, cfg, store, trials / trial_id)
+def train(board: Any, trial_id: str, cfg: RunConfig, store: TokenStore, trials: Path) -> Iterator[Report]:
+    """Have one trial trained in its folder, from its last checkpoint on if it has one, and yield its reports.
+
+    Where memory runs out it goes on from its last checkpoint with half the micro batch, and as many more of them a
+    step; each report says which micro batch it was.
+
+    Raises:
+        TaskFailed: it did not end well; out of memory only where a micro batch of one was too much.
+    """
+    task = Task(trial_id, _train, cfg, store, trials / trial_id)
+    while True:
+        try:
+            yield from stream(board, task)
+        except TaskFailed as failure:
+            smaller = smaller_micro_batch(task.cfg) if failure.ended.status == OOM else None
+            if smaller is None:
+                raise
+            training = replace(task.cfg.training, micro_batch=smaller)
+            task = replace(task, cfg=replace(task.cfg, training=training), attempt=task.attempt + 1)
+        else:
+            return
 
 
-def train(*arguments: Any) -> None:
+def _train(*arguments: Any) -> None:
     """``training.worker.train``, imported where it runs: it brings torch and transformers."""
     from raytune_lora.training import worker
 
     worker.train(*arguments)
-
-
-def _reports(board: Any, task: Task) -> Any:
-    try:
-        yield from stream(board, task)
-    except TaskFailed as failure:
-        yield {"status": failure.ended.status, "error": failure.ended.error}

@@ -10,7 +10,8 @@ Schema, version 1. Null stands for what was not measured.
 - ``best``: the same, and ``trial_id``, ``params``, ``adapter`` (folder relative to the sweep's); null without one
 - ``trials``: ``trial_id``, ``status`` (completed, stopped, failed, diverged, oom, or running where interrupted),
   ``params``, ``eval_loss`` (the lowest), ``samples_seen``, ``seconds``, ``training_seconds``, ``parameters``,
-  ``error``, ``log``, ``curve``, ``peak_memory_bytes`` (of the first worker)
+  ``error``, ``log``, ``curve``, ``peak_memory_bytes`` (of the first worker),
+  ``micro_batch`` (smaller than the config's where memory ran out)
 - ``examples``: ``prompt``, ``expected``, ``base``, ``tuned``; ``importance`` by parameter
 - ``seconds``: ``total`` and each phase
 """
@@ -121,6 +122,7 @@ def _trial(folder: SweepFolder, trial: Trial) -> dict[str, Any]:
         "curve": [{key: _number(value) for key, value in point.items()} for point in trial.curve],
         "parameters": {"trainable": trial.trainable_parameters},
         "peak_memory_bytes": trial.peak_memory_bytes,
+        "micro_batch": trial.micro_batch,
     }
 
 

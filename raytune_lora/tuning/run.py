@@ -7,7 +7,7 @@ from typing import Any
 
 from raytune_lora.config.schema import SweepConfig
 from raytune_lora.training.driver import TaskFailed
-from raytune_lora.tuning.isolated import training_task
+from raytune_lora.tuning.isolated import train
 from raytune_lora.tuning.job import RUN, Job, open_job, plain_run
 from raytune_lora.tuning.results import TRIALS
 from raytune_lora.tuning.trials import COMPLETED, trial_name
@@ -40,7 +40,7 @@ def _train(job: Job) -> None:
     job.journal.append("trial_started", trial_id=name, params={})
     began, status, error = time.monotonic(), COMPLETED, None
     try:
-        for report in job.pool.stream(training_task(name, plain_run(job.cfg), job.store, job.folder.trials)):
+        for report in train(job.pool.board, name, plain_run(job.cfg), job.store, job.folder.trials):
             job.journal.append("trial_result", trial_id=name, **report)
     except TaskFailed as failure:
         status, error = failure.ended.status, failure.ended.error

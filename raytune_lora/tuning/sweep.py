@@ -69,7 +69,7 @@ def _tune(job: Job, study: optuna.Study, interrupted: list[Any], remaining: int)
         run_config=TuneRunConfig(
             name="tune",
             storage_path=str(job.folder.path),
-            callbacks=[_Recorder(job.journal, study, board, job.plan.total)],
+            callbacks=[_Recorder(job.journal, study, board)],
             verbose=0,
         ),
     )
@@ -83,11 +83,10 @@ def _tune(job: Job, study: optuna.Study, interrupted: list[Any], remaining: int)
 class _Recorder(Callback):
     """Writes what Tune does into the journal, and the ends of trials from there into the study."""
 
-    def __init__(self, journal: Journal, study: optuna.Study, board: Any, total: int) -> None:
+    def __init__(self, journal: Journal, study: optuna.Study, board: Any) -> None:
         self._journal = journal
         self._study = study
         self._board = board
-        self._total = total
         self._began: dict[str, float] = {}
 
     def __getstate__(self) -> dict[str, Any]:
@@ -108,8 +107,7 @@ class _Recorder(Callback):
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:
         known = self._journal.record.trials[trial.config["trial_id"]]
-        whole = known.samples_seen >= self._total
-        status = trial.last_result.get("status") or (COMPLETED if whole else STOPPED)
+        status = trial.last_result.get("status") or (COMPLETED if known.last else STOPPED)
         self._end(trial, status, trial.last_result.get("error"))
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:

@@ -28,7 +28,9 @@ MEASURED = (
     "training_seconds",
     "trainable_parameters",
     "peak_memory_bytes",
+    "micro_batch",
     "checkpoint",
+    "last",
 )
 
 
@@ -46,6 +48,8 @@ class Trial:
     training_seconds: float = 0.0  # in optimizer steps
     trainable_parameters: int | None = None
     peak_memory_bytes: int | None = None  # of the first worker
+    micro_batch: int | None = None  # smaller than the config's where memory ran out
+    last: bool = False  # whether it was trained to its end
     error: str | None = None
     curve: list[dict[str, float]] = field(default_factory=list)  # samples_seen, eval_loss, train_loss
 
@@ -95,6 +99,7 @@ class Record:
         trial.training_seconds = event["training_seconds"]
         trial.trainable_parameters = event["trainable_parameters"]
         trial.peak_memory_bytes = event["peak_memory_bytes"]
+        trial.micro_batch, trial.last = event["micro_batch"], event["last"]
         if math.isfinite(event["eval_loss"]) and (trial.eval_loss is None or event["eval_loss"] <= trial.eval_loss):
             trial.eval_loss, trial.checkpoint = event["eval_loss"], event["checkpoint"]
 

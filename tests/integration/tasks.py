@@ -58,9 +58,10 @@ def train_and_note_streams(cfg: Any, store: Any, place: Any) -> None:
 
     import torch
 
-    from raytune_lora.training.trainer import PlannedTrainer
+    from transformers import Trainer
 
     noted: dict[str, Any] = {"order": []}
+    original = Trainer.training_step
 
     def training_step(self: Any, model: Any, inputs: Any, *arguments: Any) -> Any:
         if not noted["order"]:
@@ -68,13 +69,13 @@ def train_and_note_streams(cfg: Any, store: Any, place: Any) -> None:
             noted["weights"] = hashlib.sha256(b"".join(start)).hexdigest()
             noted["dropout"] = hashlib.sha256(torch.get_rng_state().numpy().tobytes()).hexdigest()
         noted["order"].append(inputs["input_ids"].tolist())
-        return super(PlannedTrainer, self).training_step(model, inputs, *arguments)
+        return original(self, model, inputs, *arguments)
 
-    PlannedTrainer.training_step = training_step  # type: ignore[method-assign]
+    Trainer.training_step = training_step  # type: ignore[method-assign]
     try:
         train(cfg, store, place)
     finally:
-        del PlannedTrainer.training_step
+        Trainer.training_step = original  # type: ignore[method-assign]
     (place.folder / f"streams-{place.rank}.json").write_text(json.dumps(noted))
 
 
@@ -84,10 +85,60 @@ def train_until_told(cfg: Any, store: Any, place: Any) -> None:
 
 
 def train_with_a_crash(cfg: Any, store: Any, place: Any) -> None:
-    """End the last worker's process as a crash would, while the others train and wait for it."""
-    if place.rank == place.workers - 1:
-        os._exit(1)
+    """End the first worker's process as a crash would, where its second checkpoint is written all but the manifest."""
+    from raytune_lora.training import checkpoint
+
+    original = checkpoint.write_json
+
+    def crash(path: Any, value: Any) -> None:
+        if any(place.folder.glob("checkpoint-*")):
+            os._exit(1)
+        original(path, value)
+
+    checkpoint.write_json = crash
     train(cfg, store, place)
+
+
+def train_short_of_memory(cfg: Any, store: Any, place: Any) -> None:
+    """Train on a machine whose memory ends, after the first checkpoint, at a micro batch of two."""
+    import torch
+    from transformers import Trainer
+
+    original = Trainer.compute_loss
+
+    def compute_loss(self: Any, model: Any, inputs: Any, *arguments: Any, **settings: Any) -> Any:
+        if len(inputs["input_ids"]) > 1 and model.training and any(place.folder.glob("checkpoint-*")):
+            torch.empty(2**60)
+        return original(self, model, inputs, *arguments, **settings)
+
+    Trainer.compute_loss = compute_loss  # type: ignore[method-assign]
+    try:
+        train(cfg, store, place)
+    finally:
+        Trainer.compute_loss = original  # type: ignore[method-assign]
+
+
+def never_enough_memory(cfg: Any, store: Any, place: Any) -> None:
+    import torch
+
+    torch.empty(2**60)
+
+
+def train_without_gain(cfg: Any, store: Any, place: Any) -> None:
+    """Train where each validation finds a higher loss than the one before, from the second on."""
+    from raytune_lora.training import trainer
+
+    original, found = trainer.validation_loss, [1.0]
+
+    def rising(*arguments: Any, **settings: Any) -> float:
+        found.append(found[-1] + 1)
+        return found[-1]
+
+    trainer.validation_loss = rising
+    try:
+        train(cfg, store, place)
+    finally:
+        trainer.validation_loss = original
 
 
 def fail(cfg: Any, store: Any, place: Any) -> None:

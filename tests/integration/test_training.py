@@ -12,7 +12,6 @@ from transformers import AutoModelForCausalLM, get_cosine_schedule_with_warmup
 
 from raytune_lora.data.store import TokenStore
 from raytune_lora.training.batches import collate
-from raytune_lora.training.checkpoint import latest
 from raytune_lora.training.driver import Pool, TaskFailed
 from raytune_lora.training.plan import permutation, plan_run, stream
 from tests.integration import tasks
@@ -97,38 +96,6 @@ def test_a_used_group_gives_the_losses_of_a_fresh_one(
     assert losses(tmp_path / "again") == one_process[0]
 
 
-@pytest.mark.parametrize(("workers", "deepspeed"), [(1, "zero2"), (1, "off"), (2, "zero2"), (2, "zero3")])
-def test_goes_on_from_a_checkpoint_as_if_never_stopped(
-    workers: int, deepspeed: str, single: Pool, pair: Pool, store: TokenStore, configure: Configure, tmp_path: Path
-) -> None:
-    pool = pair if workers == 2 else single
-    cfg = configure(f"workers={workers}", f"deepspeed={deepspeed}", "method.dropout=0.1")
-    run(pool, store, tmp_path / "whole", cfg)
-    run(pool, store, tmp_path / "cut", cfg, tasks.train_until_told)
-    first = latest(tmp_path / "cut")
-    assert first is not None
-    assert first.name == "checkpoint-00000004"
-    run(pool, store, tmp_path / "cut", cfg)
-    whole, cut = losses(tmp_path / "whole"), losses(tmp_path / "cut")
-    assert cut[-3:] == whole[-3:]
-    assert cut[:5] == whole[:5]
-    assert cut[5] == whole[4], "the step after the checkpoint is done again"
-
-
-def test_a_checkpoint_holds_every_workers_part_and_the_best_is_kept(
-    pair: Pool, store: TokenStore, configure: Configure, tmp_path: Path
-) -> None:
-    reports = run(pair, store, tmp_path / "trial", configure("workers=2", "evaluation.every=16"))
-    checkpoint = latest(tmp_path / "trial")
-    assert checkpoint is not None
-    assert reports[-1]["checkpoint"] == str(checkpoint)
-    files = {path.name for path in checkpoint.rglob("*")}
-    for rank in range(2):
-        assert {f"rng_state_{rank}.pth", f"zero_pp_rank_{rank}_mp_rank_00_optim_states.pt"} <= files
-    assert [report["samples_seen"] for report in reports] == [16, 32, 48, 64]
-    assert len(list((tmp_path / "trial").glob("checkpoint-*"))) <= 2
-
-
 def test_a_group_lets_go_of_the_model_after_each_task(
     single: Pool, store: TokenStore, configure: Configure, tmp_path: Path
 ) -> None:
@@ -154,12 +121,3 @@ def test_a_failing_task_is_told_with_its_reason(
         run(single, store, tmp_path / "failing", configure(), tasks.fail)
     assert caught.value.ended.status == "failed"
     assert "made to fail" in (tmp_path / "failing" / "logs" / "worker-0.log").read_text()
-
-
-def test_a_crashed_worker_ends_the_task_and_the_group_is_replaced(
-    pair: Pool, store: TokenStore, configure: Configure, tmp_path: Path
-) -> None:
-    with pytest.raises(TaskFailed) as caught:
-        run(pair, store, tmp_path / "crash", configure("workers=2"), tasks.train_with_a_crash)
-    assert caught.value.ended.status == "failed"
-    assert run(pair, store, tmp_path / "after", configure("workers=2", "training.max_steps=4"))

@@ -12,11 +12,11 @@ import pytest
 from raytune_lora.config.schema import RunConfig
 from raytune_lora.data.store import TokenStore
 from raytune_lora.training.driver import Board, Task
-from raytune_lora.training.failures import DIVERGED, FAILED, STOPPED, Ended
+from raytune_lora.training.failures import DIVERGED, FAILED, OOM, STOPPED, Ended
 
 
-def task(name: str) -> Task:
-    return Task(name, print, RunConfig(), TokenStore(Path(name), {}), Path(name))
+def task(name: str, attempt: int = 0) -> Task:
+    return Task(name, print, RunConfig(), TokenStore(Path(name), {}), Path(name), attempt=attempt)
 
 
 def run(steps: Coroutine[Any, Any, None]) -> None:
@@ -41,12 +41,12 @@ def test_reports_come_in_order_and_the_first_end_counts() -> None:
     async def steps() -> None:
         board = Board()
         await board.submit(task("a"))
-        await board.post("a", {"step": 1})
-        await board.post("a", {"step": 2})
-        await board.end("a", Ended(DIVERGED, "first"))
-        await board.end("a", Ended(FAILED, "second"))
-        await board.post("a", {"step": 3})
-        assert [await board.next("a") for _ in range(3)] == [{"step": 1}, {"step": 2}, Ended(DIVERGED, "first")]
+        await board.post(("a", 0), {"step": 1})
+        await board.post(("a", 0), {"step": 2})
+        await board.end(("a", 0), Ended(DIVERGED, "first"))
+        await board.end(("a", 0), Ended(FAILED, "second"))
+        await board.post(("a", 0), {"step": 3})
+        assert [await board.next(("a", 0)) for _ in range(3)] == [{"step": 1}, {"step": 2}, Ended(DIVERGED, "first")]
 
     run(steps())
 
@@ -58,7 +58,7 @@ def test_a_stopped_task_ends_for_its_reader_at_once() -> None:
         assert not await board.is_stopped("a")
         await board.stop("a")
         assert await board.is_stopped("a")
-        assert await board.next("a") == Ended(STOPPED)
+        assert await board.next(("a", 0)) == Ended(STOPPED)
 
     run(steps())
 
@@ -71,7 +71,7 @@ def test_a_failed_group_ends_its_task_and_one_that_waited_takes_none_with_it() -
         waiting = asyncio.create_task(board.take("idle", 0))
         await asyncio.sleep(0)
         assert await board.group_failed("busy", Ended(FAILED, "crash"))
-        assert await board.next("a") == Ended(FAILED, "crash")
+        assert await board.next(("a", 0)) == Ended(FAILED, "crash")
         assert not await board.group_failed("idle", Ended(FAILED, "crash"))
         await board.submit(task("b"))
         assert await waiting is None
@@ -88,7 +88,7 @@ def test_when_no_group_can_start_all_tasks_end() -> None:
         await board.submit(task("before"))
         await board.give_up(ended)
         await board.submit(task("after"))
-        assert [await board.next(name) for name in ("before", "after")] == [ended, ended]
+        assert [await board.next((name, 0)) for name in ("before", "after")] == [ended, ended]
 
     run(steps())
 
@@ -105,11 +105,26 @@ def test_closing_stops_what_is_at_work_and_sends_the_groups_home() -> None:
     run(steps())
 
 
-def test_a_name_is_used_once() -> None:
+def test_a_name_and_attempt_is_used_once() -> None:
     async def steps() -> None:
         board = Board()
         await board.submit(task("a"))
         with pytest.raises(ValueError, match="before"):
             await board.submit(task("a"))
+
+    run(steps())
+
+
+def test_what_is_late_from_a_failed_attempt_does_not_reach_the_next_and_a_stop_ends_both() -> None:
+    async def steps() -> None:
+        board = Board()
+        await board.submit(task("a"))
+        await board.end(("a", 0), Ended(OOM, "full"))
+        await board.submit(task("a", attempt=1))
+        await board.post(("a", 0), {"step": 1})
+        await board.post(("a", 1), {"step": 2})
+        assert await board.next(("a", 0)) == Ended(OOM, "full")
+        await board.stop("a")
+        assert [await board.next(("a", 1)) for _ in range(2)] == [{"step": 2}, Ended(STOPPED)]
 
     run(steps())

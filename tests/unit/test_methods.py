@@ -262,6 +262,6 @@ def test_a_principal_start_is_taken_up_again_to_the_bit(folders: dict[bool, Path
     bench = Bench("pissa", folders, Quantization.none)
     model = bench.applied()
     torch.manual_seed(2)
-    again = bench.method.apply(bench.base(), bench.start(earlier=bench.method.origin(model)))
+    again = bench.method.apply(bench.base(), bench.start(earlier=bench.method.extra_state(model)))
     for (name, one), (_, other) in zip(model.named_parameters(), again.named_parameters(), strict=True):
         assert torch.equal(one, other), name

@@ -19,6 +19,8 @@ RESULT = {
     "training_seconds": 3.0,
     "trainable_parameters": 10,
     "peak_memory_bytes": None,
+    "micro_batch": 4,
+    "last": False,
     "checkpoint": "/c",
 }
 PARAMS = {"method.r": 16, "training.learning_rate": 0.00012345, "method.target_modules": ["q_proj", "v_proj"]}

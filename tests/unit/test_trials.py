@@ -22,6 +22,8 @@ def result(samples_seen: int, eval_loss: float) -> dict[str, Any]:
         "training_seconds": samples_seen / 10,
         "trainable_parameters": 100,
         "peak_memory_bytes": 2**20,
+        "micro_batch": 4,
+        "last": samples_seen == 24,
         "checkpoint": f"/checkpoint-{samples_seen}",
     }
 
@@ -56,6 +58,7 @@ def test_a_trial_is_the_fold_of_its_events(path: Path) -> None:
     assert (trial.samples_seen, trial.training_seconds, trial.seconds) == (24, 2.4, 1.5)
     assert (trial.eval_loss, trial.checkpoint) == (1.0, "/checkpoint-16")
     assert (trial.trainable_parameters, trial.peak_memory_bytes) == (100, 2**20)
+    assert (trial.micro_batch, trial.last) == (4, True)
     assert curve(trial) == [(8, 3.0), (16, 1.0), (24, 2.0)]
 
 

@@ -11,9 +11,12 @@ from raytune_lora.config import validate
 from raytune_lora.config.methods import LoraMethodConfig
 from raytune_lora.config.schema import (
     VARIANTS,
+    DeepSpeedConfig,
     DimensionConfig,
     ExtractionDataConfig,
     FakeDataConfig,
+    Offload,
+    Optimizer,
     RunConfig,
     SweepConfig,
     TinyModelConfig,
@@ -34,6 +37,8 @@ EDGES: dict[str, tuple[float, float]] = {
     "training.weight_decay": (-0.1, 0.0),
     "training.max_grad_norm": (0.0, 0.1),
     "training.seed": (-1, 0),
+    "training.patience": (0, 1),
+    "training.keep_checkpoints": (0, 1),
     "deepspeed.stage": (4, 3),
     "evaluation.every": (0, 1),
     "evaluation.loss_rows": (-1, 0),
@@ -243,3 +248,28 @@ def test_all_problems_are_told_at_once() -> None:
         "training.lr_scheduler",
         "method.target_modules",
     ]
+
+
+@pytest.mark.parametrize(
+    ("settings", "told"),
+    [
+        ({"stage": 2, "offload_weights": Offload.cpu}, "deepspeed.offload_weights=cpu needs ZeRO stage 3"),
+        ({"stage": 0, "offload_optimizer": Offload.cpu}, "deepspeed.offload_optimizer=cpu needs ZeRO stage 1"),
+        ({"enabled": False, "offload_optimizer": Offload.cpu}, "(got DeepSpeed off)"),
+        ({"stage": 2, "offload_optimizer": Offload.nvme, "nvme_path": "/fast"}, "take cpu"),
+        ({"stage": 3, "offload_weights": Offload.nvme}, "needs deepspeed.nvme_path=<folder"),
+        ({"stage": 3, "offload_weights": Offload.cpu, "offload_optimizer": Offload.nvme, "nvme_path": "/fast"}, None),
+    ],
+)
+def test_offloading_needs_a_stage_and_a_place(settings: dict[str, Any], told: str | None) -> None:
+    found = validate.problems(good(deepspeed=DeepSpeedConfig(**settings)))
+    assert [told in problem for problem in found] == ([] if told is None else [True])
+
+
+def test_zero_does_not_divide_states_in_eight_bits() -> None:
+    cfg = good(gpus_per_worker=1)
+    cfg.training.optimizer = Optimizer.paged_adamw_8bit
+    (problem,) = validate.problems(cfg)
+    assert "deepspeed=off" in problem
+    cfg.deepspeed.enabled = False
+    assert validate.problems(cfg) == []

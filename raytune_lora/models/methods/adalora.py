@@ -9,6 +9,8 @@ from raytune_lora.models.methods.base import Start
 from raytune_lora.models.methods.peft_method import TargetedMethod
 from raytune_lora.models.shape import Shape
 
+_PATTERN = "rank_pattern"
+
 
 class Adalora(TargetedMethod[AdaloraMethodConfig]):
     """Trains P, d_out x r, r singular values, and Q, r x d_in; PEFT's allocator sets the least important to zero."""
@@ -16,6 +18,20 @@ class Adalora(TargetedMethod[AdaloraMethodConfig]):
     config_class = AdaloraMethodConfig
     needs_deepspeed_off = True
     because = "its allocator reads every gradient after each step, and DeepSpeed has thrown them away by then"
+
+    def apply(self, model: Any, start: Start) -> Any:
+        adapted = super().apply(model, start)
+        for key, value in (start.earlier or {}).items():
+            kind, _, name = key.partition("/")
+            _measured(adapted)[kind][name] = value.tolist() if kind == _PATTERN else value
+        return adapted
+
+    def extra_state(self, model: Any) -> dict[str, Any]:
+        """The allocator's importance and uncertainty of each weight, and which singular values it has left."""
+        import torch
+
+        found = _measured(model)
+        return {f"{kind}/{name}": torch.as_tensor(value) for kind in found for name, value in found[kind].items()}
 
     def peft_config(self, model: Any, start: Start) -> Any:
         from peft import AdaLoraConfig, TaskType
@@ -51,3 +67,13 @@ class Adalora(TargetedMethod[AdaloraMethodConfig]):
 
     def count(self, shape: Shape) -> int:
         return sum(self.cfg.r * (linear.d_in + linear.d_out + 1) for linear in self.targets(shape))
+
+
+def _measured(model: Any) -> dict[str, dict[str, Any]]:
+    """What PEFT's allocator keeps from one step to the next, by kind and name; to be changed in place."""
+    allocator = model.base_model.rankallocator
+    config = model.peft_config[model.active_adapter]
+    if config.rank_pattern is None:
+        config.rank_pattern = {}
+    averages = {kind: getattr(allocator, kind) for kind in ("ipt", "exp_avg_ipt", "exp_avg_unc")}
+    return averages | {_PATTERN: config.rank_pattern}

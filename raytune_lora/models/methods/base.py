@@ -32,7 +32,7 @@ class Start:
     steps: int  # of the run
     weights: Path  # folder of the base model, unquantized
     samples: Callable[[int], Iterator[dict[str, Any]]]  # the run's first samples in batches, as the model takes them
-    earlier: dict[str, Any] | None = None  # ``Method.origin`` of the run that goes on
+    earlier: dict[str, Any] | None = None  # ``Method.extra_state`` of the run that goes on
 
 
 class Method(ABC, Generic[C]):
@@ -125,8 +125,11 @@ class Method(ABC, Generic[C]):
     def after_step(self, model: Any, step: int) -> None:
         """Called after each optimizer step with its number from 1, before gradients are cleared."""
 
-    def origin(self, model: Any) -> dict[str, Any]:
-        """What ``apply`` decided at random or from the data, where a run that goes on could not decide it again."""
+    def extra_state(self, model: Any) -> dict[str, Any]:
+        """Tensors by name that a run needs to go on, beside the trained parameters.
+
+        What ``apply`` found from the data or the weights and could not find again, and what was measured since.
+        """
         return {}
 
     def facts(self, state: dict[str, Any]) -> dict[str, float]:

@@ -17,7 +17,7 @@ from raytune_lora.models.methods.peft_method import write_adapter
 from raytune_lora.models.shape import Shape
 
 L = TypeVar("L", bound=LoraMethodConfig)
-_ORIGIN = "_origin"  # attribute of the model: B0 and A0 of each layer
+_FIRST = "_first"  # attribute of the model: B0 and A0 of each layer
 
 
 class PrincipalLora(LoraFamily[L]):
@@ -41,17 +41,17 @@ class PrincipalLora(LoraFamily[L]):
         if start.earlier:
             _begin_with(adapted, start.earlier)
         trained = {name: p.detach().cpu().clone() for name, p in adapted.named_parameters() if p.requires_grad}
-        setattr(adapted, _ORIGIN, trained)
+        setattr(adapted, _FIRST, trained)
         return adapted
 
-    def origin(self, model: Any) -> dict[str, Any]:
-        return dict(getattr(model, _ORIGIN))
+    def extra_state(self, model: Any) -> dict[str, Any]:
+        return dict(getattr(model, _FIRST))
 
     def save(self, model: Any, state: dict[str, Any], folder: Path) -> None:
         import torch
 
         weights = {}
-        for name, first in self.origin(model).items():
+        for name, first in self.extra_state(model).items():
             is_A = "lora_A" in name
             both = [state[name].cpu(), first if is_A else -first]
             weights[name.replace(".default", "")] = torch.cat(both, dim=0 if is_A else 1)

@@ -62,14 +62,14 @@ class IrQlora(LoraFamily[IrQloraMethodConfig]):
         connect(adapted)
         return adapted
 
-    def origin(self, model: Any) -> dict[str, Any]:
+    def extra_state(self, model: Any) -> dict[str, Any]:
         """The offset chosen for each block, as a number of steps."""
         from raytune_lora.models.layers.elastic import offsets
 
         return offsets(model, _BASE)
 
     def save(self, model: Any, state: dict[str, Any], folder: Path) -> None:
-        save_state(self.cfg, state | self.origin(model), folder)
+        save_state(self.cfg, state | self.extra_state(model), folder)
 
     def load(self, model: Any, folder: Path, weights: Path) -> Any:
         state = load_state(folder)

@@ -1,0 +1,84 @@
+"""Loading a base model under ZeRO-3 so that no worker ever holds the whole of it, quantized or not.
+
+Left to themselves, transformers loads a quantized model whole on every worker and DeepSpeed divides it when its engine
+starts; of one that is not quantized, it reads all weights into each worker before it hands them out.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from raytune_lora.training.deepspeed import without_mlflow
+
+_DONTNEED = 4  # of madvise(2)
+_FORGET_AFTER = 64 * 2**20  # bytes loaded between two times that pages are given back
+
+
+@contextlib.contextmanager
+def divided_loading(hf_config: Any) -> Iterator[None]:
+    """Divide each parameter among the workers as soon as it is there, quantized if it is to be; for ZeRO-3.
+
+    Every worker reads every weight, one after the other, and keeps its part of it. All of them must load the same.
+
+    Args:
+        hf_config: transformers' view of DeepSpeed's config, as ``TrainingArguments`` makes it.
+    """
+    from transformers import core_model_loading
+    from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_hf_deepspeed_config
+
+    with without_mlflow():
+        from deepspeed.runtime.zero.partition_parameters import Init
+
+    init = Init(config_dict_or_path=hf_config.config)
+    original = core_model_loading.set_param_for_module
+    waiting = 0
+
+    def set_and_divide(model: Any, name: str, *arguments: Any) -> None:
+        nonlocal waiting
+        original(model, name, *arguments)
+        module, _, leaf = name.rpartition(".")
+        parameter = model.get_submodule(module)._parameters.get(leaf)
+        if parameter is None or hasattr(parameter, "ds_id"):
+            return
+        waiting += parameter.nbytes
+        init._convert_to_deepspeed_param(parameter)
+        parameter.partition()
+        if waiting > _FORGET_AFTER:
+            _forget_pages()
+            waiting = 0
+
+    one_by_one = os.environ.get("HF_DEACTIVATE_ASYNC_LOAD")
+    os.environ["HF_DEACTIVATE_ASYNC_LOAD"] = "1"
+    core_model_loading.set_param_for_module = set_and_divide
+    unset_hf_deepspeed_config()  # or transformers would divide the parameters before they have values
+    try:
+        yield
+    finally:
+        set_hf_deepspeed_config(hf_config)
+        core_model_loading.set_param_for_module = original
+        if one_by_one is None:
+            del os.environ["HF_DEACTIVATE_ASYNC_LOAD"]
+        else:
+            os.environ["HF_DEACTIVATE_ASYNC_LOAD"] = one_by_one
+        _forget_pages()
+
+
+def _forget_pages() -> None:
+    """Give back the memory of weight files that were read through a map; a page that is needed again is read again."""
+    maps = Path("/proc/self/maps")
+    if not maps.exists():  # not Linux
+        return
+    libc = ctypes.CDLL(None)
+    for line in maps.read_text().splitlines():
+        if line.endswith(".safetensors"):
+            first, _, last = line.split()[0].partition("-")
+            start, end = int(first, 16), int(last, 16)
+            libc.madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), ctypes.c_int(_DONTNEED))
+    libc.malloc_trim(0)
+
+
