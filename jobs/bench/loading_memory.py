@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import gc
+import itertools
 import json
 import os
 import socket
@@ -32,6 +33,8 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--size", choices=list(SIZES), default="1b", help="of the model (default: 1b)")
     parser.add_argument("--processes", type=int, nargs="+", default=list(OF_A_GROUP), help="default: 1 2 4")
+    parser.add_argument("--how", nargs="+", default=["stock", "ours"], help="default: stock ours")
+    parser.add_argument("--kinds", nargs="+", default=["nf4", "bf16"], help="number formats (default: nf4 bf16)")
     parser.add_argument("--limit", type=float, default=LIMIT, help=f"default: {LIMIT}")
     parser.add_argument("--json", type=Path, help="file for the table")
     parser.add_argument("--worker", nargs=3, help=argparse.SUPPRESS)  # how, number format, folder
@@ -44,10 +47,11 @@ def main() -> int:
         model = Path(folder) / "model"
         size = write_model(model, args.size)
         print(f"a Llama of {size / 1e9:.2f} billion parameters, {size * 2 / 2**30:.2f} GiB in bf16\n")
-        rows = [measure(how, kind, count, model) for kind in ("nf4", "bf16") for how in ("stock", "ours") for count in args.processes]
+        todo = itertools.product(args.kinds, args.how, args.processes)
+        rows = [measure(how, kind, count, model) for kind, how, count in todo]
     first, most = min(args.processes), max(args.processes)
     peaks = {(row["kind"], row["how"], row["processes"]): row["peak_gib"] for row in rows}
-    ratios = {kind: peaks[kind, "ours", most] / peaks[kind, "ours", first] for kind in ("nf4", "bf16")}
+    ratios = {kind: peaks[kind, "ours", most] / peaks[kind, "ours", first] for kind in args.kinds}
     for kind, ratio in ratios.items():
         print(f"{kind}: ours on {most} processes peaks at {ratio:.2f} of ours on {first}, limit {args.limit:g}")
     if args.json:
@@ -106,7 +110,8 @@ def measure(how: str, kind: str, count: int, model: Path) -> dict[str, Any]:
     found = [json.loads(out.strip().splitlines()[-1]) for out in outs]
     row = {"how": how, "kind": kind, "processes": count}
     row |= {key: max(each[key] for each in found) for key in found[0]}
-    print(f"{kind:5} {how:6} {count} processes: peak {row['peak_gib']:.2f} GiB, kept {row['kept_gib']:.2f} GiB, {row['seconds']:.0f} s", flush=True)
+    took = f"peak {row['peak_gib']:.2f} GiB, kept {row['kept_gib']:.2f} GiB, {row['seconds']:.0f} s"
+    print(f"{kind:5} {how:6} {count} processes: {took}", flush=True)
     return row
 
 
@@ -131,9 +136,7 @@ def load(how: str, kind: str, folder: Path) -> dict[str, float]:
     )
     model_cfg = HubModelConfig(path=str(folder), precision=Precision.bf16)
     quantization = QuantizationConfig(kind=Quantization.nf4 if kind == "nf4" else Quantization.none)
-    if kind == "nf4":
-        import bitsandbytes  # noqa: F401
-        import peft  # noqa: F401
+    import_all()
     before = status("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
     began = time.perf_counter()
@@ -144,6 +147,17 @@ def load(how: str, kind: str, folder: Path) -> dict[str, float]:
     found = {"peak_gib": status("VmHWM") - before, "kept_gib": status("VmRSS") - before, "seconds": seconds}
     assert any(True for _ in model.parameters())
     return found
+
+
+def import_all() -> None:
+    """What loading would import is not to be counted as memory of the model."""
+    import bitsandbytes
+    import peft  # noqa: F401
+    import torch
+    from deepspeed.runtime.zero import partition_parameters  # noqa: F401
+    from transformers import LlamaForCausalLM  # noqa: F401
+
+    bitsandbytes.functional.quantize_4bit(torch.zeros(64, 64), quant_type="nf4", compress_statistics=True)
 
 
 def status(key: str) -> float:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,8 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 from raytune_lora.config.schema import ModelConfig, Precision, Quantization, QuantizationConfig
 from raytune_lora.models.tokenizer import trusted
 
+_SLICE = 2**20  # weights quantized at once; a multiple of every block size, so that the result is the same
+
 
 def load_model(folder: Path, cfg: ModelConfig, quantization: QuantizationConfig) -> Any:
     """The base model in evaluation mode, all its weights frozen, in the precision and number format asked for."""
@@ -19,9 +23,10 @@ def load_model(folder: Path, cfg: ModelConfig, quantization: QuantizationConfig)
         settings["quantization_config"] = _bitsandbytes(quantization, precision(cfg.precision))
         if torch.cuda.is_available():  # weights are quantized where they go
             settings["device_map"] = {"": torch.cuda.current_device()}
-    model = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=precision(cfg.precision), trust_remote_code=trusted(cfg), **settings
-    )
+    with _quantizing_in_slices() if settings else contextlib.nullcontext():
+        model = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=precision(cfg.precision), trust_remote_code=trusted(cfg), **settings
+        )
     model.config.use_cache = False
     divided = any(hasattr(p, "ds_id") for p in model.parameters())  # DeepSpeed's engine decides their precision
     if settings and not divided:
@@ -37,6 +42,28 @@ def precision(asked: Precision) -> torch.dtype:
     if asked is Precision.auto:
         return torch.bfloat16 if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else torch.float32
     return {Precision.fp32: torch.float32, Precision.bf16: torch.bfloat16}[asked]
+
+
+@contextlib.contextmanager
+def _quantizing_in_slices() -> Iterator[None]:
+    """Have bitsandbytes quantize a weight on the CPU a slice at a time: all at once takes ten times the weight."""
+    import bitsandbytes  # noqa: F401  # it registers the operator
+
+    operator: Any = torch.ops.bitsandbytes.quantize_4bit
+    original = operator.default
+
+    def in_slices(weight: torch.Tensor, *how: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        if weight.is_cuda or weight.numel() <= _SLICE:
+            quantized, scales = original(weight, *how)
+            return quantized, scales
+        parts = [original(part, *how) for part in weight.reshape(-1).split(_SLICE)]
+        return torch.cat([part[0] for part in parts]), torch.cat([part[1] for part in parts])
+
+    operator.default = in_slices
+    try:
+        yield
+    finally:
+        operator.default = original
 
 
 def _bitsandbytes(cfg: QuantizationConfig, dtype: torch.dtype) -> BitsAndBytesConfig:

@@ -16,7 +16,7 @@ from typing import Any
 from raytune_lora.training.deepspeed import without_mlflow
 
 _DONTNEED = 4  # of madvise(2)
-_FORGET_AFTER = 64 * 2**20  # bytes loaded between two times that pages are given back
+_LARGE = 2**20  # bytes of a parameter after which memory is given back
 
 
 @contextlib.contextmanager
@@ -36,21 +36,18 @@ def divided_loading(hf_config: Any) -> Iterator[None]:
 
     init = Init(config_dict_or_path=hf_config.config)
     original = core_model_loading.set_param_for_module
-    waiting = 0
 
     def set_and_divide(model: Any, name: str, *arguments: Any) -> None:
-        nonlocal waiting
         original(model, name, *arguments)
         module, _, leaf = name.rpartition(".")
         parameter = model.get_submodule(module)._parameters.get(leaf)
         if parameter is None or hasattr(parameter, "ds_id"):
             return
-        waiting += parameter.nbytes
+        large = parameter.nbytes >= _LARGE
         init._convert_to_deepspeed_param(parameter)
         parameter.partition()
-        if waiting > _FORGET_AFTER:
-            _forget_pages()
-            waiting = 0
+        if large:
+            _give_memory_back()
 
     one_by_one = os.environ.get("HF_DEACTIVATE_ASYNC_LOAD")
     os.environ["HF_DEACTIVATE_ASYNC_LOAD"] = "1"
@@ -65,11 +62,11 @@ def divided_loading(hf_config: Any) -> Iterator[None]:
             del os.environ["HF_DEACTIVATE_ASYNC_LOAD"]
         else:
             os.environ["HF_DEACTIVATE_ASYNC_LOAD"] = one_by_one
-        _forget_pages()
+        _give_memory_back()
 
 
-def _forget_pages() -> None:
-    """Give back the memory of weight files that were read through a map; a page that is needed again is read again."""
+def _give_memory_back() -> None:
+    """Forget the pages of weight files read through a map, to be read again where they are needed, and what is free."""
     maps = Path("/proc/self/maps")
     if not maps.exists():  # not Linux
         return

@@ -38,7 +38,10 @@ def gathered_optimizer(model: Any, optimizer: Any) -> Named:
     """Each state of each trained parameter whole and on the CPU, as ``<state>/<parameter>``."""
     from deepspeed.utils import safe_get_full_optimizer_state
 
-    for name, p in trained(model):
+    named = list(trained(model))
+    if any(_is_shared(p) for _, p in named):
+        _link_states(_zero(optimizer))
+    for name, p in named:
         if _is_shared(p):
             for key in _keys(optimizer):
                 yield f"{key}/{name}", safe_get_full_optimizer_state(p, key).reshape(_shape(p)).cpu()
@@ -111,6 +114,13 @@ def _make_states(zero: Any, keys: list[str], step: int) -> None:
         flat = [p for group in inner.param_groups for p in group["params"]]
     for p in flat:
         inner.state[p] = {"step": torch.tensor(float(step))} | {key: torch.zeros_like(p.data) for key in keys}
+    _link_states(zero)
+
+
+def _link_states(zero: Any) -> None:
+    """Have each parameter find its states; DeepSpeed does so too early for all groups of parameters but the first."""
+    if hasattr(zero, "_hp_optimizer_states_linked"):
+        zero._hp_optimizer_states_linked = False
     if hasattr(zero, "_lazy_init_hp_params_optimizer_state"):
         zero._lazy_init_hp_params_optimizer_state()
 

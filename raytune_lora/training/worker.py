@@ -216,6 +216,7 @@ def _arguments(cfg: RunConfig, plan: Plan, saving: Path, dtype: torch.dtype) -> 
         report_to=[],
         dataloader_pin_memory=cfg.gpus_per_worker > 0,
         remove_unused_columns=False,
+        ddp_find_unused_parameters=False,  # there are none, and looking for them takes a pass over the graph a step
     )
 
 

@@ -19,6 +19,7 @@ from raytune_lora.tuning.job import plain_run, prepare_inputs
 TINY = ("model=tiny", "data=fake", "training.global_batch=8", "training.max_steps=8", "training.learning_rate=3e-3")
 EVALUATION = ("evaluation.every=32", "evaluation.loss_rows=16", "evaluation.generate_rows=4")
 
+METRICS_INTERVAL = 1.0  # seconds between two exports of Ray's gauges; ten by default
 Configure = Callable[..., RunConfig]
 
 
@@ -26,6 +27,7 @@ Configure = Callable[..., RunConfig]
 def ray_instance() -> Iterator[None]:
     """As the program starts it, with room for the groups of all tests."""
     os.environ.update(connect.ENVIRONMENT)
+    os.environ["RAY_metrics_report_interval_ms"] = str(round(METRICS_INTERVAL * 1000))
     ray.init(address="local", num_cpus=4, object_store_memory=128 * 2**20, include_dashboard=False, log_to_driver=False)
     yield
     ray.shutdown()

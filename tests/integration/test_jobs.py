@@ -14,6 +14,7 @@ from typing import Any
 import optuna
 import pytest
 import torch
+from mlflow import MlflowClient
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -21,6 +22,7 @@ from raytune_lora.config.compose import load
 from raytune_lora.data.store import TokenStore
 from raytune_lora.training.metrics import validation_loss
 from tests import readme
+from tests.integration.running import losses
 
 pytestmark = [pytest.mark.slow, pytest.mark.e2e, pytest.mark.timeout(400)]
 
@@ -43,6 +45,11 @@ def trials_in(folder: Path) -> list[dict[str, Any]]:
     journal = folder / "journal.jsonl"
     lines = journal.read_text().splitlines() if journal.exists() else []
     return [event for event in map(json.loads, lines) if event["event"].startswith("trial_")]
+
+
+def ended(folder: Path) -> list[str]:
+    """The trials whose end the journal holds, in order."""
+    return [event["trial_id"] for event in trials_in(folder) if event["event"] == "trial_ended"]
 
 
 def wait_for(condition: Any, seconds: float = 200) -> None:
@@ -155,44 +162,49 @@ def test_a_second_sweep_in_the_folder_is_refused(sweep: tuple[Path, str, str], c
     assert (sweep[0] / "journal.jsonl").read_bytes() == before
 
 
-def test_killed_and_resumed(tmp_path: Path, cache: Path) -> None:
-    """After kill -9 in the middle, the total is what was asked for, and nothing that had ended is run again."""
-    folder = tmp_path / "killed"
-    process = start("sweep", "experiment=tiny", *ONE, f"output={folder}", f"cache={cache}")
-    wait_for(lambda: any(e["event"] == "trial_ended" for e in trials_in(folder)) or process.poll() is not None)
-    wait_for(lambda: trials_in(folder)[-1]["event"] == "trial_started" or process.poll() is not None)
+def test_interrupted_killed_and_resumed(tmp_path: Path, cache: Path) -> None:
+    """The total is what was asked for, nothing that had ended is run again, and a trial that diverges ends alone."""
+    folder = tmp_path / "ended"
+    wild = ("space.learning_rate.low=1e-3", "space.learning_rate.high=1e30", "training.max_grad_norm=1e30")
+    resume = readme.arguments("resume=", {"sweeps/mine": str(folder)})
+    process = start("sweep", "experiment=tiny", *ONE, *wild, f"output={folder}", f"cache={cache}")
+    wait_for(lambda: ended(folder) or process.poll() is not None)
+    process.send_signal(signal.SIGINT)
+    _, err = finish(process, status=130)
+    assert f"resume={folder}" in err
+    assert json.loads((folder / "results.json").read_text())["state"] == "interrupted"
+    wait_for(lambda: not processes_of(process.pid), 30)
+    first = ended(folder)
+    assert 0 < len(first) < 4
+
+    process = start("sweep", *resume)
+    wait_for(lambda: len(ended(folder)) > len(first) or process.poll() is not None)
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
     wait_for(lambda: not processes_of(process.pid), 60)
-    ended = {e["trial_id"]: e for e in trials_in(folder) if e["event"] == "trial_ended"}
-    assert ended
-    assert len(ended) < 4
-    out, _ = finish(start("sweep", *readme.arguments("resume=", {"sweeps/mine": str(folder)})))
-    results = json.loads((folder / "results.json").read_text())
-    assert [trial["trial_id"] for trial in results["trials"]] == ["0000", "0001", "0002", "0003"]
-    assert {trial["status"] for trial in results["trials"]} <= {"completed", "stopped"}
-    ends = [e["trial_id"] for e in trials_in(folder) if e["event"] == "trial_ended"]
-    assert sorted(ends) == ["0000", "0001", "0002", "0003"], "one was run twice"
+    second = ended(folder)
+    assert len(first) < len(second) < 4
+
+    out, _ = finish(start("sweep", *resume))
+    trials = json.loads((folder / "results.json").read_text())["trials"]
+    assert [trial["trial_id"] for trial in trials] == ["0000", "0001", "0002", "0003"]
+    assert sorted(ended(folder)) == ["0000", "0001", "0002", "0003"], "one was run twice"
+    assert trials[0]["status"] == "completed"
+    diverged = [trial for trial in trials if trial["status"] == "diverged"]
+    assert {trial["status"] for trial in trials} - {"completed", "stopped"} == {"diverged"}
+    assert all("at step" in trial["error"] and trial["log"] in out for trial in diverged)
     assert "report" in out
 
 
-def test_a_diverging_trial_ends_alone(tmp_path: Path, cache: Path) -> None:
-    folder = tmp_path / "wild"
-    wild = ("space.learning_rate.low=1e-3", "space.learning_rate.high=1e30", "training.max_grad_norm=1e30")
-    out, _ = finish(
-        start("sweep", "experiment=tiny", *ONE, "search.trials=3", *wild, f"output={folder}", f"cache={cache}")
-    )
-    trials = json.loads((folder / "results.json").read_text())["trials"]
-    assert trials[0]["status"] == "completed"
-    diverged = [trial for trial in trials if trial["status"] == "diverged"]
-    assert diverged
-    assert all("at step" in trial["error"] and trial["log"] in out for trial in diverged)
-
-
-def test_one_run_without_a_sweep(tmp_path: Path, cache: Path) -> None:
+def test_one_run_without_a_sweep(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Watched by every tracker."""
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    monkeypatch.setenv("MLFLOW_DISABLE_TELEMETRY", "true")
     folder = tmp_path / "run"
     overrides = readme.arguments("output=runs/tiny", {"runs/tiny": str(folder)})
-    out, _ = finish(start("train", *overrides, "model=tiny_bias", f"cache={cache}"))
+    trackers = "tracking.trackers=[tensorboard,wandb,mlflow,ray]"
+    assert f"`'{trackers}'`" in (readme.ROOT / "README.md").read_text()
+    out, _ = finish(start("train", *overrides, trackers, "model=tiny_bias", f"cache={cache}"))
     results = json.loads((folder / "results.json").read_text())
     assert results["kind"] == "run"
     assert [trial["status"] for trial in results["trials"]] == ["completed"]
@@ -201,13 +213,11 @@ def test_one_run_without_a_sweep(tmp_path: Path, cache: Path) -> None:
     assert (folder / "best" / "adapter" / "adapter_model.safetensors").is_file()
     assert str(folder / "report.html") in out
 
-
-def test_ctrl_c_ends_in_order(tmp_path: Path, cache: Path) -> None:
-    folder = tmp_path / "interrupted"
-    process = start("sweep", "experiment=tiny", *ONE, "search.trials=50", f"output={folder}", f"cache={cache}")
-    wait_for(lambda: any(e["event"] == "trial_ended" for e in trials_in(folder)) or process.poll() is not None)
-    process.send_signal(signal.SIGINT)
-    _, err = finish(process, status=130)
-    assert f"resume={folder}" in err
-    assert json.loads((folder / "results.json").read_text())["state"] == "interrupted"
-    wait_for(lambda: not processes_of(process.pid), 30)
+    trial = folder / "trials" / "0000"
+    assert "switched off" not in (trial / "logs" / "worker-0.log").read_text()
+    assert len(losses(trial)) == 4
+    assert list((trial / "tensorboard").glob("events.out.tfevents.*"))
+    assert list((trial / "wandb").glob("offline-run-*/run-*.wandb"))
+    client = MlflowClient(tracking_uri=f"sqlite:///{folder / 'mlflow.db'}")
+    (mlflow_run,) = client.search_runs([e.experiment_id for e in client.search_experiments()])
+    assert mlflow_run.data.metrics["loss"] == losses(trial)[-1]

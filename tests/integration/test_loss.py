@@ -136,7 +136,7 @@ def test_the_mean_over_the_answer_tokens_of_the_global_batch(
     assert [step["grad_norm"] for step in found] == pytest.approx(expected.grad_norms, abs=TOLERANCE)
     checkpoint = latest(tmp_path / "trial")
     assert checkpoint is not None
-    adapter = load_file(checkpoint / ADAPTER / "adapter_model.safetensors")
+    adapter = load_file(checkpoint.path / ADAPTER / "adapter_model.safetensors")
     torch.testing.assert_close(adapter, expected.adapter, atol=TOLERANCE, rtol=0)
 
 

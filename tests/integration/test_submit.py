@@ -37,6 +37,7 @@ def dashboard(tmp_path: Path) -> Iterator[str]:
     port = free_port()
     command = [RAY, "start", "--head", "--block", "--num-cpus=4", "--node-ip-address=127.0.0.1"]
     command += [f"--port={free_port()}", f"--dashboard-port={port}", "--object-store-memory=134217728"]
+    command += [f"--dashboard-agent-listen-port={free_port()}"]  # another Ray on the machine has the usual one
     with (tmp_path / "head.log").open("w") as log:
         head = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True, env={**os.environ, **OPEN})
     yield f"http://127.0.0.1:{port}"

@@ -1,4 +1,4 @@
-"""Trackers in real worker groups, in a whole job, and in Ray's own metrics."""
+"""Trackers in real worker groups, and in Ray's own metrics."""
 
 from __future__ import annotations
 
@@ -18,11 +18,9 @@ from raytune_lora.training.driver import Pool
 from raytune_lora.training.plan import plan_run
 from raytune_lora.training.tracking import TrackedTrial, tracker_class
 from raytune_lora.training.tracking.watch import StepTokens
-from tests import readme
 from tests.integration import tasks
-from tests.integration.conftest import Configure
-from tests.integration.test_jobs import finish, start
-from tests.integration.test_training import losses, run
+from tests.integration.conftest import METRICS_INTERVAL, Configure
+from tests.integration.running import losses, run
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
 
@@ -58,24 +56,6 @@ def test_trackers_that_fail_leave_the_losses_as_they_are(
         assert line["mfu"] is None, "the peak of a CPU is not known"
 
 
-@pytest.mark.e2e
-def test_a_run_with_every_tracker(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-    monkeypatch.setenv("MLFLOW_DISABLE_TELEMETRY", "true")
-    folder = tmp_path / "watched"
-    finish(start("train", *readme.arguments("tracking.trackers=", {"runs/watched": str(folder)}), f"cache={cache}"))
-    trial = folder / "trials" / "0000"
-    assert "switched off" not in (trial / "logs" / "worker-0.log").read_text()
-    assert len(losses(trial)) == 4
-    assert list((trial / "tensorboard").glob("events.out.tfevents.*"))
-    assert list((trial / "wandb").glob("offline-run-*/run-*.wandb"))
-    from mlflow import MlflowClient
-
-    client = MlflowClient(tracking_uri=f"sqlite:///{folder / 'mlflow.db'}")
-    (mlflow_run,) = client.search_runs([e.experiment_id for e in client.search_experiments()])
-    assert mlflow_run.data.metrics["loss"] == losses(trial)[-1]
-
-
 def exported() -> dict[tuple[str, str], float]:
     """What the node gives to Prometheus of our gauges, by name and trial."""
     port = ray.nodes()[0]["MetricsExportPort"]
@@ -97,14 +77,14 @@ def test_ray_exports_the_numbers_of_a_trial_until_it_ends(
         deadline = time.monotonic() + 90
         while exported().get(("loss", name)) != value:
             assert time.monotonic() < deadline, f"Ray does not show {value}: {exported()}"
-            time.sleep(1)
+            time.sleep(0.5)
 
     tracker.log(1, {"loss": 4.25, "mfu": None})
     wait_for(4.25)
     shown = time.monotonic()
-    while time.monotonic() < shown + 25:  # longer than Ray keeps what is not set again
+    while time.monotonic() < shown + 5 * METRICS_INTERVAL:  # Ray keeps what is not set again for two
         assert exported()["loss", name] == 4.25
-        time.sleep(1)
+        time.sleep(0.5)
     assert ("mfu", name) not in exported()
     tracker.close()
     wait_for(None)

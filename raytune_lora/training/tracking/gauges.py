@@ -8,14 +8,13 @@ from typing import Any
 from raytune_lora.training.tracking.base import TrackedTrial, Tracker, Values
 
 PREFIX = "raytune_lora_"  # Ray puts ``ray_`` before it
-_REFRESH = 5.0  # seconds; half of Ray's own interval
 
 
 class RayGauges(Tracker):
     """A gauge a number, tagged by sweep and trial, with the last value measured.
 
-    Ray forgets a gauge that is not set for two of its export intervals of ten seconds, and a step or a validation may
-    take longer: a thread sets them again until the trial ends.
+    Ray forgets a gauge that is not set for two of its export intervals (of ten seconds, unless it is told otherwise),
+    and a step or a validation may take longer: a thread sets them again until the trial ends.
     """
 
     kind = "ray"
@@ -37,7 +36,9 @@ class RayGauges(Tracker):
         self._closed.set()
 
     def _refresh(self) -> None:
-        while not self._closed.wait(_REFRESH):
+        from ray._raylet import Config
+
+        while not self._closed.wait(Config.metrics_report_interval_ms() / 2000):
             with self._lock:
                 self._set()
 
