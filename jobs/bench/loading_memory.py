@@ -76,7 +76,8 @@ def write_model(folder: Path, size: str) -> int:
         dtype="bfloat16",
     )
     with torch.device("meta"):
-        model = LlamaForCausalLM(config).to(torch.bfloat16)
+        model: Any = LlamaForCausalLM(config)
+    model = model.to(torch.bfloat16)
     model = model.to_empty(device="cpu")
     for parameter in model.parameters():
         parameter.data.normal_(std=0.02)

@@ -75,7 +75,7 @@ def run_all(methods: list[str], gpus: int) -> list[dict[str, Any]]:
         common = (*COMMON, f"gpus_per_worker={gpus}", f"cache={folder / 'cache'}")
         store = prepare_inputs(compose([*common]))[1]
         os.environ.update(connect.ENVIRONMENT)
-        settings = {"object_store_memory": 128 * 2**20, "include_dashboard": False, "log_to_driver": False}
+        settings: Any = {"object_store_memory": 128 * 2**20, "include_dashboard": False, "log_to_driver": False}
         ray.init(address="local", num_cpus=4, **settings)
         try:
             with Pool(plain_run(compose([*common])), folder / "pool", groups=1) as pool:

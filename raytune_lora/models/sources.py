@@ -127,8 +127,7 @@ def _convert(file: Path, work: Path) -> dict[str, Any]:
     fresh.generation_config = GenerationConfig(
         bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id
     )
-    fresh.save_pretrained(work)
-    tokenizer.save_pretrained(work)
+    _save(fresh, tokenizer, work)
     return {"source": file.name}
 
 
@@ -166,9 +165,15 @@ def _make_tiny(cfg: TinyModelConfig, work: Path) -> dict[str, Any]:
         for name, parameter in model.named_parameters():
             if name.endswith("bias"):
                 torch.nn.init.normal_(parameter, std=0.02)
+    _save(model, tokenizer, work)
+    return {"source": "random"}
+
+
+def _save(model: Any, tokenizer: Any, work: Path) -> None:
+    """Write a model folder, also in a worker that is not its group's first, where transformers would write nothing."""
+    model.should_save_on_this_rank = lambda is_main_process: is_main_process
     model.save_pretrained(work)
     tokenizer.save_pretrained(work)
-    return {"source": "random"}
 
 
 def byte_tokenizer() -> Any:

@@ -131,9 +131,7 @@ def _digest(path: Path) -> str:
 
 def _forget_others(folder: Path, keep: int) -> None:
     found: dict[Path, dict[str, Any]] = {
-        path: manifest
-        for path in sorted(folder.glob(f"{_PREFIX}*"))
-        if (manifest := read_manifest(path)) is not None
+        path: manifest for path in sorted(folder.glob(f"{_PREFIX}*")) if (manifest := read_manifest(path)) is not None
     }
     best = min(found, key=lambda path: (found[path]["report"]["eval_loss"], -found[path]["step"]))
     for path in list(found)[:-keep]:

@@ -49,7 +49,7 @@ class Plan:
         return seen // self.every > before // self.every or step == self.steps
 
     def positions(self, rank: int, first: int = 0) -> Iterator[list[int]]:
-        """One worker's micro batches from its ``first`` on; positions from ``total`` on are padding of the last step."""
+        """One worker's micro batches from its ``first`` on; positions from ``total`` on pad the last step."""
         for micro in range(first, self.steps * self.accumulation):
             start = (micro * self.workers + rank) * self.micro_batch
             yield list(range(start, start + self.micro_batch))

@@ -51,7 +51,7 @@ def divided_loading(hf_config: Any) -> Iterator[None]:
 
     one_by_one = os.environ.get("HF_DEACTIVATE_ASYNC_LOAD")
     os.environ["HF_DEACTIVATE_ASYNC_LOAD"] = "1"
-    core_model_loading.set_param_for_module = set_and_divide
+    core_model_loading.set_param_for_module = set_and_divide  # type: ignore[assignment]
     unset_hf_deepspeed_config()  # or transformers would divide the parameters before they have values
     try:
         yield
@@ -77,5 +77,3 @@ def _give_memory_back() -> None:
             start, end = int(first, 16), int(last, 16)
             libc.madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), ctypes.c_int(_DONTNEED))
     libc.malloc_trim(0)
-
-

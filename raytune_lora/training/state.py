@@ -144,7 +144,7 @@ def _shape(p: Any) -> torch.Size:
     return torch.Size(getattr(p, "ds_shape", p.shape))
 
 
-# ----------------------------------------------------------------------------------------------------------------- files
+# ---------------------------------------------------------------------------------------------------------------- files
 
 
 def write(folder: Path, stem: str, named: Iterable[tuple[str, torch.Tensor]]) -> None:

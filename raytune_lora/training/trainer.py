@@ -106,10 +106,11 @@ class PlannedTrainer(Trainer):
         if self._checkpoint is not None:
             saved = self._checkpoint
             put_optimizer(self.model, self.optimizer, saved.weights, saved.optimizer, saved.step)
+            scheduler: Any = self.lr_scheduler
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # torch would have the optimizer step first
                 for _ in range(saved.step):
-                    self.lr_scheduler.step()
+                    scheduler.step()
         return prepared
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:

@@ -51,7 +51,6 @@ def train(cfg: RunConfig, store: TokenStore, place: Place) -> None:
         RuntimeError: the worker group is not what the config says.
     """
     plan = plan_run(cfg, store.rows["train"])
-    dtype = precision(cfg.model.precision)
     _join_group(cfg)
     _same_everywhere(cfg, place)
     checkpoint = _agreed_checkpoint(place)
@@ -59,10 +58,24 @@ def train(cfg: RunConfig, store: TokenStore, place: Place) -> None:
         place.report(checkpoint.report)
         if checkpoint.report["last"]:
             return
-    saving = place.folder / SAVING
-    args = _arguments(cfg, plan, saving, dtype)
+    trainer, watching = _trainer(cfg, plan, store, place, checkpoint)
+    try:
+        trainer.train()
+    finally:
+        for watcher in watching:
+            watcher.close()
+        _release(trainer)
+    if place.rank == 0:
+        shutil.rmtree(place.folder / SAVING, ignore_errors=True)
+
+
+def _trainer(
+    cfg: RunConfig, plan: Plan, store: TokenStore, place: Place, checkpoint: Checkpoint | None
+) -> tuple[PlannedTrainer, list[Any]]:
+    """All that trains, and those who watch it."""
     folder = materialize(cfg.model, cache_dir(cfg))
     tokenizer = load_tokenizer(folder, cfg.model)
+    args = _arguments(cfg, plan, place.folder / SAVING)
     with divided_loading(args.hf_deepspeed_config) if _divides_weights(cfg) else contextlib.nullcontext():
         base = load_model(folder, cfg.model, cfg.quantization)
     method = method_for(cfg.method)
@@ -93,14 +106,7 @@ def train(cfg: RunConfig, store: TokenStore, place: Place) -> None:
             f"accelerate sees {trainer.accelerator.num_processes} processes and rank {args.process_index}; "
             f"the group has {place.workers} workers and this is rank {place.rank}"
         )
-    try:
-        trainer.train()
-    finally:
-        for watcher in watching:
-            watcher.close()
-        _release(trainer)
-    if place.rank == 0:
-        shutil.rmtree(saving, ignore_errors=True)
+    return trainer, watching
 
 
 def _divides_weights(cfg: RunConfig) -> bool:
@@ -187,9 +193,9 @@ def _join_group(cfg: RunConfig) -> None:
         PartialState(cpu=True)
 
 
-def _arguments(cfg: RunConfig, plan: Plan, saving: Path, dtype: torch.dtype) -> TrainingArguments:
+def _arguments(cfg: RunConfig, plan: Plan, saving: Path) -> TrainingArguments:
     training = cfg.training
-    bf16 = dtype is torch.bfloat16
+    bf16 = precision(cfg.model.precision) is torch.bfloat16
     return TrainingArguments(
         output_dir=str(saving),
         deepspeed=deepspeed_config(cfg, plan, bf16=bf16),

@@ -57,7 +57,6 @@ def train_and_note_streams(cfg: Any, store: Any, place: Any) -> None:
     import hashlib
 
     import torch
-
     from transformers import Trainer
 
     noted: dict[str, Any] = {"order": []}
@@ -77,6 +76,39 @@ def train_and_note_streams(cfg: Any, store: Any, place: Any) -> None:
     finally:
         Trainer.training_step = original  # type: ignore[method-assign]
     (place.folder / f"streams-{place.rank}.json").write_text(json.dumps(noted))
+
+
+def build_a_model(cfg: Any, store: Any, place: Any) -> None:
+    """Have the last worker make a model that is not in the cache."""
+    from raytune_lora.config.schema import TinyModelConfig
+    from raytune_lora.models.sources import materialize
+
+    if place.rank == place.workers - 1:
+        materialize(TinyModelConfig(seed=1), place.folder)
+
+
+def train_and_note_parts(cfg: Any, store: Any, place: Any) -> None:
+    """Train, and write down what this worker held of the base model once that was loaded: elements."""
+    from raytune_lora.training import worker
+
+    original = worker.load_model
+
+    def load_model(*arguments: Any) -> Any:
+        model = original(*arguments)
+        parameters = list(model.parameters())
+        noted = {
+            "whole": sum(p.numel() for p in parameters),
+            "part": sum(p.ds_tensor.numel() for p in parameters),
+            "all": sum(p.ds_numel for p in parameters),
+        }
+        (place.folder / f"parts-{place.rank}.json").write_text(json.dumps(noted))
+        return model
+
+    worker.load_model = load_model
+    try:
+        train(cfg, store, place)
+    finally:
+        worker.load_model = original
 
 
 def train_until_told(cfg: Any, store: Any, place: Any) -> None:

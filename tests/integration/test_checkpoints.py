@@ -130,7 +130,9 @@ def test_a_checkpoint_holds_no_frozen_weight_and_says_what_it_holds(cut: Any) ->
     assert checkpoint is not None
     names = checkpoint.weights.names
     assert all("lora_" in name for name in names)
-    assert sorted(checkpoint.optimizer.names) == sorted(f"{key}/{n}" for key in ("exp_avg", "exp_avg_sq") for n in names)
+    assert sorted(checkpoint.optimizer.names) == sorted(
+        f"{key}/{n}" for key in ("exp_avg", "exp_avg_sq") for n in names
+    )
     files = {str(path.relative_to(checkpoint.path)) for path in checkpoint.path.rglob("*") if path.is_file()}
     manifest = json.loads((checkpoint.path / "manifest.json").read_text())
     assert files - {"manifest.json"} == set(manifest["files"]) == set(manifest["sha256"])

@@ -3,33 +3,33 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from raytune_lora.data.store import TokenStore
 from raytune_lora.training.driver import Pool
+from tests.integration import tasks
 from tests.integration.conftest import Configure
 from tests.integration.running import losses, run
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 
-BENCH = Path(__file__).resolve().parents[2] / "jobs" / "bench" / "loading_memory.py"
 TOLERANCE = 2e-6  # fp32 on CPU: what is left is the order of sums between processes
 QLORA = ("quantization=nf4", "method.dropout=0")
 
 
-def test_two_workers_take_half_the_memory_each(tmp_path: Path) -> None:
-    """Above what the interpreter takes: the peak of each, while it quantizes the model and divides it."""
-    table = tmp_path / "table.json"
-    command = [sys.executable, str(BENCH), "--size", "small", "--processes", "1", "2", "--json", str(table)]
-    command += ["--how", "ours", "--kinds", "nf4", "--limit", "0.65"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=280, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
-    one, two = json.loads(table.read_text())["rows"]
-    assert two["kept_gib"] < 0.65 * one["kept_gib"]
+@pytest.mark.parametrize("quantization", ["none", "nf4"])
+def test_no_worker_holds_more_than_its_part_of_the_loaded_model(
+    quantization: str, pair: Pool, store: TokenStore, configure: Configure, tmp_path: Path
+) -> None:
+    """Before DeepSpeed's engine starts. What it takes of memory is in jobs/bench/loading_memory.py."""
+    cfg = configure("deepspeed=zero3", "workers=2", f"quantization={quantization}", "training.max_steps=1")
+    run(pair, store, tmp_path, cfg, tasks.train_and_note_parts)
+    for rank in range(2):
+        noted = json.loads((tmp_path / f"parts-{rank}.json").read_text())
+        assert noted["whole"] == 0
+        assert noted["part"] == pytest.approx(noted["all"] / 2, rel=0.01)
 
 
 def test_qlora_under_zero_equals_qlora_in_one_process(

@@ -121,3 +121,9 @@ def test_a_failing_task_is_told_with_its_reason(
         run(single, store, tmp_path / "failing", configure(), tasks.fail)
     assert caught.value.ended.status == "failed"
     assert "made to fail" in (tmp_path / "failing" / "logs" / "worker-0.log").read_text()
+
+
+def test_any_worker_makes_a_whole_model(pair: Pool, store: TokenStore, configure: Configure, tmp_path: Path) -> None:
+    run(pair, store, tmp_path, configure("workers=2"), tasks.build_a_model)
+    (folder,) = (tmp_path / "models").glob("tiny-*[0-9a-f]")
+    assert {"config.json", "model.safetensors", "tokenizer.json"} <= {path.name for path in folder.iterdir()}

@@ -36,7 +36,7 @@ class RayGauges(Tracker):
         self._closed.set()
 
     def _refresh(self) -> None:
-        from ray._raylet import Config
+        from ray._raylet import Config  # type: ignore[attr-defined]  # compiled
 
         while not self._closed.wait(Config.metrics_report_interval_ms() / 2000):
             with self._lock:
