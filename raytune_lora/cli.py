@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 VERBS = {
     "sweep": "search for the best fine-tune",
     "train": "train one configuration",
+    "prepare": "prepare the data, and show what of it is trained",
 }
 _EXAMPLES = {
     "sweep": (
@@ -22,7 +23,16 @@ _EXAMPLES = {
         "model=smollm2 data.path=my.jsonl method.r=16 training.learning_rate=2e-4",
         "model=smollm2 data.path=my.jsonl workers=2 deepspeed=zero3",
     ),
+    "prepare": (
+        "model=tiny data=fake",
+        "model=smollm2 data=extraction",
+        "model=smollm2 data.path=my.jsonl data.max_length=1024 evaluation.examples=3",
+    ),
 }
+_FOLDERS = (
+    "  output=<folder>   where everything of it goes; it must be new",
+    "  resume=<folder>   go on with one that was interrupted",
+)
 _SEARCH_ONLY = ("search", "scheduler", "space")
 
 
@@ -65,10 +75,11 @@ def _run(verb: str, arguments: list[str]) -> int:
 
     only_config = _take_cfg(arguments)
     cfg = compose(arguments)
-    if verb == "train" and (
-        extra := [a for a in arguments if a.lstrip("+~").split("=")[0].split(".")[0] in _SEARCH_ONLY]
-    ):
-        raise UserError(f"{extra[0]}: a single run has no search; leave it out, or use sweep")
+    searched = [a for a in arguments if a.lstrip("+~").split("=")[0].split(".")[0] in _SEARCH_ONLY]
+    if verb != "sweep" and searched:
+        raise UserError(f"{searched[0]}: {verb} has no search; leave it out, or use sweep")
+    if verb == "prepare" and cfg.resume is not None:
+        raise UserError("resume: prepare finds by itself what it has made before")
     if cfg.resume is not None and len(arguments) > 1:
         raise UserError("resume: a sweep or run goes on with the config in its folder; leave the other arguments out")
     if only_config:
@@ -78,6 +89,11 @@ def _run(verb: str, arguments: list[str]) -> int:
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("DEEPSPEED_LOG_LEVEL", "error")
+    if verb == "prepare":
+        from raytune_lora.tuning.inspect import show_data
+
+        show_data(cfg)
+        return 0
     from raytune_lora.tuning.job import JobFailed
     from raytune_lora.tuning.run import run_once
     from raytune_lora.tuning.sweep import run_sweep
@@ -136,8 +152,7 @@ def _help(verb: str, program: str) -> str:
             "",
             f"{VERBS[verb][0].upper()}{VERBS[verb][1:]}.",
             "",
-            "  output=<folder>   where everything of it goes; it must be new",
-            "  resume=<folder>   go on with one that was interrupted",
+            *(line for line in _FOLDERS if verb != "prepare"),
             "  --cfg job         print the whole config, and every key that can be set, without running",
             "",
             "groups, chosen by group=name:",

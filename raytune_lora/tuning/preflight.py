@@ -29,16 +29,28 @@ def check(cfg: SweepConfig, *, searching: bool, fresh: bool) -> None:
     found = validate.problems(cfg)
     if searching:
         found += space.problems(cfg.space, cfg) or _extremes(cfg)
-    found += method_problems(cfg) + tracking.problems(cfg.tracking)
-    found += data_sources.problems(cfg.data) + model_sources.problems(cfg.model)
+    found += method_problems(cfg) + tracking.problems(cfg.tracking) + _input_problems(cfg)
     if fresh:
         found += folder.problems(output_path(cfg))
-    found += _cache_problems(cfg)
     if not found:
         concurrent = cfg.search.concurrent if searching else 1
         found += placement_problems(cfg, nodes(cfg.cluster), concurrent=concurrent)
     if found:
         raise UserError(found)
+
+
+def check_inputs(cfg: SweepConfig) -> None:
+    """Refuse a config whose model and data cannot be prepared.
+
+    Raises:
+        UserError: with every problem found.
+    """
+    if found := validate.problems(cfg) + _input_problems(cfg):
+        raise UserError(found)
+
+
+def _input_problems(cfg: SweepConfig) -> list[str]:
+    return data_sources.problems(cfg.data) + model_sources.problems(cfg.model) + _cache_problems(cfg)
 
 
 def output_path(cfg: SweepConfig) -> Path:

@@ -257,7 +257,7 @@ def test_resume_takes_nothing_else(refused: Refused) -> None:
 @pytest.mark.parametrize("override", ["search.trials=4", "scheduler=none", "space.rank.low=4", "~space.rank"])
 def test_a_single_run_has_no_search(override: str, refused: Refused) -> None:
     said = refused("train", *TINY, override, "output=out")
-    assert said == f"error: {override}: a single run has no search; leave it out, or use sweep\n"
+    assert said == f"error: {override}: train has no search; leave it out, or use sweep\n"
 
 
 @pytest.mark.parametrize("option", ["--multirun", "-m", "--config-name=x", "--cfg", "--resume"])
