@@ -31,6 +31,15 @@ class Optimizer(Enum):
     paged_adamw_8bit = "paged_adamw_8bit"
 
 
+class Attention(Enum):
+    """The implementation of attention; ``auto`` is transformers' choice for the model."""
+
+    auto = "auto"
+    eager = "eager"
+    sdpa = "sdpa"
+    flash_attention_2 = "flash_attention_2"
+
+
 class Offload(Enum):
     """Where DeepSpeed keeps what the GPU has no room for."""
 
@@ -69,6 +78,7 @@ class ModelConfig:
 
     kind: str = MISSING
     precision: Precision = Precision.auto
+    attention: Attention = Attention.auto
 
 
 @dataclass
@@ -181,6 +191,8 @@ class TrainingConfig:
     weight_decay: float = 0.01
     max_grad_norm: float = 1.0
     gradient_checkpointing: bool = False
+    packing: bool = False  # the rows of a micro batch end to end instead of padded; the losses stay the same
+    liger: bool = False  # Liger's fused kernels (needs a GPU and liger-kernel)
     patience: int | None = 3  # validations without a lower loss before the run ends; null: it goes through to the end
     keep_checkpoints: int = 2  # of the newest; the best one stays beside them
     seed: int = 0  # of the weights' start, the order of the data and dropout

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import importlib.util
 import math
 from collections.abc import Callable
 
 from raytune_lora.config.methods import AdaloraMethodConfig, TargetedMethodConfig
-from raytune_lora.config.schema import Offload, Optimizer, RunConfig, SweepConfig, TinyModelConfig, TrackingConfig
+from raytune_lora.config.schema import Attention, Offload, Optimizer, RunConfig, SweepConfig, TinyModelConfig, TrackingConfig
 
 # the schedules of transformers that need no further arguments
 LR_SCHEDULERS = ("constant", "constant_with_warmup", "cosine", "inverse_sqrt", "linear")
@@ -116,6 +117,15 @@ def _choice_problems(cfg: RunConfig) -> list[str]:
             f"training.optimizer={cfg.training.optimizer.value} needs a GPU (gpus_per_worker >= 1); "
             "on the CPU take training.optimizer=adamw"
         )
+    needed = {
+        "model.attention=flash_attention_2": (cfg.model.attention is Attention.flash_attention_2, "flash_attn"),
+        "training.liger=true": (cfg.training.liger, "liger_kernel"),
+    }
+    for setting, (asked, package) in needed.items():
+        if asked and not cfg.gpus_per_worker:
+            found.append(f"{setting} needs a GPU (gpus_per_worker >= 1)")
+        elif asked and importlib.util.find_spec(package) is None:
+            found.append(f"{setting} needs the package {package}: pip install {package.replace('_', '-')}")
     return found + _tracking_problems(cfg.tracking)
 
 

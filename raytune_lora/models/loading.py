@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-from raytune_lora.config.schema import ModelConfig, Precision, Quantization, QuantizationConfig
+from raytune_lora.config.schema import Attention, ModelConfig, Precision, Quantization, QuantizationConfig
 from raytune_lora.models.tokenizer import trusted
 
 _SLICE = 2**20  # weights quantized at once; a multiple of every block size, so that the result is the same
@@ -19,17 +19,20 @@ _SLICE = 2**20  # weights quantized at once; a multiple of every block size, so 
 def load_model(folder: Path, cfg: ModelConfig, quantization: QuantizationConfig) -> Any:
     """The base model in evaluation mode, all its weights frozen, in the precision and number format asked for."""
     settings: dict[str, Any] = {}
-    if quantization.kind is not Quantization.none:
+    if cfg.attention is not Attention.auto:
+        settings["attn_implementation"] = cfg.attention.value
+    quantized = quantization.kind is not Quantization.none
+    if quantized:
         settings["quantization_config"] = _bitsandbytes(quantization, precision(cfg.precision))
         if torch.cuda.is_available():  # weights are quantized where they go
             settings["device_map"] = {"": torch.cuda.current_device()}
-    with _quantizing_in_slices() if settings else contextlib.nullcontext():
+    with _quantizing_in_slices() if quantized else contextlib.nullcontext():
         model = AutoModelForCausalLM.from_pretrained(
             folder, dtype=precision(cfg.precision), trust_remote_code=trusted(cfg), **settings
         )
     model.config.use_cache = False
     divided = any(hasattr(p, "ds_id") for p in model.parameters())  # DeepSpeed's engine decides their precision
-    if settings and not divided:
+    if quantized and not divided:
         from peft import prepare_model_for_kbit_training
 
         # gradient checkpointing is the Trainer's

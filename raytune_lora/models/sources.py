@@ -135,7 +135,7 @@ def _convert(file: Path, work: Path) -> dict[str, Any]:
 
 
 def _tiny(cfg: TinyModelConfig, cache: Path) -> Path:
-    name = f"{cfg.kind}-{fingerprint(_CONVERSION, vars(cfg) | {'precision': None})}"
+    name = f"{cfg.kind}-{fingerprint(_CONVERSION, vars(cfg) | {'precision': None, 'attention': None})}"
     folder = cache / "models" / name
     build_once(folder, lambda work: _make_tiny(cfg, work))
     return folder

@@ -43,12 +43,14 @@ class _RankBatches:
         return len(self._batches)
 
 
-def training_loader(split: Any, plan: Plan, rank: int, pad_id: int, first: int = 0) -> DataLoader[Any]:
-    """One worker's micro batches from step ``first`` on: input_ids, attention_mask and labels, each (B, T)."""
+def training_loader(
+    split: Any, plan: Plan, rank: int, pad_id: int, *, first: int = 0, packing: bool = False
+) -> DataLoader[Any]:
+    """One worker's micro batches from step ``first`` on, as ``collate`` or ``pack`` makes them."""
     return DataLoader(
         Samples(split, plan),
         batch_sampler=_RankBatches(plan, rank, first),
-        collate_fn=lambda rows: collate(rows, pad_id),
+        collate_fn=pack if packing else lambda rows: collate(rows, pad_id),
     )
 
 
@@ -62,3 +64,17 @@ def collate(rows: Sequence[dict[str, list[int]]], pad_id: int) -> dict[str, torc
     lengths_B = torch.tensor([len(row["input_ids"]) for row in rows])
     mask_BT = (torch.arange(length) < lengths_B[:, None]).long()
     return {"input_ids": padded("input_ids", pad_id), "attention_mask": mask_BT, "labels": padded("labels", IGNORED)}
+
+
+def pack(rows: Sequence[dict[str, list[int]]]) -> dict[str, torch.Tensor]:
+    """One row after the other instead of padding: input_ids, position_ids and labels, each (1, sum of T).
+
+    Positions begin anew with each row; by that, models keep the rows apart in attention. A row's first token follows
+    from nothing, as where rows lie side by side.
+    """
+    labels = [label for row in rows for label in [IGNORED, *row["labels"][1:]]]
+    return {
+        "input_ids": torch.tensor([[token for row in rows for token in row["input_ids"]]]),
+        "position_ids": torch.tensor([[position for row in rows for position in range(len(row["input_ids"]))]]),
+        "labels": torch.tensor([labels]),
+    }

@@ -67,7 +67,8 @@ class PlannedTrainer(Trainer):
 
     def get_train_dataloader(self) -> DataLoader[Any]:
         """This worker's part alone; accelerate must not divide it again."""
-        return training_loader(self._train_split, self._plan, self.args.process_index, self._pad_id, self._first)
+        packing, rank = self._cfg.training.packing, self.args.process_index
+        return training_loader(self._train_split, self._plan, rank, self._pad_id, first=self._first, packing=packing)
 
     def num_examples(self, dataloader: DataLoader[Any]) -> int:
         return self._plan.total

@@ -211,6 +211,7 @@ def _arguments(cfg: RunConfig, plan: Plan, saving: Path) -> TrainingArguments:
         warmup_steps=math.ceil(training.warmup * plan.steps),
         weight_decay=training.weight_decay,
         max_grad_norm=training.max_grad_norm,
+        use_liger_kernel=training.liger,
         activation_checkpointing=training.gradient_checkpointing,
         activation_checkpointing_kwargs={"use_reentrant": False},
         seed=stream(training.seed, "trainer"),

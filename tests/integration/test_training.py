@@ -79,6 +79,13 @@ def test_two_workers_equal_one_and_read_different_data(
     assert sorted(seen[0] + seen[1]) == list(range(64))
 
 
+def test_packed_rows_give_the_losses_of_padded_ones(
+    one_process: tuple[list[float], float], single: Pool, store: TokenStore, configure: Configure, tmp_path: Path
+) -> None:
+    run(single, store, tmp_path / "trial", configure(NO_DROPOUT, "training.packing=true"))
+    assert losses(tmp_path / "trial") == pytest.approx(one_process[0], abs=TOLERANCE)
+
+
 def test_half_the_data_would_be_noticed(
     one_process: tuple[list[float], float], single: Pool, store: TokenStore, configure: Configure, tmp_path: Path
 ) -> None:

@@ -9,10 +9,11 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from raytune_lora.config.schema import FakeDataConfig
+from raytune_lora.config.schema import FakeDataConfig, QuantizationConfig, TinyModelConfig
 from raytune_lora.data.store import IGNORED, TokenStore, prepare
+from raytune_lora.models.loading import load_model
 from raytune_lora.models.sources import byte_tokenizer
-from raytune_lora.training.batches import collate
+from raytune_lora.training.batches import collate, pack
 
 
 @pytest.fixture(scope="module")
@@ -68,3 +69,18 @@ def test_the_loss_of_a_padded_batch_is_that_of_its_rows_alone(
             if label != IGNORED:
                 total, tokens = total - logprobs_TV[position - 1, label], tokens + 1
     assert model(**collate(rows, padless.pad_token_id)).loss.item() == pytest.approx(total.item() / tokens, rel=1e-6)
+
+
+def test_packed_rows_do_not_see_each_other(padless_store: TokenStore, tiny_folder: Path) -> None:
+    """Trained on prompts too: what a row's first token would be taken to follow from is not trained."""
+    model = load_model(tiny_folder, TinyModelConfig(), QuantizationConfig())
+    rows = [row | {"labels": row["input_ids"]} for row in uneven(padless_store)]
+    batch = pack(rows)
+    lengths = [len(row["input_ids"]) for row in rows]
+    assert batch["input_ids"].shape == batch["labels"].shape == batch["position_ids"].shape == (1, sum(lengths))
+    with torch.no_grad():
+        together = model(**batch)
+        alone = [model(input_ids=torch.tensor([row["input_ids"]]), labels=torch.tensor([row["labels"]])) for row in rows]
+    torch.testing.assert_close(together.logits[0], torch.cat([out.logits[0] for out in alone]), atol=1e-5, rtol=0)
+    total = sum(out.loss.item() * (length - 1) for out, length in zip(alone, lengths, strict=True))
+    assert together.loss.item() == pytest.approx(total / sum(length - 1 for length in lengths), rel=1e-6)

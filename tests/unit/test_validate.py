@@ -11,6 +11,7 @@ from raytune_lora.config import validate
 from raytune_lora.config.methods import LoraMethodConfig
 from raytune_lora.config.schema import (
     VARIANTS,
+    Attention,
     DeepSpeedConfig,
     DimensionConfig,
     ExtractionDataConfig,
@@ -273,3 +274,18 @@ def test_zero_does_not_divide_states_in_eight_bits() -> None:
     assert "deepspeed=off" in problem
     cfg.deepspeed.enabled = False
     assert validate.problems(cfg) == []
+
+
+@pytest.mark.parametrize(
+    ("section", "leaf", "value"),
+    [("model", "attention", Attention.flash_attention_2), ("training", "liger", True)],
+)
+def test_what_needs_a_gpu_and_a_package_says_so(section: str, leaf: str, value: Any) -> None:
+    cfg = good()
+    setattr(getattr(cfg, section), leaf, value)
+    (problem,) = validate.problems(cfg)
+    assert problem.startswith(f"{section}.{leaf}=")
+    assert "needs a GPU" in problem
+    cfg.gpus_per_worker = 1
+    (problem,) = validate.problems(cfg)
+    assert "pip install" in problem

@@ -46,6 +46,7 @@ class Method(ABC, Generic[C]):
         bases: the quantizations of the base model it works on.
         stages: the ZeRO stages it works under.
         needs_deepspeed_off: whether it reads gradients at each step, which DeepSpeed has thrown away by then.
+        packable: whether rows can lie end to end in one sequence.
         starts_as_base: whether the model computes the same before the first step as without the method.
         because: why it does not work on the other bases and stages.
     """
@@ -55,6 +56,7 @@ class Method(ABC, Generic[C]):
     bases: ClassVar[frozenset[Quantization]] = ANY
     stages: ClassVar[frozenset[int]] = frozenset({0, 1, 2, 3})
     needs_deepspeed_off: ClassVar[bool] = False
+    packable: ClassVar[bool] = True
     starts_as_base: ClassVar[bool] = True
     because: ClassVar[str] = ""
 

@@ -19,6 +19,8 @@ class DiffPruning(OwnMethod[DiffPruningMethodConfig]):
     """
 
     config_class = DiffPruningMethodConfig
+    stages = frozenset({0, 1, 2})
+    because = "its penalty reads the gates of all layers at once, and ZeRO-3 has divided them among the workers"
 
     def apply(self, model: Any, start: Start) -> Any:
         from raytune_lora.models.layers.sparse import insert

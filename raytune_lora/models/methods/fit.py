@@ -25,6 +25,11 @@ def problems(cfg: RunConfig) -> list[str]:
             f"method={kind} does not work with deepspeed=zero{cfg.deepspeed.stage} (it does with {able}, off): "
             f"{method.because}"
         )
+    if cfg.training.packing and not method.packable:
+        found.append(
+            f"method={kind} does not work with training.packing=true: what it puts before a row would stand before the "
+            "first row alone"
+        )
     if kind == "prefix_tuning" and cfg.training.gradient_checkpointing:
         found.append(
             "method=prefix_tuning does not work with training.gradient_checkpointing=true: its keys and values are "

@@ -23,6 +23,7 @@ class PromptMethod(PeftMethod[C]):
     """Its network is computed once when saving: what is left are the vectors."""
 
     mergeable = False
+    packable = False
     starts_as_base = False
 
     def save(self, model: Any, state: dict[str, Any], folder: Path) -> None:
