@@ -7,7 +7,15 @@ import math
 from collections.abc import Callable
 
 from raytune_lora.config.methods import AdaloraMethodConfig, TargetedMethodConfig
-from raytune_lora.config.schema import Attention, Offload, Optimizer, RunConfig, SweepConfig, TinyModelConfig, TrackingConfig
+from raytune_lora.config.schema import (
+    Attention,
+    Offload,
+    Optimizer,
+    RunConfig,
+    SweepConfig,
+    TinyModelConfig,
+    TrackingConfig,
+)
 
 # the schedules of transformers that need no further arguments
 LR_SCHEDULERS = ("constant", "constant_with_warmup", "cosine", "inverse_sqrt", "linear")

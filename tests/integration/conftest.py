@@ -27,7 +27,7 @@ Configure = Callable[..., RunConfig]
 def ray_instance() -> Iterator[None]:
     """As the program starts it, with room for the groups of all tests."""
     os.environ |= connect.ENVIRONMENT | {"RAY_metrics_report_interval_ms": str(round(METRICS_INTERVAL * 1000))}
-    ray.init(address="local", num_cpus=4, object_store_memory=128 * 2**20, include_dashboard=False, log_to_driver=False)
+    ray.init(address="local", num_cpus=8, object_store_memory=128 * 2**20, include_dashboard=False, log_to_driver=False)
     yield
     ray.shutdown()
 

@@ -134,3 +134,18 @@ def test_any_worker_makes_a_whole_model(pair: Pool, store: TokenStore, configure
     run(pair, store, tmp_path, configure("workers=2"), tasks.build_a_model)
     (folder,) = (tmp_path / "models").glob("tiny-*[0-9a-f]")
     assert {"config.json", "model.safetensors", "tokenizer.json"} <= {path.name for path in folder.iterdir()}
+
+
+def test_four_workers_equal_one(
+    ray_instance: None,
+    one_process: tuple[list[float], float],
+    store: TokenStore,
+    configure: Configure,
+    tmp_path: Path,
+) -> None:
+    own = (NO_DROPOUT, "workers=4", "training.micro_batch=1")
+    with Pool(configure(*own), tmp_path / "four", groups=1) as four:
+        for deepspeed in ("zero2", "zero3"):
+            reports = run(four, store, tmp_path / deepspeed, configure(*own, f"deepspeed={deepspeed}"))
+            assert losses(tmp_path / deepspeed) == pytest.approx(one_process[0], abs=TOLERANCE)
+            assert reports[-1]["eval_loss"] == pytest.approx(one_process[1], abs=TOLERANCE)

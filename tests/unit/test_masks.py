@@ -80,7 +80,9 @@ def test_packed_rows_do_not_see_each_other(padless_store: TokenStore, tiny_folde
     assert batch["input_ids"].shape == batch["labels"].shape == batch["position_ids"].shape == (1, sum(lengths))
     with torch.no_grad():
         together = model(**batch)
-        alone = [model(input_ids=torch.tensor([row["input_ids"]]), labels=torch.tensor([row["labels"]])) for row in rows]
+        alone = [
+            model(input_ids=torch.tensor([row["input_ids"]]), labels=torch.tensor([row["labels"]])) for row in rows
+        ]
     torch.testing.assert_close(together.logits[0], torch.cat([out.logits[0] for out in alone]), atol=1e-5, rtol=0)
     total = sum(out.loss.item() * (length - 1) for out, length in zip(alone, lengths, strict=True))
     assert together.loss.item() == pytest.approx(total / sum(length - 1 for length in lengths), rel=1e-6)

@@ -206,6 +206,7 @@ def test_a_layer_that_is_not_there_is_refused_with_those_that_are(folders: dict[
         (["method=pissa", "deepspeed=zero3"], ["method=pissa", "deepspeed=zero3", "zero0, zero1, zero2, off"]),
         (["method=adalora", "deepspeed=zero2"], ["method=adalora", "deepspeed=off"]),
         (["method=diff_pruning", "deepspeed=zero3"], ["method=diff_pruning", "zero0, zero1, zero2, off"]),
+        (["method=dora", "deepspeed=zero3", "quantization=nf4"], ["quantization=nf4", "deepspeed=zero2"]),
         (["method=p_tuning", "training.packing=true"], ["method=p_tuning", "training.packing=true"]),
         (["method=loftq", "quantization=none"], ["method=loftq", "nf4"]),
         (["method=prefix_tuning", "training.gradient_checkpointing=true"], ["method=prefix_tuning"]),

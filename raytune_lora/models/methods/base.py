@@ -49,6 +49,7 @@ class Method(ABC, Generic[C]):
         packable: whether rows can lie end to end in one sequence.
         starts_as_base: whether the model computes the same before the first step as without the method.
         because: why it does not work on the other bases and stages.
+        apart: bases that it works on, but not under ZeRO-3, though it does work under that on others; and why.
     """
 
     config_class: ClassVar[type[MethodConfig]]
@@ -59,6 +60,7 @@ class Method(ABC, Generic[C]):
     packable: ClassVar[bool] = True
     starts_as_base: ClassVar[bool] = True
     because: ClassVar[str] = ""
+    apart: ClassVar[tuple[frozenset[Quantization], str]] = (frozenset(), "")
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)

@@ -25,6 +25,11 @@ def problems(cfg: RunConfig) -> list[str]:
             f"method={kind} does not work with deepspeed=zero{cfg.deepspeed.stage} (it does with {able}, off): "
             f"{method.because}"
         )
+    elif cfg.deepspeed.enabled and cfg.deepspeed.stage == 3 and cfg.quantization.kind in method.apart[0]:
+        found.append(
+            f"method={kind} does not work with deepspeed=zero3 on quantization={cfg.quantization.kind.value}: "
+            f"{method.apart[1]}; take deepspeed=zero2"
+        )
     if cfg.training.packing and not method.packable:
         found.append(
             f"method={kind} does not work with training.packing=true: what it puts before a row would stand before the "

@@ -6,7 +6,7 @@ from typing import Any, TypeVar
 
 from raytune_lora.config.methods import DoraMethodConfig, LoraMethodConfig, LoraPlusMethodConfig, RsloraMethodConfig
 from raytune_lora.config.schema import Quantization
-from raytune_lora.models.methods.base import ANY, Start
+from raytune_lora.models.methods.base import ANY, FOUR_BITS, Start
 from raytune_lora.models.methods.peft_method import TargetedMethod
 from raytune_lora.models.shape import Shape
 
@@ -56,6 +56,7 @@ class Dora(LoraFamily[DoraMethodConfig]):
     config_class = DoraMethodConfig
     bases = ANY - {Quantization.int8}
     because = "PEFT's DoRA reads the weights of bitsandbytes' int8 layers in a way that loses their scales: use nf4"
+    apart = (FOUR_BITS, "PEFT's DoRA copies 4-bit layers to read their weights, and ZeRO-3 knows nothing of the copies")
 
     def variant(self) -> dict[str, Any]:
         return {"use_dora": True}
