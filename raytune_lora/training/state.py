@@ -27,24 +27,19 @@ def trained(model: Any) -> Iterator[tuple[str, Any]]:
 
 def gathered_weights(model: Any) -> Named:
     """Each trained parameter whole and on the CPU, in fp32 where the optimizer keeps it so."""
-    from deepspeed.utils import safe_get_full_fp32_param
-
     for name, p in trained(model):
-        whole = safe_get_full_fp32_param(p) if _is_shared(p) else p.detach()
-        yield name, whole.reshape(_shape(p)).cpu()
+        yield name, _whole(p) if _is_shared(p) else p.detach().cpu()
 
 
 def gathered_optimizer(model: Any, optimizer: Any) -> Named:
     """Each state of each trained parameter whole and on the CPU, as ``<state>/<parameter>``."""
-    from deepspeed.utils import safe_get_full_optimizer_state
-
     named = list(trained(model))
     if any(_is_shared(p) for _, p in named):
         _link_states(_zero(optimizer))
     for name, p in named:
         if _is_shared(p):
             for key in _keys(optimizer):
-                yield f"{key}/{name}", safe_get_full_optimizer_state(p, key).reshape(_shape(p)).cpu()
+                yield f"{key}/{name}", _whole(p, key)
         else:
             for key, value in optimizer.state.get(p, {}).items():
                 if torch.is_tensor(value) and value.dim():
@@ -93,6 +88,13 @@ def _put_shared(named: list[tuple[str, Any]], keys: list[str], weights: Saved, s
             _put_part(p, saved.get(f"{key}/{name}"), key)
 
 
+def _whole(p: Any, key: str | None = None) -> torch.Tensor:
+    """A parameter in the optimizer's precision, or one of its states, put together from all workers' parts."""
+    three = getattr(p, "_z3_optimizer", None)
+    whole: Any = three.get_full_hp_param(p, key) if three is not None else p.get_full_hp_param(key)
+    return whole.reshape(getattr(p, "ds_shape", p.shape)).cpu()
+
+
 def _put_part(p: Any, whole: torch.Tensor, key: str | None = None) -> None:
     """Set this worker's part of a parameter in the optimizer's precision, or of one of its states."""
     whole = whole.float().to(p.device)
@@ -138,10 +140,6 @@ def _zero(optimizer: Any) -> Any:
 def _is_shared(p: Any) -> bool:
     """Whether DeepSpeed keeps the parameter's optimizer states, divided among the workers."""
     return hasattr(p, "_z3_optimizer") or hasattr(p, "_hp_mapping")
-
-
-def _shape(p: Any) -> torch.Size:
-    return torch.Size(getattr(p, "ds_shape", p.shape))
 
 
 # ---------------------------------------------------------------------------------------------------------------- files
