@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 from collections.abc import Callable, Sequence
 
@@ -33,6 +34,8 @@ _FOLDERS = (
     "  output=<folder>   where everything of it goes; it must be new",
     "  resume=<folder>   go on with one that was interrupted",
 )
+# what may change when a sweep or run goes on: it alters where and how it is computed, and not what
+_WHERE = r"workers|[cg]pus_per_worker|training\.micro_batch|search\.concurrent|(deepspeed|cluster|tracking)(\..*)?"
 _SEARCH_ONLY = ("search", "scheduler", "space")
 
 
@@ -80,8 +83,13 @@ def _run(verb: str, arguments: list[str]) -> int:
         raise UserError(f"{searched[0]}: {verb} has no search; leave it out, or use sweep")
     if verb == "prepare" and cfg.resume is not None:
         raise UserError("resume: prepare finds by itself what it has made before")
-    if cfg.resume is not None and len(arguments) > 1:
-        raise UserError("resume: a sweep or run goes on with the config in its folder; leave the other arguments out")
+    moved = [key for a in arguments if (key := a.lstrip("+~").partition("=")[0]) != "resume"]
+    if cfg.resume is not None and (fixed := [key for key in moved if not re.fullmatch(_WHERE, key)]):
+        raise UserError(
+            f"resume: a sweep or run goes on with the config in its folder; leave {', '.join(fixed)} out (what can be "
+            "changed is where it runs: workers, cpus_per_worker, gpus_per_worker, training.micro_batch, "
+            "search.concurrent, and the groups deepspeed, cluster and tracking)"
+        )
     if only_config:
         print(dump(cfg), end="")
         return 0
@@ -100,7 +108,7 @@ def _run(verb: str, arguments: list[str]) -> int:
 
     jobs: dict[str, Callable[..., dict[str, object]]] = {"sweep": run_sweep, "train": run_once}
     try:
-        results = jobs[verb](cfg)
+        results = jobs[verb](cfg, moved if cfg.resume is not None else ())
     except JobFailed as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

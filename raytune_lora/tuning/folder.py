@@ -55,6 +55,13 @@ class SweepFolder:
         """Where a phase that runs on workers keeps its logs and answers."""
         return self.path / name
 
+    def rewrite(self, cfg: SweepConfig) -> None:
+        """Replace the config by one that goes on elsewhere; the journal keeps what changed."""
+        header = self.config.read_text().partition("\n")[0]
+        new = self.config.with_name(f".{self.config.name}.new")
+        new.write_text(f"{header}\n{dump(cfg)}")
+        os.replace(new, self.config)
+
     def lock(self) -> FileLock:
         """Held by the process that writes to the folder.
 

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 from raytune_lora.artifacts import write_json
 from raytune_lora.cluster.connect import connected
-from raytune_lora.config.compose import dump
+from raytune_lora.config.compose import dump, to_plain
 from raytune_lora.config.schema import HubModelConfig, RunConfig, SweepConfig
 from raytune_lora.data.store import TokenStore, prepare
 from raytune_lora.errors import UserError
@@ -26,7 +26,7 @@ from raytune_lora.tuning.folder import SweepFolder, create, reopen
 from raytune_lora.tuning.preflight import check, output_path
 from raytune_lora.tuning.progress import Progress
 from raytune_lora.tuning.results import BASELINE, BEST, write_results
-from raytune_lora.tuning.space import apply
+from raytune_lora.tuning.space import apply, lookup
 from raytune_lora.tuning.trials import Journal
 
 SWEEP, RUN = "sweep", "run"
@@ -112,8 +112,14 @@ class JobFailed(Exception):
     """The job could not go on; the message says why and names a log."""
 
 
-def open_job(kind: str, cfg: SweepConfig, run: Callable[[Job], None]) -> dict[str, Any]:
+def open_job(kind: str, cfg: SweepConfig, moved: Sequence[str], run: Callable[[Job], None]) -> dict[str, Any]:
     """Check the config, open or reopen the folder, run, and write the results whatever happened.
+
+    Args:
+        kind: ``SWEEP`` or ``RUN``.
+        cfg: as composed.
+        moved: keys whose values in ``cfg`` replace those in the folder that is reopened.
+        run: what to do.
 
     Returns:
         What ``results.json`` says.
@@ -122,13 +128,14 @@ def open_job(kind: str, cfg: SweepConfig, run: Callable[[Job], None]) -> dict[st
         UserError: the config cannot work; nothing was started.
         JobFailed: a phase around the trials failed.
     """
-    fresh = cfg.resume is None
+    fresh, changes = cfg.resume is None, dict[str, Any]()
     if fresh:
         if cfg.output is None:
             cfg.output = f"{kind}s/{time.strftime('%Y%m%d-%H%M%S')}"
         cfg.output = str(output_path(cfg))
     else:
-        cfg = reopen(Path(str(cfg.resume)).expanduser().absolute(), kind)
+        changes = {key: lookup(cfg, key) for key in moved}
+        cfg = apply(reopen(Path(str(cfg.resume)).expanduser().absolute(), kind), changes)
     check(cfg, searching=kind == SWEEP, fresh=fresh)
     path = output_path(cfg)
     progress = Progress(path.name, cfg.search.trials if kind == SWEEP else 1)
@@ -139,6 +146,9 @@ def open_job(kind: str, cfg: SweepConfig, run: Callable[[Job], None]) -> dict[st
         folder = create(path, cfg, kind) if fresh else SweepFolder(path)
         with folder.lock():
             journal = Journal(folder.journal, progress.watch)
+            if changes:
+                journal.append("moved", changes=to_plain(changes))
+                folder.rewrite(cfg)
             job = Job(kind, cfg, folder, journal, progress, store, model_folder)
             progress.know(job.plan.total, journal.record)
             if BEST not in journal.record.phases:

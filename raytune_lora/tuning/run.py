@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from typing import Any
 
 from raytune_lora.config.schema import SweepConfig
@@ -13,8 +14,12 @@ from raytune_lora.tuning.results import TRIALS
 from raytune_lora.tuning.trials import COMPLETED, trial_name
 
 
-def run_once(cfg: SweepConfig) -> dict[str, Any]:
+def run_once(cfg: SweepConfig, moved: Sequence[str] = ()) -> dict[str, Any]:
     """Train one configuration, or go on with a run.
+
+    Args:
+        cfg: of the run; to go on, its ``resume`` and ``moved`` count.
+        moved: the keys that change where a run goes on.
 
     Returns:
         What ``results.json`` says.
@@ -23,7 +28,7 @@ def run_once(cfg: SweepConfig) -> dict[str, Any]:
         UserError: the config cannot work; nothing was started.
         JobFailed: the base model or the trained one could not be measured.
     """
-    return open_job(RUN, cfg, _run)
+    return open_job(RUN, cfg, moved, _run)
 
 
 def _run(job: Job) -> None:

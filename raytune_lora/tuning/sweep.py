@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 import warnings
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -27,8 +28,12 @@ _ENOUGH = 10  # completed trials before parameter importance says anything
 _RESOURCES: dict[str, float] = {"memory": 1}  # a byte: a Tune trial only waits for its workers, and zero is refused
 
 
-def run_sweep(cfg: SweepConfig) -> dict[str, Any]:
+def run_sweep(cfg: SweepConfig, moved: Sequence[str] = ()) -> dict[str, Any]:
     """Run a sweep, or go on with one.
+
+    Args:
+        cfg: of the sweep; to go on, its ``resume`` and ``moved`` count.
+        moved: the keys that change where a sweep goes on.
 
     Returns:
         What ``results.json`` says.
@@ -37,7 +42,7 @@ def run_sweep(cfg: SweepConfig) -> dict[str, Any]:
         UserError: the config cannot work; nothing was started.
         JobFailed: the base model or the best one could not be measured.
     """
-    return open_job(SWEEP, cfg, _sweep)
+    return open_job(SWEEP, cfg, moved, _sweep)
 
 
 def _sweep(job: Job) -> None:

@@ -163,7 +163,10 @@ def test_a_second_sweep_in_the_folder_is_refused(sweep: tuple[Path, str, str], c
 
 
 def test_interrupted_killed_and_resumed(tmp_path: Path, cache: Path) -> None:
-    """The total is what was asked for, nothing that had ended is run again, and a trial that diverges ends alone."""
+    """The total is what was asked for, nothing that had ended is run again, and a trial that diverges ends alone.
+
+    The first time it goes on with twice the workers and under another ZeRO stage.
+    """
     folder = tmp_path / "ended"
     wild = ("space.learning_rate.low=1e-3", "space.learning_rate.high=1e30", "training.max_grad_norm=1e30")
     resume = readme.arguments("resume=", {"sweeps/mine": str(folder)})
@@ -177,13 +180,15 @@ def test_interrupted_killed_and_resumed(tmp_path: Path, cache: Path) -> None:
     first = ended(folder)
     assert 0 < len(first) < 4
 
-    process = start("sweep", *resume)
+    process = start("sweep", *resume, "workers=2", "training.micro_batch=2", "deepspeed=zero3")
     wait_for(lambda: len(ended(folder)) > len(first) or process.poll() is not None)
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
     wait_for(lambda: not processes_of(process.pid), 60)
     second = ended(folder)
     assert len(first) < len(second) < 4
+    moved = load(folder / "config.yaml")
+    assert (moved.workers, moved.training.micro_batch, moved.deepspeed.stage) == (2, 2, 3)
 
     out, _ = finish(start("sweep", *resume))
     trials = json.loads((folder / "results.json").read_text())["trials"]

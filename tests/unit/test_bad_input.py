@@ -245,10 +245,11 @@ def test_resume_by_the_other_job(refused: Refused, here: Path) -> None:
     assert "holds a run, not a sweep" in refused("sweep", "resume=trained", own=False)
 
 
-def test_resume_takes_nothing_else(refused: Refused) -> None:
-    said = refused("sweep", "resume=old", "search.trials=9")
+def test_resume_takes_nothing_that_changes_what_is_trained(refused: Refused) -> None:
+    said = refused("sweep", "resume=old", "search.trials=9", "workers=2", "+training.global_batch=4")
     assert said.startswith("error: resume: ")
-    assert "leave the other arguments out" in said
+    assert "leave search.trials, training.global_batch out" in said
+    assert "workers" in said
 
 
 # ----------------------------------------------------------------------------------------------------- the command line
