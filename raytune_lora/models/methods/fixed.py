@@ -47,7 +47,8 @@ class Loha(TargetedMethod[LohaMethodConfig]):
 
     config_class = LohaMethodConfig
     bases = UNQUANTIZED
-    because = _NO_QUANTIZED_LAYER
+    stages = frozenset({0, 1, 2})
+    because = f"{_NO_QUANTIZED_LAYER}; its backward pass reads factors that ZeRO-3 has divided by then"
 
     def peft_config(self, model: Any, start: Start) -> Any:
         from peft import LoHaConfig, TaskType

@@ -69,6 +69,8 @@ class Layernorm(PeftMethod[LayernormMethodConfig]):
     """The scales, and shifts where there are, of normalization layers (arXiv:2312.11420)."""
 
     config_class = LayernormMethodConfig
+    stages = frozenset({0, 1, 2})
+    because = "PEFT copies the layers that train, and ZeRO-3 knows nothing of the copies"
 
     def peft_config(self, model: Any, start: Start) -> Any:
         from peft import LNTuningConfig, TaskType
