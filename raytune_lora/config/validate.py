@@ -11,6 +11,7 @@ from raytune_lora.config.schema import (
     Attention,
     Offload,
     Optimizer,
+    Quantization,
     RunConfig,
     SweepConfig,
     TinyModelConfig,
@@ -150,6 +151,11 @@ def _deepspeed_problems(cfg: RunConfig) -> list[str]:
         found.append(f"deepspeed.{on_disk[0]}=nvme needs ZeRO stage 3; below it, take cpu")
     if on_disk and deepspeed.nvme_path is None:
         found.append(f"deepspeed.{on_disk[0]}=nvme needs deepspeed.nvme_path=<folder on a fast local disk>")
+    if stage == 3 and cfg.quantization.kind is Quantization.int8:
+        found.append(
+            "quantization=int8 does not work with ZeRO stage 3: bitsandbytes keeps its 8-bit weights whole on every "
+            "worker beside the parts that ZeRO makes of them; take quantization=nf4, or deepspeed=zero2"
+        )
     if stage >= 1 and cfg.training.optimizer is not Optimizer.adamw:
         found.append(
             f"training.optimizer={cfg.training.optimizer.value} does not work with ZeRO stage {stage}: its blocks of "

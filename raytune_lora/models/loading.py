@@ -16,16 +16,25 @@ from raytune_lora.models.tokenizer import trusted
 _SLICE = 2**20  # weights quantized at once; a multiple of every block size, so that the result is the same
 
 
-def load_model(folder: Path, cfg: ModelConfig, quantization: QuantizationConfig) -> Any:
-    """The base model in evaluation mode, all its weights frozen, in the precision and number format asked for."""
+def load_model(
+    folder: Path, cfg: ModelConfig, quantization: QuantizationConfig, *, where_it_computes: bool = False
+) -> Any:
+    """The base model in evaluation mode, all its weights frozen, in the precision and number format asked for.
+
+    Args:
+        folder: of the model.
+        cfg: its precision and attention.
+        quantization: its number format.
+        where_it_computes: load each weight onto the GPU, if there is one; a quantized model always is.
+    """
     settings: dict[str, Any] = {}
     if cfg.attention is not Attention.auto:
         settings["attn_implementation"] = cfg.attention.value
     quantized = quantization.kind is not Quantization.none
     if quantized:
         settings["quantization_config"] = _bitsandbytes(quantization, precision(cfg.precision))
-        if torch.cuda.is_available():  # weights are quantized where they go
-            settings["device_map"] = {"": torch.cuda.current_device()}
+    if (quantized or where_it_computes) and torch.cuda.is_available():  # weights are quantized where they go
+        settings["device_map"] = {"": torch.cuda.current_device()}
     with _quantizing_in_slices() if quantized else contextlib.nullcontext():
         model = AutoModelForCausalLM.from_pretrained(
             folder, dtype=precision(cfg.precision), trust_remote_code=trusted(cfg), **settings

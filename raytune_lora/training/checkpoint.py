@@ -75,12 +75,12 @@ def write_parts(folder: Path, model: Any, optimizer: Any, method: Method[Any], *
         rank: of this worker.
     """
     if rank:
-        deque(state.gathered_weights(model), maxlen=0)
+        deque(state.gathered_weights(model, optimizer), maxlen=0)
         deque(state.gathered_optimizer(model, optimizer), maxlen=0)
         return
     shutil.rmtree(folder, ignore_errors=True)
     (folder / ADAPTER).mkdir(parents=True)
-    weights = dict(state.gathered_weights(model))
+    weights = dict(state.gathered_weights(model, optimizer))
     state.write(folder, WEIGHTS, weights.items())
     as_they_compute = {name: weights[name].to(p.dtype) for name, p in state.trained(model)}
     method.save(model, as_they_compute, folder / ADAPTER)

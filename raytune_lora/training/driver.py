@@ -296,8 +296,8 @@ def _do(task: Task, board: Any, rank: int, workers: int) -> None:
             if not ended.everywhere and not (ended.status == OOM and workers == 1):
                 raise
         finally:
-            clean_up()
             _collect_garbage()
+            clean_up()
     if rank == 0:
         ray.get(board.end.remote(task.key, ended))
 

@@ -7,7 +7,13 @@ from dataclasses import dataclass
 from raytune_lora.errors import DivergedError, UserError
 
 FAILED, DIVERGED, OOM, STOPPED = "failed", "diverged", "oom", "stopped"
-_OUT_OF_MEMORY = ("OutOfMemoryError", "out of memory", "can't allocate memory", "not enough memory")
+_OUT_OF_MEMORY = (
+    "OutOfMemoryError",
+    "out of memory",
+    "can't allocate memory",
+    "not enough memory",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+)
 
 
 @dataclass(frozen=True)

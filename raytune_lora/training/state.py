@@ -15,6 +15,8 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from raytune_lora.errors import UserError
+
 _SHARD = 2 * 2**30  # bytes of a file
 
 Named = Iterator[tuple[str, torch.Tensor]]
@@ -25,23 +27,24 @@ def trained(model: Any) -> Iterator[tuple[str, Any]]:
     return ((name, p) for name, p in model.named_parameters() if p.requires_grad)
 
 
-def gathered_weights(model: Any) -> Named:
+def gathered_weights(model: Any, optimizer: Any) -> Named:
     """Each trained parameter whole and on the CPU, in fp32 where the optimizer keeps it so."""
+    masters = _masters(optimizer)
     for name, p in trained(model):
-        yield name, _whole(p) if _is_shared(p) else p.detach().cpu()
+        yield name, _whole(p) if _is_shared(p) else masters.get(p, p).detach().cpu()
 
 
 def gathered_optimizer(model: Any, optimizer: Any) -> Named:
     """Each state of each trained parameter whole and on the CPU, as ``<state>/<parameter>``."""
-    named = list(trained(model))
+    named, masters = list(trained(model)), _masters(optimizer)
     if any(_is_shared(p) for _, p in named):
-        _link_states(_zero(optimizer))
+        _link_states(optimizer.optimizer)
     for name, p in named:
         if _is_shared(p):
             for key in _keys(optimizer):
                 yield f"{key}/{name}", _whole(p, key)
         else:
-            for key, value in optimizer.state.get(p, {}).items():
+            for key, value in optimizer.state.get(masters.get(p, p), {}).items():
                 if torch.is_tensor(value) and value.dim():
                     yield f"{key}/{name}", value.detach().cpu()
 
@@ -67,18 +70,42 @@ def put_optimizer(model: Any, optimizer: Any, weights: Saved, saved: Saved, step
         weights: the trained parameters in the optimizer's own precision.
         saved: its states.
         step: optimizer steps made.
+
+    Raises:
+        UserError: the states lie on a disk that DeepSpeed alone writes to.
     """
-    shared = [(name, p) for name, p in trained(model) if _is_shared(p)]
+    named, masters = list(trained(model)), _masters(optimizer)
+    shared = [(name, p) for name, p in named if _is_shared(p)]
     if shared:
+        if getattr(optimizer.optimizer, "swap_optimizer", False):
+            raise UserError(
+                "deepspeed.offload_optimizer=nvme cannot take up a checkpoint: go on with deepspeed=zero3_offload"
+            )
         keys = sorted({name.partition("/")[0] for name in saved.names})
-        _make_states(_zero(optimizer), keys, step)
+        _make_states(optimizer.optimizer, keys, step)
         _put_shared(shared, keys, weights, saved)
         return
-    for name, p in trained(model):
-        mine = {key: n for n in saved.names for key, _, owner in [n.partition("/")] if owner == name}
-        in_eight_bits = "state1" in mine  # bitsandbytes counts steps as a plain number
-        count = {"step": step if in_eight_bits else torch.tensor(float(step))}
-        optimizer.state[p] = count | {key: saved.get(n).to(p.device) for key, n in mine.items()}
+    for name, p in named:
+        own = masters.get(p, p)
+        own.data.copy_(weights.get(name))
+        states = {key: saved.get(n) for n in saved.names for key, _, owner in [n.partition("/")] if owner == name}
+        if states:  # none of a parameter that never had a gradient
+            _put_own(_inner(optimizer), own, states, step)
+
+
+def _put_own(inner: Any, p: Any, states: dict[str, torch.Tensor], step: int) -> None:
+    """The states of a parameter that an optimizer keeps whole."""
+    if not hasattr(inner, "init_state"):
+        own = {key: value.to(p.device, p.dtype) for key, value in states.items()}
+        inner.state[p] = {"step": torch.tensor(float(step))} | own
+        return
+    # bitsandbytes: in its own buffers, which may be paged, and with steps counted as a plain number
+    groups = enumerate(inner.param_groups)
+    g, i = next((g, i) for g, group in groups for i, other in enumerate(group["params"]) if other is p)
+    inner.init_state(inner.param_groups[g], p, g, i)
+    for key, value in states.items():
+        inner.state[p][key].copy_(value)
+    inner.state[p]["step"] = step
 
 
 def _put_shared(named: list[tuple[str, Any]], keys: list[str], weights: Saved, saved: Saved) -> None:
@@ -128,13 +155,21 @@ def _link_states(zero: Any) -> None:
 
 
 def _keys(optimizer: Any) -> list[str]:
-    states = [state for state in _zero(optimizer).optimizer.state.values() if state]
+    states = [state for state in optimizer.optimizer.optimizer.state.values() if state]
     return sorted(key for key, value in states[0].items() if torch.is_tensor(value) and value.dim()) if states else []
 
 
-def _zero(optimizer: Any) -> Any:
-    """DeepSpeed's optimizer within accelerate's."""
-    return optimizer.optimizer
+def _inner(optimizer: Any) -> Any:
+    """torch's or bitsandbytes' own optimizer within accelerate's and, in bf16 under stage 0, DeepSpeed's."""
+    wrapped = optimizer.optimizer
+    return wrapped.optimizer if hasattr(wrapped, "fp32_groups") else wrapped
+
+
+def _masters(optimizer: Any) -> dict[Any, Any]:
+    """By parameter, its fp32 original, where DeepSpeed keeps whole ones: in bf16 under stage 0."""
+    wrapped = optimizer.optimizer
+    groups = zip(getattr(wrapped, "fp16_groups", []), getattr(wrapped, "fp32_groups", []), strict=False)
+    return {p: master for ours, theirs in groups for p, master in zip(ours, theirs, strict=True)}
 
 
 def _is_shared(p: Any) -> bool:

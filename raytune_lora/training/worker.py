@@ -76,8 +76,9 @@ def _trainer(
     folder = materialize(cfg.model, cache_dir(cfg))
     tokenizer = load_tokenizer(folder, cfg.model)
     args = _arguments(cfg, plan, place.folder / SAVING)
-    with divided_loading(args.hf_deepspeed_config) if _divides_weights(cfg) else contextlib.nullcontext():
-        base = load_model(folder, cfg.model, cfg.quantization)
+    divides = cfg.deepspeed.enabled and cfg.deepspeed.stage == 3
+    with divided_loading(args.hf_deepspeed_config) if divides else contextlib.nullcontext():
+        base = load_model(folder, cfg.model, cfg.quantization, where_it_computes=divides)
     method = method_for(cfg.method)
     torch.manual_seed(stream(cfg.training.seed, "weights"))
     start = _start(cfg, plan, store, folder, tokenizer.pad_token_id, checkpoint)
@@ -107,10 +108,6 @@ def _trainer(
             f"the group has {place.workers} workers and this is rank {place.rank}"
         )
     return trainer, watching
-
-
-def _divides_weights(cfg: RunConfig) -> bool:
-    return cfg.deepspeed.enabled and cfg.deepspeed.stage == 3
 
 
 def _same_everywhere(cfg: RunConfig, place: Place) -> None:

@@ -122,6 +122,8 @@ def _line(event: dict[str, Any], record: Record) -> str:
         measured = f", validation loss {loss:.4f}" if loss is not None else ""
         measured += f", exact match {match:.2f}" if match is not None else ""
         return f"{event['name']} done in {event['seconds']:.0f} s{measured}"
+    if event["event"] == "moved":
+        return "going on with " + ", ".join(f"{key}={_short(value)}" for key, value in event["changes"].items())
     trial: Trial = record.trials[event["trial_id"]]
     if event["event"] == "trial_started":
         values = ", ".join(f"{key.rpartition('.')[2]}={_short(value)}" for key, value in trial.params.items())

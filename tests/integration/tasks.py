@@ -93,8 +93,8 @@ def train_and_note_parts(cfg: Any, store: Any, place: Any) -> None:
 
     original = worker.load_model
 
-    def load_model(*arguments: Any) -> Any:
-        model = original(*arguments)
+    def load_model(*arguments: Any, **settings: Any) -> Any:
+        model = original(*arguments, **settings)
         parameters = list(model.parameters())
         noted = {
             "whole": sum(p.numel() for p in parameters),

@@ -139,3 +139,9 @@ def test_what_was_done_before_is_shown(tmp_path: Path) -> None:
     tell(followed(tmp_path)[1], "0000", status="completed")
     progress, _ = followed(tmp_path)
     assert "quickstart: 1 of 8 trials ended" in table(progress)
+
+
+def test_going_on_elsewhere_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    _, journal = followed(tmp_path)
+    journal.append("moved", changes={"workers": 2, "deepspeed": {"stage": 3}})
+    assert "going on with workers=2" in capsys.readouterr().err

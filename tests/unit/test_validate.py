@@ -18,6 +18,8 @@ from raytune_lora.config.schema import (
     FakeDataConfig,
     Offload,
     Optimizer,
+    Quantization,
+    QuantizationConfig,
     RunConfig,
     SweepConfig,
     TinyModelConfig,
@@ -289,3 +291,11 @@ def test_what_needs_a_gpu_and_a_package_says_so(section: str, leaf: str, value: 
     cfg.gpus_per_worker = 1
     (problem,) = validate.problems(cfg)
     assert "pip install" in problem
+
+
+def test_int8_is_not_divided_by_zero_3() -> None:
+    cfg = good(quantization=QuantizationConfig(kind=Quantization.int8), deepspeed=DeepSpeedConfig(stage=3))
+    (problem,) = validate.problems(cfg)
+    assert "take quantization=nf4, or deepspeed=zero2" in problem
+    cfg.deepspeed.stage = 2
+    assert validate.problems(cfg) == []

@@ -63,6 +63,13 @@ class Adalora(TargetedMethod[AdaloraMethodConfig]):
         return self.cfg.orthogonality * torch.stack(terms).mean()
 
     def after_step(self, model: Any, step: int) -> None:
+        import torch
+
+        places = {name: p.device for name, p in model.base_model.model.named_parameters()}
+        for measured in _measured(model).values():  # what an earlier run measured was taken up before the model moved
+            for name, value in measured.items():
+                if torch.is_tensor(value):
+                    measured[name] = value.to(places[name])
         model.base_model.update_and_allocate(step)
 
     def count(self, shape: Shape) -> int:

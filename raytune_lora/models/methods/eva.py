@@ -28,7 +28,7 @@ class Eva(LoraFamily[EvaMethodConfig]):
         from peft import initialize_lora_eva_weights
 
         adapted = super().apply(model, start)
-        if start.earlier is None:
+        if start.earlier is None or self.cfg.rho > 1:  # with more, ranks follow from the data: found again, the same
             initialize_lora_eva_weights(
                 adapted,
                 dataloader=list(start.samples(self.cfg.samples)),
