@@ -74,19 +74,6 @@ def test_goes_on_as_if_never_stopped_to_the_last_bit(
     assert gone_on(folder, tmp_path / "on", (single, pair)[workers - 1], store, cfg) == whole[CUT:]
 
 
-@pytest.mark.parametrize("deepspeed", ["zero0", "zero1", "zero2", "zero3"])
-def test_in_bf16_it_goes_on_from_the_optimizers_fp32_weights(
-    deepspeed: str, pair: Pool, store: TokenStore, configure: Configure, tmp_path: Path
-) -> None:
-    cfg = configure(*RUN, "workers=2", "model.precision=bf16", f"deepspeed={deepspeed}")
-    run(pair, store, tmp_path / "whole", cfg)
-    run(pair, store, tmp_path / "cut", cfg, tasks.train_until_told)
-    checkpoint = latest(tmp_path / "cut")
-    assert checkpoint is not None
-    assert {str(weight.dtype) for weight in checkpoint.weights.all().values()} == {"torch.float32"}
-    assert gone_on(tmp_path / "cut", tmp_path / "on", pair, store, cfg) == losses(tmp_path / "whole")[CUT:]
-
-
 @pytest.mark.parametrize(
     ("before", "after"),
     [

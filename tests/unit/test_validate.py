@@ -18,6 +18,7 @@ from raytune_lora.config.schema import (
     FakeDataConfig,
     Offload,
     Optimizer,
+    Precision,
     Quantization,
     QuantizationConfig,
     RunConfig,
@@ -298,4 +299,12 @@ def test_int8_is_not_divided_by_zero_3() -> None:
     (problem,) = validate.problems(cfg)
     assert "take quantization=nf4, or deepspeed=zero2" in problem
     cfg.deepspeed.stage = 2
+    assert validate.problems(cfg) == []
+
+
+def test_bf16_under_deepspeed_needs_a_gpu() -> None:
+    cfg = good(model=TinyModelConfig(precision=Precision.bf16))
+    (problem,) = validate.problems(cfg)
+    assert problem.startswith("model.precision=bf16 needs a GPU")
+    cfg.deepspeed.enabled = False
     assert validate.problems(cfg) == []
