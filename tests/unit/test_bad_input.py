@@ -246,7 +246,7 @@ def test_resume_by_the_other_job(refused: Refused, here: Path) -> None:
 
 
 def test_resume_takes_nothing_that_changes_what_is_trained(refused: Refused) -> None:
-    said = refused("sweep", "resume=old", "search.trials=9", "workers=2", "training.global_batch=4")
+    said = refused("sweep", "resume=old", "search.trials=9", "workers=2", "training.global_batch=4", own=False)
     assert said.startswith("error: resume: ")
     assert "leave search.trials, training.global_batch out" in said
     assert "workers" in said
