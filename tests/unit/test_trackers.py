@@ -218,7 +218,7 @@ def test_one_that_hangs_is_not_waited_for(
     began = time.monotonic()
     for step, values in STEPS:
         trackers.log(step, values)
-    assert time.monotonic() - began < 0.1
+    assert time.monotonic() - began < 0.4, "a step waited for it"
     trackers.close()
     assert 0.4 < time.monotonic() - began < 5
     assert len(read_jsonl(trial)) == len(STEPS)
