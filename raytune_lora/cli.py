@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 VERBS = {
     "sweep": "search for the best fine-tune",
     "train": "train one configuration",
-    "prepare": "prepare the data, and show what of it is trained",
+    "prepare": "check and prepare the data, and show what is in it",
 }
 _EXAMPLES = {
     "sweep": (
@@ -25,7 +25,7 @@ _EXAMPLES = {
         "model=smollm2 data.path=my.jsonl workers=2 deepspeed=zero3",
     ),
     "prepare": (
-        "model=tiny data=fake",
+        "data.path=my.jsonl data.pii.action=report output=reports/mine",
         "model=smollm2 data=extraction",
         "model=smollm2 data.path=my.jsonl data.max_length=1024 evaluation.examples=3",
     ),

@@ -25,11 +25,13 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from raytune_lora.config import schema
+from raytune_lora.config.data import TemplateConfig
 from raytune_lora.config.groups import conf_dir, groups
 from raytune_lora.errors import UserError
 
 _Refusal = (HydraException, OmegaConfBaseException, ValueError)  # what Hydra and OmegaConf raise at a bad override
 _PLAIN_GROUPS = {
+    "data/template": TemplateConfig,
     "quantization": schema.QuantizationConfig,
     "training": schema.TrainingConfig,
     "deepspeed": schema.DeepSpeedConfig,
@@ -109,7 +111,7 @@ def _register() -> None:
         for cls in variants:
             store.store(group=group, name=f"base_{schema.kind_of(cls)}", node=cls)
     for group, cls in _PLAIN_GROUPS.items():
-        store.store(group=group, name=f"base_{group}", node=cls)
+        store.store(group=group, name=f"base_{group.rpartition('/')[2]}", node=cls)
 
 
 def _compose(overrides: Sequence[str]) -> DictConfig:

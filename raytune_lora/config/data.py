@@ -106,7 +106,7 @@ class PiiConfig:
 class MixConfig:
     """Another source that is mixed into the training rows."""
 
-    path: str = MISSING
+    path: str | None = None  # as data.path
     share: float = 0.15  # of the mixed training rows
     format: Format = Format.auto
     columns: dict[str, str] = field(default_factory=dict)

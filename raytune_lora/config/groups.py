@@ -19,9 +19,9 @@ def conf_dir() -> Path:
 
 
 def groups() -> dict[str, list[str]]:
-    """Each config group and the names that can be chosen from it."""
+    """Each config group and the names that can be chosen from it; a group within another is written ``data/mix``."""
+    root = conf_dir()
     return {
-        folder.name: sorted(path.stem for path in folder.glob("*.yaml"))
-        for folder in sorted(conf_dir().iterdir())
-        if folder.is_dir()
+        folder.relative_to(root).as_posix(): sorted(path.stem for path in folder.glob("*.yaml"))
+        for folder in sorted(path for path in root.rglob("*") if path.is_dir())
     }

@@ -12,6 +12,7 @@ from typing import Any
 
 from omegaconf import MISSING
 
+from raytune_lora.config.data import SOURCES, DataConfig
 from raytune_lora.config.methods import METHODS, MethodConfig
 
 
@@ -112,47 +113,6 @@ class TinyModelConfig(ModelConfig):
     seed: int = 0
 
 
-# ----------------------------------------------------------------------------------------------------------------- data
-
-
-@dataclass
-class DataConfig:
-    """Instruction data; a variant says where the rows come from."""
-
-    kind: str = MISSING
-    template: str = "alpaca"
-    max_length: int = 512  # tokens of prompt and answer together
-    validation: float = 0.1  # share of the rows
-    test: float = 0.1  # share of the rows
-
-
-@dataclass
-class FileDataConfig(DataConfig):
-    """A local JSONL file of Alpaca rows: instruction, input (may be empty) and output."""
-
-    kind: str = "file"
-    path: str | None = None
-
-
-@dataclass
-class ExtractionDataConfig(DataConfig):
-    """Generated messages and the JSON record each of them holds, in English and Korean."""
-
-    kind: str = "extraction"
-    rows: int = 800
-    korean: float = 0.15  # share of the rows
-    seed: int = 0
-
-
-@dataclass
-class FakeDataConfig(DataConfig):
-    """Generated arithmetic-like rows, small enough for a tiny model: for tests and dry runs."""
-
-    kind: str = "fake"
-    rows: int = 200
-    seed: int = 0
-
-
 # --------------------------------------------------------------------------------------------------------- quantization
 
 
@@ -191,7 +151,8 @@ class TrainingConfig:
     weight_decay: float = 0.01
     max_grad_norm: float = 1.0
     gradient_checkpointing: bool = False
-    packing: bool = False  # the rows of a micro batch end to end instead of padded; the losses stay the same
+    packing: bool = False  # rows end to end, up to micro_batch * data.max_length tokens, not padded; same losses
+    group_by_length: bool = False  # rows of like length in one step, so that less is padded
     liger: bool = False  # Liger's fused kernels (needs a GPU and liger-kernel)
     patience: int | None = 3  # validations without a lower loss before the run ends; null: it goes through to the end
     keep_checkpoints: int = 2  # of the newest; the best one stays beside them
@@ -300,7 +261,7 @@ class SweepConfig(RunConfig):
 
 VARIANTS: dict[str, tuple[type, ...]] = {
     "model": (HubModelConfig, PackageModelConfig, TinyModelConfig),
-    "data": (FileDataConfig, ExtractionDataConfig, FakeDataConfig),
+    "data": SOURCES,
     "method": METHODS,
 }
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 import importlib.util
 import math
 from collections.abc import Callable
+from typing import Any
 
+from raytune_lora.config.data import Action, FileDataConfig
 from raytune_lora.config.methods import AdaloraMethodConfig, TargetedMethodConfig
 from raytune_lora.config.schema import (
     Attention,
@@ -21,7 +23,9 @@ from raytune_lora.config.schema import (
 
 # the schedules of transformers that need no further arguments
 LR_SCHEDULERS = ("constant", "constant_with_warmup", "cosine", "inverse_sqrt", "linear")
-TEMPLATES = ("alpaca",)
+UNUSABLE = ("unreadable", "missing_fields", "wrong_types", "empty_fields")  # findings whose rows cannot be trained on
+# fields of the formats, which a column of the file can stand for
+COLUMNS = {"instruction", "input", "output", "system", "messages", "conversations", "prompt", "completion", "text"}
 TRACKERS = ("tensorboard", "wandb", "mlflow", "ray")
 
 _Rule = tuple[Callable[[float], bool], str]  # whether a value holds, and the rule in words
@@ -57,6 +61,9 @@ _RANGES: dict[str, _Rule] = {
     "data.validation": (lambda v: 0 < v < 1, "> 0 and < 1"),
     "data.test": _SHARE,
     "data.rows": _COUNT,
+    "data.processes": _COUNT,
+    "data.quality.similarity": (lambda v: 0 < v <= 1, "> 0 and <= 1"),
+    "data.quality.max_dropped": (lambda v: 0 <= v <= 1, ">= 0 and <= 1"),
     "data.korean": (lambda v: 0 <= v <= 1, ">= 0 and <= 1"),
     "model.layers": _COUNT,
     "model.hidden": _COUNT,
@@ -106,8 +113,9 @@ def problems(cfg: RunConfig) -> list[str]:
 def _range_problems(cfg: RunConfig) -> list[str]:
     found = []
     for key, (holds, rule) in _RANGES.items():
-        section, _, leaf = key.rpartition(".")
-        value = getattr(getattr(cfg, section, None) if section else cfg, leaf, None)
+        value: Any = cfg
+        for name in key.split("."):
+            value = getattr(value, name, None)
         if value is not None and not (math.isfinite(value) and holds(value)):
             found.append(f"{key} must be {rule} (got {value:g})")
     return found
@@ -118,8 +126,6 @@ def _choice_problems(cfg: RunConfig) -> list[str]:
     if cfg.training.lr_scheduler not in LR_SCHEDULERS:
         known = ", ".join(LR_SCHEDULERS)
         found.append(f"training.lr_scheduler: there is no {cfg.training.lr_scheduler!r}; known: {known}")
-    if cfg.data.template not in TEMPLATES:
-        found.append(f"data.template: there is no {cfg.data.template!r}; known: {', '.join(TEMPLATES)}")
     if isinstance(cfg.method, TargetedMethodConfig) and not cfg.method.target_modules:
         found.append("method.target_modules is empty; name modules, or ['all-linear']")
     if cfg.training.optimizer is not Optimizer.adamw and not cfg.gpus_per_worker:
@@ -219,14 +225,35 @@ def _batch_problems(cfg: RunConfig) -> list[str]:
 
 
 def _data_problems(cfg: RunConfig) -> list[str]:
+    data, quality = cfg.data, cfg.data.quality
     found = []
-    if cfg.data.validation + cfg.data.test >= 1:
+    if data.validation + data.test >= 1:
         found.append(
             f"data.validation + data.test must be < 1, or no row is left to train on "
-            f"(got {cfg.data.validation:g} + {cfg.data.test:g})"
+            f"(got {data.validation:g} + {data.test:g})"
         )
-    if cfg.evaluation.generate_rows and not cfg.data.test:
+    given = isinstance(data, FileDataConfig) and data.test_path is not None
+    if cfg.evaluation.generate_rows and not data.test and not given:
         found.append("evaluation.generate_rows needs a test split: set data.test > 0, or evaluation.generate_rows=0")
+    for name, action in vars(quality).items():
+        if name in UNUSABLE and action not in (Action.drop, Action.stop):
+            found.append(
+                f"data.quality.{name} must be drop or stop: no such row can be trained on (got {action.value})"
+            )
+        elif action is Action.mask:
+            found.append(f"data.quality.{name}=mask: only personal data can be masked (data.pii); take report or drop")
+    if isinstance(data, FileDataConfig) and (unknown := set(data.columns) - COLUMNS):
+        found.append(
+            f"data.columns: there is no field {', '.join(sorted(unknown))}; known: {', '.join(sorted(COLUMNS))} "
+            "(data.columns.instruction=<column of the file>)"
+        )
+    if sum(mix.share for mix in data.mix.values()) >= 1:
+        found.append("data.mix: the shares together must be < 1, or no row of one's own is left")
+    found += [
+        f"data.mix.{name}.share must be > 0 and < 1 (got {mix.share:g})"
+        for name, mix in data.mix.items()
+        if not 0 < mix.share < 1
+    ]
     return found
 
 

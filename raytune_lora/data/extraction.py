@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from datetime import date
 from typing import Any
 
-from raytune_lora.data.templates import Row
 from raytune_lora.errors import UserError
+
+Alpaca = dict[str, str]
 
 _INSTRUCTION = "Extract the record as JSON."
 _INSTRUCTION_KO = "JSON으로 추출하세요."
@@ -38,7 +39,7 @@ _COMPANIES_KO = ("한빛", "대한", "동아", "미래", "서해", "금강", "�
 _KINDS_KO = ("상사", "전자", "무역", "식품")
 
 
-def extraction_rows(rows: int, korean: float, seed: int) -> list[Row]:
+def extraction_records(rows: int, korean: float, seed: int) -> Iterator[Alpaca]:
     """Messages and their records, made by Faker.
 
     Args:
@@ -59,10 +60,11 @@ def extraction_rows(rows: int, korean: float, seed: int) -> list[Row]:
     english, hangul = Faker("en_US"), Faker("ko_KR")
     english.seed_instance(seed)
     hangul.seed_instance(seed)
-    return [_korean_row(hangul, rng) if rng.random() < korean else _english_row(english, rng) for _ in range(rows)]
+    for _ in range(rows):
+        yield _korean(hangul, rng) if rng.random() < korean else _english(english, rng)
 
 
-def _english_row(faker: Any, rng: random.Random) -> Row:
+def _english(faker: Any, rng: random.Random) -> Alpaca:
     day, amount = _day(rng), rng.randint(10, 9999)
     words = {
         "name": f"{faker.first_name_female()} {faker.last_name()}",
@@ -71,10 +73,10 @@ def _english_row(faker: Any, rng: random.Random) -> Row:
         "date": rng.choice(_ENGLISH_DATES)(day),
         "amount": rng.choice((f"${amount:,}", f"{amount} dollars", f"USD {amount}")),
     }
-    return Row(_INSTRUCTION, rng.choice(_ENGLISH).format(**words), _record(words, day, amount))
+    return _alpaca(_INSTRUCTION, rng.choice(_ENGLISH).format(**words), _record(words, day, amount))
 
 
-def _korean_row(faker: Any, rng: random.Random) -> Row:
+def _korean(faker: Any, rng: random.Random) -> Alpaca:
     day, amount = _day(rng), rng.randint(1, 999) * 1000
     words = {
         "name": faker.name(),
@@ -83,7 +85,11 @@ def _korean_row(faker: Any, rng: random.Random) -> Row:
         "date": rng.choice((f"{day.year}년 {day.month}월 {day.day}일", f"{day:%Y.%m.%d}")),
         "amount": f"{amount:,}원",
     }
-    return Row(_INSTRUCTION_KO, rng.choice(_KOREAN).format(**words), _record(words, day, amount))
+    return _alpaca(_INSTRUCTION_KO, rng.choice(_KOREAN).format(**words), _record(words, day, amount))
+
+
+def _alpaca(instruction: str, message: str, record: str) -> Alpaca:
+    return {"instruction": instruction, "input": message, "output": record}
 
 
 def _day(rng: random.Random) -> date:

@@ -1,135 +1,114 @@
-"""Where rows come from: a file of the user's, or a generator with a seed.
-
-A source is a function from its config to rows. Reading a file checks every row and says what is wrong with which line.
-"""
+"""Where rows come from: files of the user's, data sets of the hub, or a generator with a seed."""
 
 from __future__ import annotations
 
-import hashlib
-import json
 import random
-from collections.abc import Callable
-from pathlib import Path
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
-from raytune_lora.config.schema import DataConfig, ExtractionDataConfig, FakeDataConfig, FileDataConfig
-from raytune_lora.data.extraction import extraction_rows
-from raytune_lora.data.templates import Row
+from raytune_lora.config.data import DataConfig, ExtractionDataConfig, FakeDataConfig, FileDataConfig, Format
+from raytune_lora.data import readers
+from raytune_lora.data.extraction import extraction_records
+from raytune_lora.data.rows import Record
 from raytune_lora.errors import UserError
 
-_SHOWN = 5  # malformed rows named one by one
+MAIN, VALIDATION, TEST, BENCHMARK = "data", "validation", "test", "benchmark"  # what a source is for
+MIX = "mix."  # and the name of the one that is mixed in
 
 
-def read_rows(cfg: DataConfig) -> list[Row]:
-    """All rows of the data set, checked.
+@dataclass(frozen=True)
+class Source:
+    """One stream of records."""
+
+    role: str  # MAIN, VALIDATION, TEST, BENCHMARK, or MIX and a name
+    name: str  # as the user knows it
+    records: Callable[[], Iterator[Record]]
+    identity: Callable[[], Any]  # what the records are a function of
+    format: Format = Format.auto
+    columns: Mapping[str, str] = field(default_factory=dict)
+
+
+def sources(cfg: DataConfig) -> list[Source]:
+    """All that a data set is made of, the main one first.
 
     Raises:
-        UserError: the file is missing, empty, or has malformed rows (each with file, line and reason).
+        UserError: a file is missing, or a package that a generator needs.
     """
-    return _SOURCES[type(cfg)](cfg)
-
-
-def source_identity(cfg: DataConfig) -> Any:
-    """What the rows are a function of: the file's digest, or the generator's settings."""
-    if isinstance(cfg, FileDataConfig):
-        return hashlib.sha256(_path(cfg).read_bytes()).hexdigest()
-    return [type(cfg).__name__, vars(cfg)]
+    if not isinstance(cfg, FileDataConfig):
+        found = [_generated(cfg)]
+    elif cfg.path is None:
+        raise UserError(
+            "data.path: no data; name a file of rows with instruction, input and output (data.path=my.jsonl), "
+            "or try data=extraction or data=fake"
+        )
+    else:
+        found = [_files(MAIN, "data.path", cfg.path, cfg.format, cfg.columns, cfg)]
+        for role, path in ((VALIDATION, cfg.validation_path), (TEST, cfg.test_path)):
+            if path is not None:
+                found.append(_files(role, f"data.{role}_path", path, cfg.format, cfg.columns))
+    for name, mix in cfg.mix.items():
+        if mix.path is None:
+            raise UserError(
+                f"data.mix.{name}.path: no data; name a file to mix in (data.mix.{name}.path=general.jsonl)"
+            )
+        found.append(_files(f"{MIX}{name}", f"data.mix.{name}.path", mix.path, mix.format, mix.columns))
+    found += [_files(BENCHMARK, "data.benchmarks", path, Format.auto, {}) for path in cfg.benchmarks]
+    return found
 
 
 def problems(cfg: DataConfig) -> list[str]:
-    """What is wrong with the source; a file is read through."""
+    """What is wrong with the sources, seen without reading them through."""
     try:
-        if isinstance(cfg, FileDataConfig):
-            _file_rows(cfg)
-        if isinstance(cfg, ExtractionDataConfig):
-            extraction_rows(1, cfg.korean, cfg.seed)
+        for source in sources(cfg):
+            next(source.records(), None)
     except UserError as error:
         return error.problems
     return []
 
 
-def _path(cfg: FileDataConfig) -> Path:
-    if cfg.path is None:
-        raise UserError(
-            "data.path: no data; name a JSONL file of rows with instruction, input and output (data.path=my.jsonl), "
-            "or try data=extraction or data=fake"
-        )
-    path = Path(cfg.path).expanduser().absolute()
-    if not path.is_file():
-        what = "is a folder, not a file" if path.is_dir() else "does not exist"
-        raise UserError(f"data.path: {path} {what}; name a JSONL file of rows with instruction, input and output")
-    return path
+def _files(
+    role: str, key: str, path: str, form: Format, columns: Mapping[str, str], hub: FileDataConfig | None = None
+) -> Source:
+    name = path if role == MAIN else f"{path} ({role})"
+    if readers.is_hub_name(path):
+        of = hub or FileDataConfig()
+        where = [of.subset, of.split, of.revision]
 
+        def hub_records() -> Iterator[Record]:
+            return readers.read_hub(path, subset=of.subset, split=of.split, revision=of.revision)
 
-def _file_rows(cfg: FileDataConfig) -> list[Row]:
-    path = _path(cfg)
-    rows: list[Row] = []
-    faults: list[str] = []
+        return Source(role, name, hub_records, lambda: [path, where], form, columns)
     try:
-        with path.open("rb") as file:
-            for number, line in enumerate(file, 1):
-                if not line.strip():
-                    continue
-                row = _parse(line)
-                if isinstance(row, Row):
-                    rows.append(row)
-                else:
-                    faults.append(f"{path}:{number}: {row}")
-    except OSError as error:
-        raise UserError(f"data.path: {path} cannot be read ({error.strerror}); name another file") from error
-    if faults:
-        more = [f"{path}: {len(faults) - _SHOWN} more malformed rows"] if len(faults) > _SHOWN else []
-        raise UserError([*faults[:_SHOWN], *more])
-    if not rows:
-        raise UserError(f"data.path: {path} has no rows; it needs one JSON object a line")
-    return rows
+        files = readers.expand(path)
+    except UserError as error:
+        raise UserError([f"{key}: {problem}" for problem in error.problems]) from error
+
+    def records() -> Iterator[Record]:
+        for file in files:
+            yield from readers.read_file(file)
+
+    return Source(role, name, records, lambda: readers.identity(files), form, columns)
 
 
-def _parse(line: bytes) -> Row | str:
-    """A row, or the reason why the line is none."""
-    try:
-        value = json.loads(line.decode("utf-8-sig"))
-    except UnicodeDecodeError as error:
-        return f"not UTF-8 (byte {error.start + 1} of the line)"
-    except json.JSONDecodeError as error:
-        return f"not JSON: {error.msg} at column {error.colno}"
-    except (ValueError, RecursionError) as error:  # a number of thousands of digits, brackets a thousand deep
-        return f"not JSON: {error}"
-    if not isinstance(value, dict):
-        return f"a row is a JSON object with instruction, input and output, not {type(value).__name__}"
-    for key in ("instruction", "input", "output"):
-        text = value.get(key, "" if key == "input" else None)
-        if text is None:
-            return f"no {key!r}; a row has instruction, output and, where there is one, input"
-        if not isinstance(text, str):
-            return f"{key!r} must be a string (got {type(text).__name__})"
-        if key != "input" and not text.strip():
-            return f"{key!r} is empty"
-        if not _encodable(text):
-            return f"{key!r} holds half a character (a lone surrogate)"
-    return Row(value["instruction"], value.get("input", ""), value["output"])
+def _generated(cfg: DataConfig) -> Source:
+    make: Callable[[Any], Iterator[dict[str, str]]] = {
+        FakeDataConfig: _fake,
+        ExtractionDataConfig: lambda cfg: extraction_records(cfg.rows, cfg.korean, cfg.seed),
+    }[type(cfg)]
+
+    def records() -> Iterator[Record]:
+        for number, value in enumerate(make(cfg), 1):
+            yield Record(f"{cfg.kind}#{number}", value)
+
+    settings = {name: vars(cfg)[name] for name in ("rows", "korean", "seed") if name in vars(cfg)}
+    return Source(MAIN, cfg.kind, records, lambda: [cfg.kind, settings], Format.alpaca)
 
 
-def _encodable(text: str) -> bool:
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
-
-
-def _fake_rows(cfg: FakeDataConfig) -> list[Row]:
+def _fake(cfg: FakeDataConfig) -> Iterator[dict[str, str]]:
     """Words to be repeated in capitals: a task that a random model starts to learn within a few steps."""
     rng = random.Random(cfg.seed)
-    rows = []
     for number in range(cfg.rows):
         word = "".join(rng.choice("abcdefgh") for _ in range(rng.randint(3, 8)))
-        rows.append(Row("Write in capitals.", f"{word} {number}", f"{word.upper()} {number}"))
-    return rows
-
-
-_SOURCES: dict[type, Callable[[Any], list[Row]]] = {
-    FileDataConfig: _file_rows,
-    FakeDataConfig: _fake_rows,
-    ExtractionDataConfig: lambda cfg: extraction_rows(cfg.rows, cfg.korean, cfg.seed),
-}
+        answer = f"{word.upper()} {number}"
+        yield {"instruction": "Write in capitals.", "input": f"{word} {number}", "output": answer}

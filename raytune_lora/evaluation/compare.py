@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from raytune_lora.config.schema import Quantization, RunConfig
-from raytune_lora.data.store import IGNORED, TokenStore
+from raytune_lora.data.store import TokenStore
 from raytune_lora.evaluation import ANSWERS
 from raytune_lora.evaluation.generate import answer, exact_match
 from raytune_lora.models.loading import load_model
@@ -71,13 +71,11 @@ def _answers(cfg: RunConfig, store: TokenStore, place: Place, model: Any, tokeni
         return []
     rows = store.split("test").select(range(count))
     mine = range(place.rank, count, place.workers)
-    prompts = [
-        [t for t, label in zip(rows[i]["input_ids"], rows[i]["labels"], strict=True) if label == IGNORED] for i in mine
-    ]
+    prompts = {i: rows[i]["input_ids"][: rows[i]["prompt_length"]] for i in range(count)}
     given = answer(
         model,
         tokenizer,
-        prompts,
+        [prompts[i] for i in mine],
         batch=cfg.evaluation.generate_batch,
         max_new_tokens=cfg.evaluation.max_new_tokens,
     )
@@ -86,4 +84,7 @@ def _answers(cfg: RunConfig, store: TokenStore, place: Place, model: Any, tokeni
         parts = [None] * place.workers
         torch.distributed.all_gather_object(parts, dict(zip(mine, given, strict=True)))
     together = {i: text for part in parts for i, text in part.items()}
-    return [{"prompt": rows[i]["prompt"], "expected": rows[i]["answer"], "answer": together[i]} for i in range(count)]
+    return [
+        {"prompt": tokenizer.decode(prompts[i]), "expected": rows[i]["answer"], "answer": together[i]}
+        for i in range(count)
+    ]

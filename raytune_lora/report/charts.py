@@ -37,6 +37,16 @@ class Dot:
 
 
 @dataclass(frozen=True)
+class Bar:
+    """The rows of one stretch of lengths."""
+
+    low: float  # least length; 0 has a bar of its own
+    high: float  # greater than every length here
+    rows: int
+    title: str  # the tooltip
+
+
+@dataclass(frozen=True)
 class Scale:
     """Places values between two pixel positions, evenly or by their logarithm."""
 
@@ -147,6 +157,41 @@ def scatter(dots: Sequence[Dot], losses: Iterable[float], title: str, width: int
         radius = 5.5 if dot.kind == "best" else 4
         mark = _add(svg, "circle", cls=f"dot {dot.kind}", cx=across.scale(dot.x), cy=up(dot.y), r=radius)
         _add(mark, "title", dot.title)
+    return _markup(svg)
+
+
+def histogram(
+    bars: Sequence[Bar], title: str, most: float | None = None, width: int = 320, height: int = 190
+) -> Markup:
+    """Rows by length, on a logarithmic axis.
+
+    Args:
+        bars: in the order of their lengths; at least one that is not of length 0.
+        title: what the lengths are of, and their unit.
+        most: the longest length that is allowed, shown as a dashed line.
+        width: of the drawing, in pixels.
+        height: of the drawing, in pixels.
+    """
+    left, top, right, bottom = 46, 20, width - 6, height - 26
+    long = [bar for bar in bars if bar.low > 0]
+    low, high = long[0].low, max(long[-1].high, most or 0)
+    zero = low * (low / high) ** 0.12  # the place of length 0, which has no logarithm
+    across = Scale(low if len(long) == len(bars) else zero * (low / high) ** 0.06, high * 1.02, left, right, log=True)
+    up = Scale(0, max(bar.rows for bar in bars), bottom, top)
+    ticks = [(across(t), number(t)) for t in across.ticks(6) if t >= low]
+    if len(long) < len(bars):
+        ticks.insert(0, (across(zero), "0"))
+    svg = _drawing(width, height, title)
+    whole = [(up(t), number(t)) for t in up.ticks(4) if float(t).is_integer()]
+    _frame(svg, _Axis(across, _spaced(ticks)), _Axis(up, whole, "rows"), (left, right, bottom))
+    for bar in bars:
+        start, end = (across(bar.low), across(bar.high)) if bar.low > 0 else (across(zero) - 4, across(zero) + 4)
+        wide, y = max(end - start - 1, 1.5), up(bar.rows)
+        drawn = _add(svg, "rect", cls="bar", x=start, width=wide, y=y, height=bottom - y)
+        _add(drawn, "title", bar.title)
+    if most is not None:
+        _add(svg, "line", cls="reference", x1=across(most), x2=across(most), y1=top - 8, y2=bottom)
+        _add(svg, "text", f"at most {number(most)}", cls="tick end", x=across(most) - 5, y=top - 5)
     return _markup(svg)
 
 

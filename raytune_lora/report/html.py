@@ -83,12 +83,12 @@ def render(results: dict[str, Any]) -> str:
     """
     if results["schema_version"] != SCHEMA_VERSION:
         raise ValueError(f"results.json has schema version {results['schema_version']}; this reads {SCHEMA_VERSION}")
-    known = _filled(_RESULTS, results)
-    known["best"] = _filled(_BEST, known["best"]) if known["best"] else None
-    known["trials"] = _best_first([_filled(_TRIAL, trial) for trial in known["trials"]], known["best"])
+    known = filled(_RESULTS, results)
+    known["best"] = filled(_BEST, known["best"]) if known["best"] else None
+    known["trials"] = _best_first([filled(_TRIAL, trial) for trial in known["trials"]], known["best"])
     names = _short_names(known["trials"])
     lines = _lines(known, names)
-    return _template().render(
+    return template("report.html.j2").render(
         r=known,
         names=names,
         facts=_facts(known),
@@ -106,16 +106,18 @@ def render(results: dict[str, Any]) -> str:
 
 
 @cache
-def _template() -> Template:
+def template(name: str) -> Template:
+    """One of the templates beside this file, with the filters that they share."""
     folder = FileSystemLoader(Path(__file__).parent)
     environment = Environment(loader=folder, autoescape=True, undefined=StrictUndefined)
     environment.trim_blocks = environment.lstrip_blocks = True
     environment.filters |= {"value": _value, "loss": _loss, "duration": _duration, "literal": _literal}
     environment.globals["status"] = lambda name: _STATUS.get(name, (name, "quiet"))
-    return environment.get_template("report.html.j2")
+    return environment.get_template(name)
 
 
-def _filled(empty: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
+def filled(empty: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
+    """What is given, with what stands for nothing where a key is absent or null."""
     return empty | {key: value for key, value in given.items() if value is not None}
 
 
@@ -142,7 +144,7 @@ def _short_names(trials: list[dict[str, Any]]) -> dict[str, str]:
 def _facts(r: dict[str, Any]) -> list[tuple[str, str, str]]:
     """The header's facts: what it is, its value, and a detail."""
     model, data, search, rows = r["model"], r["data"], r["search"], r["data"].get("rows") or {}
-    size = f"{_count(model['parameters'])} parameters" if model.get("parameters") else ""
+    size = f"{amount(model['parameters'])} parameters" if model.get("parameters") else ""
     split = ", ".join(f"{number(count)} {name}" for name, count in rows.items())
     facts = [
         ("Model", model.get("name") or "", size),
@@ -157,7 +159,7 @@ def _facts(r: dict[str, Any]) -> list[tuple[str, str, str]]:
     if r["best"] and r["trials"] and (trainable := r["trials"][0]["parameters"].get("trainable")):
         whole = model.get("parameters")
         detail = f"{100 * trainable / whole:.2g}% of the model" if whole else ""
-        facts.append(("Best adapter" if search else "Adapter", f"{_count(trainable)} parameters", detail))
+        facts.append(("Best adapter" if search else "Adapter", f"{amount(trainable)} parameters", detail))
     total = r["seconds"].get("total")
     facts.append(("Started", _date(r["created"]), f"took {_duration(total)}" if total is not None else ""))
     return [fact for fact in facts if fact[1]]
@@ -374,7 +376,8 @@ def _loss(value: float, digits: int = 4) -> str:
     return f"{value:.{digits}f}" if 0.001 <= abs(value) < 1000 or value == 0 else number(value)
 
 
-def _count(value: float) -> str:
+def amount(value: float) -> str:
+    """A large number as a person says it: ``12,000``, ``1.24 million``."""
     for size, name in ((1e9, "billion"), (1e6, "million")):
         if value >= size:
             return f"{value / size:.3g} {name}"

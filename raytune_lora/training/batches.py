@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from raytune_lora.data.store import IGNORED
-from raytune_lora.training.plan import Plan, permutation
+from raytune_lora.data.encode import IGNORED
+from raytune_lora.training.plan import Plan
 
 
 class Samples(Dataset[dict[str, list[int]]]):
@@ -23,8 +23,7 @@ class Samples(Dataset[dict[str, list[int]]]):
         return self._plan.steps * self._plan.global_batch
 
     def __getitem__(self, position: int) -> dict[str, list[int]]:
-        epoch, index = divmod(position, self._plan.rows)
-        row: dict[str, list[int]] = self._split[permutation(self._plan.rows, epoch, self._plan.seed)[index]]
+        row: dict[str, list[int]] = self._split[int(self._plan.rows_at(position, position + 1)[0])]
         if position >= self._plan.total:
             return {"input_ids": row["input_ids"], "labels": [IGNORED] * len(row["labels"])}
         return row
@@ -34,13 +33,13 @@ class _RankBatches:
     """The batch sampler of one worker."""
 
     def __init__(self, plan: Plan, rank: int, first: int) -> None:
-        self._batches = list(plan.positions(rank, first * plan.accumulation))
+        self._plan, self._rank, self._first = plan, rank, first
 
     def __iter__(self) -> Any:
-        return iter(self._batches)
+        return self._plan.positions(self._rank, self._first * self._plan.accumulation)
 
     def __len__(self) -> int:
-        return len(self._batches)
+        return (self._plan.steps - self._first) * self._plan.accumulation
 
 
 def training_loader(

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from raytune_lora.data.store import IGNORED
+from raytune_lora.data.encode import IGNORED
 from raytune_lora.training.batches import collate
 
 

@@ -1,16 +1,23 @@
-"""How a run's samples divide into steps, workers and micro batches: arithmetic only."""
+"""How a run's samples divide into steps, workers and micro batches: arithmetic only. N: rows of the training split."""
 
 from __future__ import annotations
 
+import heapq
 import math
 import random
-from collections.abc import Iterator
-from dataclasses import dataclass
-from functools import lru_cache
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property, lru_cache
+
+import numpy as np
+from numpy.typing import NDArray
 
 from raytune_lora.config.schema import RunConfig
 
 _EVALUATIONS = 10  # a run, where the config names no interval
+_WINDOW = 64  # steps whose samples are sorted by length together
+
+Rows = NDArray[np.int64]
 
 
 @dataclass(frozen=True)
@@ -28,11 +35,14 @@ class Plan:
     workers: int
     every: int  # samples between two validations
     seed: int
+    lengths: Rows | None = field(default=None, compare=False, repr=False)  # (N,) tokens of each row
+    capacity: int | None = None  # packing: tokens that a forward pass holds at most
+    grouped: bool = False  # samples of like length in one step
 
     @property
     def accumulation(self) -> int:
         """Forward passes an optimizer step a worker."""
-        return self.global_batch // (self.micro_batch * self.workers)
+        return self._forwards // self.workers
 
     @property
     def steps(self) -> int:
@@ -48,24 +58,117 @@ class Plan:
         seen, before = self.samples_seen(step), self.samples_seen(step - 1)
         return seen // self.every > before // self.every or step == self.steps
 
+    def rows_at(self, start: int, stop: int) -> Rows:
+        """The rows of the training split at the positions from ``start`` up to ``stop``."""
+        found = [np.zeros(0, np.int64)]
+        while start < stop:
+            epoch, index = divmod(start, self.rows)
+            found.append(self._order(epoch)[index : index + stop - start])
+            start += len(found[-1])
+        return np.concatenate(found)
+
     def positions(self, rank: int, first: int = 0) -> Iterator[list[int]]:
         """One worker's micro batches from its ``first`` on; positions from ``total`` on pad the last step."""
-        for micro in range(first, self.steps * self.accumulation):
-            start = (micro * self.workers + rank) * self.micro_batch
-            yield list(range(start, start + self.micro_batch))
+        step, skipped = divmod(first, self.accumulation)
+        for number in range(step, self.steps):
+            mine = self._micro_batches(number)[rank :: self.workers]
+            yield from mine[skipped:] if number == step else mine
+
+    def _order(self, epoch: int) -> Rows:
+        order = permutation(self.rows, epoch, self.seed)
+        if not self.grouped or self.lengths is None:
+            return order
+        if epoch not in self._orders:
+            self._orders.clear()
+            self._orders[epoch] = _grouped(order, self.lengths, self.global_batch)
+        return self._orders[epoch]
+
+    @cached_property
+    def _orders(self) -> dict[int, Rows]:
+        return {}
+
+    def _micro_batches(self, step: int) -> list[list[int]]:
+        """Of all workers, in turn."""
+        start = step * self.global_batch
+        if self.capacity is None:
+            firsts = range(start, start + self.global_batch, self.micro_batch)
+            return [list(range(first, first + self.micro_batch)) for first in firsts]
+        packed = pack_rows(self._step_lengths(step).tolist(), self._forwards, self.capacity)
+        if packed is None:
+            raise RuntimeError(f"step {step} does not fit {self._forwards} forward passes of {self.capacity} tokens")
+        return [[start + index for index in forward] for forward in packed]
+
+    def _step_lengths(self, step: int) -> Rows:
+        assert self.lengths is not None
+        return self.lengths[self.rows_at(step * self.global_batch, (step + 1) * self.global_batch)]
+
+    @cached_property
+    def _forwards(self) -> int:
+        """Forward passes an optimizer step, of all workers together; with packing, as few as do for every step."""
+        most = self.global_batch // self.micro_batch
+        if self.capacity is None:
+            return most
+        fewest = self.workers
+        for step in range(self.steps):
+            lengths = self._step_lengths(step)
+            if lengths.sum() / fewest + lengths.max() > self.capacity:  # else it fits, whatever they are
+                while fewest < most and pack_rows(lengths.tolist(), fewest, self.capacity) is None:
+                    fewest += self.workers
+        return fewest
 
 
-def plan_run(cfg: RunConfig, rows: int) -> Plan:
-    """The plan of a config on a training split of ``rows`` rows."""
+def plan_run(cfg: RunConfig, rows: int, lengths: Rows | None = None) -> Plan:
+    """The plan of a config on a training split of ``rows`` rows.
+
+    Args:
+        cfg: the run.
+        rows: of the training split.
+        lengths: (N,) tokens of each; without them, packing and grouping are left aside: enough to count steps.
+    """
     training = cfg.training
     if training.max_steps is not None:
         total = training.max_steps * training.global_batch
     else:
         total = max(1, round(training.epochs * rows))
-    every = cfg.evaluation.every or max(training.global_batch, math.ceil(total / _EVALUATIONS))
     return Plan(
-        rows, total, training.global_batch, training.micro_batch, cfg.workers, every, stream(training.seed, "order")
+        rows=rows,
+        total=total,
+        global_batch=training.global_batch,
+        micro_batch=training.micro_batch,
+        workers=cfg.workers,
+        every=cfg.evaluation.every or max(training.global_batch, math.ceil(total / _EVALUATIONS)),
+        seed=stream(training.seed, "order"),
+        lengths=lengths,
+        capacity=training.micro_batch * cfg.data.max_length if training.packing and lengths is not None else None,
+        grouped=training.group_by_length,
     )
+
+
+def pack_rows(lengths: Sequence[int], bins: int, capacity: int) -> list[list[int]] | None:
+    """Divide rows among bins so that their sums are even: the longest first, each into the emptiest bin.
+
+    Best-fit decreasing would fill some bins and leave others short; here all workers wait for the fullest, so even is
+    best (Graham 1969, longest processing time first).
+
+    Args:
+        lengths: tokens of each row.
+        bins: how many.
+        capacity: tokens of a bin.
+
+    Returns:
+        The rows of each bin, in order; None where they do not fit, or a bin would stay empty.
+    """
+    if len(lengths) < bins or sum(lengths) > bins * capacity:
+        return None
+    heap = [(0, number) for number in range(bins)]
+    packed: list[list[int]] = [[] for _ in range(bins)]
+    for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        load, number = heapq.heappop(heap)
+        if load + lengths[index] > capacity:
+            return None
+        packed[number].append(index)
+        heapq.heappush(heap, (load + lengths[index], number))
+    return [sorted(forward) for forward in packed]
 
 
 def smaller_micro_batch(cfg: RunConfig) -> int | None:
@@ -75,11 +178,32 @@ def smaller_micro_batch(cfg: RunConfig) -> int | None:
 
 
 @lru_cache(maxsize=2)
-def permutation(rows: int, epoch: int, seed: int) -> tuple[int, ...]:
-    """The order of the rows in an epoch."""
-    order = list(range(rows))
-    random.Random(f"{seed}/{epoch}").shuffle(order)
-    return tuple(order)
+def permutation(rows: int, epoch: int, seed: int) -> Rows:
+    """The order of the rows in an epoch, (N,): sorted by a hash (splitmix64), the same on every machine for ever."""
+    key = np.uint64(random.Random(f"{seed}/{epoch}").getrandbits(64))
+    order: Rows = np.argsort(_mixed(np.arange(rows, dtype=np.uint64) + key), kind="stable")
+    order.flags.writeable = False
+    return order
+
+
+def _mixed(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    """Steele, Lea and Flood 2014: the output function of splitmix64."""
+    x = x * np.uint64(0x9E3779B97F4A7C15)
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))
+
+
+def _grouped(order: Rows, lengths: Rows, batch: int) -> Rows:
+    """Within each window of the order, rows of like length side by side, and the batches of them in the old order."""
+    found = []
+    for start in range(0, len(order), _WINDOW * batch):
+        window = order[start : start + _WINDOW * batch]
+        by_length = np.argsort(lengths[window], kind="stable")
+        batches = [by_length[i : i + batch] for i in range(0, len(window), batch)]
+        batches.sort(key=lambda members: int(members.min()) if len(members) == batch else len(window))
+        found.append(window[np.concatenate(batches)])
+    return np.concatenate(found)
 
 
 def stream(seed: int, name: str, index: int = 0) -> int:

@@ -50,7 +50,7 @@ def train(cfg: RunConfig, store: TokenStore, place: Place) -> None:
         DivergedError: the loss or the gradient is no longer a number; on every worker at the same step.
         RuntimeError: the worker group is not what the config says.
     """
-    plan = plan_run(cfg, store.rows["train"])
+    plan = plan_run(cfg, store.rows["train"], store.lengths("train"))
     _join_group(cfg)
     _same_everywhere(cfg, place)
     checkpoint = _agreed_checkpoint(place)

@@ -1,62 +1,149 @@
-"""What a model will be trained on: the token store, and rows of it with the trained tokens apart from the masked."""
+"""What is in the data and what of it a model will be trained on: printed, and written as a report."""
 
 from __future__ import annotations
 
+import json
+import math
+import tempfile
+from collections.abc import Iterator
 from itertools import groupby
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.table import Table
 from rich.text import Text
 
-from raytune_lora.config.schema import SweepConfig
-from raytune_lora.data.store import IGNORED, SPLITS
+from raytune_lora.artifacts import write_json
+from raytune_lora.config.schema import HubModelConfig, SweepConfig
+from raytune_lora.data.build import REPORT, DataRefused, every_finding, survey
+from raytune_lora.data.encode import IGNORED
+from raytune_lora.data.sources import sources
+from raytune_lora.data.splits import SPLITS
+from raytune_lora.data.store import TokenStore
 from raytune_lora.models.tokenizer import load_tokenizer
+from raytune_lora.report.data import render_data
+from raytune_lora.training.plan import plan_run
 from raytune_lora.tuning.job import prepare_inputs
-from raytune_lora.tuning.preflight import check_inputs
+from raytune_lora.tuning.preflight import check_inputs, output_path
 
 OPEN, CLOSE = "⟦", "⟧"  # around what is trained, where there is no colour
+PAGE = "data_report.html"
 
 
-def show_data(cfg: SweepConfig, console: Console | None = None) -> None:
-    """Write the token store, or find it, and print its counts and its first rows.
+def show_data(cfg: SweepConfig, console: Console | None = None) -> dict[str, Any]:
+    """Check the data, write the token store where a model is named, print a summary and write the reports.
 
     Args:
-        cfg: model, data and cache; ``evaluation.examples`` says how many rows.
+        cfg: model, data and cache; ``evaluation.examples`` says how many rows are shown, ``output`` where
+            ``data_report.json`` and ``data_report.html`` go.
         console: to print on; standard output by default.
 
+    Returns:
+        What ``data_report.json`` says.
+
     Raises:
-        UserError: the config cannot work, or the data cannot be read.
+        UserError: the config cannot work, or the data is not fit to be trained on (the reports are written first).
     """
     check_inputs(cfg)
     console = console or Console(highlight=False, soft_wrap=True)
-    folder, store = prepare_inputs(cfg)
-    tokenizer = load_tokenizer(folder, cfg.model)
-    for split in SPLITS:
-        rows, tokens = store.rows[split], store.manifest["tokens"][split]
-        console.print(f"{split:<11}{rows} rows, {tokens} tokens" + (f", {tokens / rows:.0f} a row" if rows else ""))
-    console.print(f"left out   {store.manifest['dropped_too_long']} rows, longer than {cfg.data.max_length} tokens")
-    console.print(f"in         {store.folder}\n")
-    train = store.split("train")
-    for index in range(min(cfg.evaluation.examples, len(train))):
-        row = train[index]
-        trained = sum(label != IGNORED for label in row["labels"])
-        console.print(f"[dim]-- row {index} of train: {trained} of {len(row['labels'])} tokens are trained[/dim]")
-        console.print(marked(row, tokenizer, colour=console.is_terminal))
+    refused: DataRefused | None = None
+    store: TokenStore | None = None
+    try:
+        if isinstance(cfg.model, HubModelConfig) and cfg.model.path is None:
+            with tempfile.TemporaryDirectory() as work:
+                report = survey(cfg.data, sources(cfg.data), None, Path(work))
+        else:
+            folder, store = prepare_inputs(cfg)
+            report = json.loads((store.folder / REPORT).read_text())
+            tokenizer = load_tokenizer(folder, cfg.model)
+            rows = store.split("train").select(range(min(cfg.evaluation.examples, store.rows["train"])))
+            report["preview"] = [list(pieces(row, tokenizer)) for row in rows]
+            report["cost"] = _cost(cfg, store)
+    except DataRefused as error:
+        refused, report = error, error.report
+    _print(console, report, store)
+    if cfg.output is not None:
+        _write(output_path(cfg), report)
+        console.print(f"report     {output_path(cfg) / PAGE}")
+    if refused is not None:
+        raise refused
+    return report
 
 
-def marked(row: dict[str, Any], tokenizer: Any, *, colour: bool) -> Text:
-    """A row's text: what is trained in green, or within brackets, and what is masked dimmed.
+def pieces(row: dict[str, Any], tokenizer: Any) -> Iterator[tuple[str, bool]]:
+    """A row's text in pieces, each with whether it is trained.
 
     Args:
         row: ``input_ids`` and ``labels`` of the token store.
         tokenizer: that made it.
-        colour: whether there is some.
     """
-    text = Text()
     tokens = zip(row["input_ids"], row["labels"], strict=True)
     for trained, run in groupby(tokens, key=lambda token: token[1] != IGNORED):
-        piece = tokenizer.decode([token for token, _ in run], skip_special_tokens=False)
-        if trained and not colour:
-            piece = f"{OPEN}{piece}{CLOSE}"
-        text.append(piece, style="bold green" if trained else "dim")
+        yield tokenizer.decode([token for token, _ in run], skip_special_tokens=False), trained
+
+
+def marked(row: list[tuple[str, bool]], *, colour: bool) -> Text:
+    """Pieces: what is trained in green, or within brackets where there is no colour, and what is masked dimmed."""
+    text = Text()
+    for piece, trained in row:
+        shown = f"{OPEN}{piece}{CLOSE}" if trained and not colour else piece
+        text.append(shown, style="bold green" if trained else "dim")
     return text
+
+
+def _cost(cfg: SweepConfig, store: TokenStore) -> dict[str, Any]:
+    """What an epoch takes."""
+    rows = store.rows["train"]
+    plan = plan_run(cfg, rows, store.lengths("train"))
+    return {
+        "tokens_per_epoch": store.manifest["tokens"]["train"],
+        "steps_per_epoch": math.ceil(rows / plan.global_batch),
+        "global_batch": plan.global_batch,
+        "forward_passes_per_step": plan.accumulation * plan.workers,
+        "packing": cfg.training.packing,
+    }
+
+
+def _write(folder: Path, report: dict[str, Any]) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / REPORT, report)
+    (folder / PAGE).write_text(render_data(report), encoding="utf-8", errors="backslashreplace")
+
+
+def _print(console: Console, report: dict[str, Any], store: TokenStore | None) -> None:
+    rows, tokens = report["rows"], report["tokens"]
+    for name, read in rows["read"].items():
+        console.print(f"read       {read} rows from {name}")
+    for split in SPLITS:
+        count = rows["splits"][split]
+        of = f", {tokens[split]} tokens, {tokens[split] / count:.0f} a row" if tokens and count else ""
+        console.print(f"{split:<11}{count} rows{of}")
+    if report["max_length"] is not None:
+        console.print(
+            f"left out   {rows['too_long']} rows of more than {report['max_length']} tokens; cut: {rows['cut']} rows"
+        )
+    for name, mixed in report["mixed"].items():
+        console.print(f"mixed in   {mixed['rows']} rows of {name}: {mixed['share']:.1%} (asked {mixed['asked']:.1%})")
+    _print_findings(console, report)
+    for sentence in report["advice"]:
+        console.print(f"advice     {sentence}")
+    if store is None:
+        console.print("tokens     not counted: name a model (model.path=…, model=smollm2) to write the token store")
+    else:
+        console.print(f"in         {store.folder}")
+    for number, row in enumerate(report.get("preview", ())):
+        console.print(f"\n[dim]-- row {number} of train; what is trained is marked[/dim]")
+        console.print(marked(row, colour=console.is_terminal))
+
+
+def _print_findings(console: Console, report: dict[str, Any]) -> None:
+    seen = {name: finding for name, finding in every_finding(report).items() if finding["count"]}
+    if not seen:
+        console.print("findings   none")
+        return
+    table = Table("finding", "rows", "action", "for example", box=None, pad_edge=False)
+    for name, finding in seen.items():
+        example = finding["examples"][0] if finding["examples"] else {"where": "", "detail": ""}
+        table.add_row(name, str(finding["count"]), finding["action"], Text(f"{example['where']} {example['detail']}"))
+    console.print(table)

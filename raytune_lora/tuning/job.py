@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import json
+import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, fields
@@ -13,6 +15,7 @@ from raytune_lora.artifacts import write_json
 from raytune_lora.cluster.connect import connected
 from raytune_lora.config.compose import dump, to_plain
 from raytune_lora.config.schema import HubModelConfig, RunConfig, SweepConfig
+from raytune_lora.data.build import REPORT, in_short
 from raytune_lora.data.store import TokenStore, prepare
 from raytune_lora.errors import UserError
 from raytune_lora.models.export import ADAPTER, export_adapter
@@ -152,6 +155,8 @@ def open_job(kind: str, cfg: SweepConfig, moved: Sequence[str], run: Callable[[J
             job = Job(kind, cfg, folder, journal, progress, store, model_folder)
             progress.know(job.plan.total, journal.record)
             if BEST not in journal.record.phases:
+                shutil.copyfile(store.folder / REPORT, path / REPORT)
+                progress.note(in_short(json.loads((path / REPORT).read_text())))
                 journal.append("phase", name="prepare", seconds=round(time.monotonic() - began, 3))
                 return _work(job, run)
             return job.write_results()

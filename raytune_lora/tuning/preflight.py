@@ -6,8 +6,9 @@ from pathlib import Path
 
 from raytune_lora.cluster.connect import nodes, placement_problems
 from raytune_lora.config import validate
-from raytune_lora.config.schema import SweepConfig
+from raytune_lora.config.schema import HubModelConfig, SweepConfig
 from raytune_lora.data import sources as data_sources
+from raytune_lora.data import templates
 from raytune_lora.errors import UserError
 from raytune_lora.models import sources as model_sources
 from raytune_lora.models.methods.fit import problems as method_problems
@@ -40,17 +41,22 @@ def check(cfg: SweepConfig, *, searching: bool, fresh: bool) -> None:
 
 
 def check_inputs(cfg: SweepConfig) -> None:
-    """Refuse a config whose model and data cannot be prepared.
+    """Refuse a config whose data, and model where one is named, cannot be prepared.
 
     Raises:
         UserError: with every problem found.
     """
-    if found := validate.problems(cfg) + _input_problems(cfg):
+    found = validate.problems(cfg) + _input_problems(cfg, optional_model=True)
+    if cfg.output is not None:
+        found += folder.problems(output_path(cfg))
+    if found:
         raise UserError(found)
 
 
-def _input_problems(cfg: SweepConfig) -> list[str]:
-    return data_sources.problems(cfg.data) + model_sources.problems(cfg.model) + _cache_problems(cfg)
+def _input_problems(cfg: SweepConfig, *, optional_model: bool = False) -> list[str]:
+    unnamed = isinstance(cfg.model, HubModelConfig) and cfg.model.path is None
+    found = [] if optional_model and unnamed else model_sources.problems(cfg.model)
+    return data_sources.problems(cfg.data) + templates.problems(cfg.data.template) + found + _cache_problems(cfg)
 
 
 def output_path(cfg: SweepConfig) -> Path:

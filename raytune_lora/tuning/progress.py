@@ -62,6 +62,10 @@ class Progress:
         finally:
             self._doing = ""
 
+    def note(self, line: str) -> None:
+        """Say something that stays, above the table where there is one."""
+        self._console.print(f"{self._clock()} {line}", soft_wrap=True)
+
     @contextlib.contextmanager
     def shown(self) -> Iterator[Progress]:
         """Live on a terminal; lines elsewhere."""

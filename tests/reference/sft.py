@@ -1,7 +1,8 @@
-"""LoRA with TRL's SFTTrainer and PEFT alone, as one would write it without this project: the yardstick for it.
+"""LoRA or QLoRA with TRL's SFTTrainer and PEFT alone, as one would write it without this project: a yardstick.
 
-It reads rows that are tokenized and masked already, takes them in the order of the file, and writes the loss and the
-gradient norm of each step, and when each thing was done:
+It reads rows that are tokenized and masked already, takes them in the order of the file, and pads those of a forward
+pass to the longest of them, as SFTTrainer does. It writes the loss and the gradient norm of each step, when each thing
+was done, and the most memory that it took:
 
     python tests/reference/sft.py --model FOLDER --rows rows.jsonl --steps 8 --out losses.json
 """
@@ -12,13 +13,15 @@ marks = {"process": time.time()}
 
 import argparse  # noqa: E402
 import json  # noqa: E402
+import resource  # noqa: E402
 import tempfile  # noqa: E402
 from pathlib import Path  # noqa: E402
+from typing import Any  # noqa: E402
 
 import torch  # noqa: E402
 from datasets import Dataset  # noqa: E402
 from peft import LoraConfig  # noqa: E402
-from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback  # noqa: E402
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, TrainerCallback  # noqa: E402
 from trl import SFTConfig, SFTTrainer  # noqa: E402
 
 marks["imports"] = time.time()
@@ -36,6 +39,8 @@ class Notes(TrainerCallback):
         marks.setdefault("begin", time.time())
 
     def on_step_end(self, args, state, control, **kwargs):
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
         self.ends.append(time.time())
         self.cpu.append(time.process_time())
 
@@ -52,6 +57,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--r", type=int, default=16)
     parser.add_argument("--alpha", type=float, default=32)
     parser.add_argument("--dropout", type=float, default=0.0)
+    parser.add_argument("--quantize", choices=["none", "nf4"], default="none", help="the base model: nf4 is QLoRA")
+    parser.add_argument("--gradient-checkpointing", action="store_true")
     parser.add_argument("--steps", type=int, required=True)
     parser.add_argument("--global-batch", type=int, default=8)
     parser.add_argument("--micro-batch", type=int, default=4)
@@ -65,6 +72,30 @@ def arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
+def load_model(folder: str, quantize: str) -> Any:
+    """The base model: in bf16 on a GPU that has it, or else in fp32; quantized, it is loaded where it trains."""
+    gpu = torch.cuda.is_available()
+    dtype = torch.bfloat16 if gpu and torch.cuda.is_bf16_supported() else torch.float32
+    settings: dict[str, Any] = {}
+    if quantize == "nf4":
+        settings["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=dtype,
+        )
+        if gpu:
+            settings["device_map"] = {"": 0}
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **settings)
+
+
+def peak_memory() -> int:
+    """Bytes of GPU memory allocated at most; of resident memory where there is no GPU."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
 def main() -> None:
     args = arguments()
     torch.set_num_threads(args.threads)
@@ -72,7 +103,7 @@ def main() -> None:
     rows = Dataset.from_list([json.loads(line) for line in args.rows.read_text().splitlines()])
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     marks["load"] = time.time()
-    model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.bfloat16 if gpu else torch.float32)
+    model = load_model(args.model, args.quantize)
     marks["loaded"] = time.time()
     notes = Notes()
     with tempfile.TemporaryDirectory() as output:
@@ -90,8 +121,8 @@ def main() -> None:
             max_grad_norm=args.max_grad_norm,
             max_length=None,
             packing=False,
-            gradient_checkpointing=False,
-            bf16=gpu,
+            activation_checkpointing=args.gradient_checkpointing,
+            bf16=model.dtype is torch.bfloat16,
             use_cpu=not gpu,
             logging_steps=1,
             save_strategy="no",
@@ -114,8 +145,7 @@ def main() -> None:
         )
         marks["train"] = time.time()
         trainer.train()
-    peak = torch.cuda.max_memory_allocated() if gpu else None
-    found = {"steps": notes.steps, "marks": marks, "ends": notes.ends, "cpu": notes.cpu, "peak_memory": peak}
+    found = {"steps": notes.steps, "marks": marks, "ends": notes.ends, "cpu": notes.cpu, "peak_memory": peak_memory()}
     args.out.write_text(json.dumps(found))
 
 

@@ -5,15 +5,18 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import replace
 
+import numpy as np
 import pytest
 
+from raytune_lora.config.data import FakeDataConfig
 from raytune_lora.config.methods import LoraMethodConfig
-from raytune_lora.config.schema import FakeDataConfig, RunConfig, TinyModelConfig
-from raytune_lora.training.plan import Plan, permutation, plan_run, stream
+from raytune_lora.config.schema import RunConfig, TinyModelConfig
+from raytune_lora.training.plan import Plan, pack_rows, permutation, plan_run, stream
 
 BATCH = 24
 # workers, micro batch, accumulation
 SPLITS = [(1, 24, 1), (1, 4, 6), (1, 1, 24), (2, 12, 1), (2, 3, 4), (3, 8, 1), (4, 2, 3), (6, 1, 4), (24, 1, 1)]
+ORDER = [0, 1, 3, 5, 2, 4]
 TOTALS = [1, 5, 24, 25, 47, 48, 240]
 
 
@@ -126,10 +129,70 @@ def test_an_epoch_takes_each_row_once(rows: int) -> None:
 
 
 def test_each_epoch_and_each_seed_has_its_own_order() -> None:
-    orders = [permutation(50, epoch, seed) for epoch in range(4) for seed in (0, 1, 11)]
+    orders = [tuple(permutation(50, epoch, seed)) for epoch in range(4) for seed in (0, 1, 11)]
     assert len(set(orders)) == 12
-    assert permutation(50, 1, 0) == permutation(50, 1, 0)
-    assert permutation(6, 0, 0) == (0, 5, 1, 4, 3, 2)
+    assert tuple(permutation(50, 1, 0)) == orders[3]
+    assert permutation(6, 0, 0).tolist() == ORDER, "runs that are resumed go on in the order they began"
+
+
+def test_rows_are_those_of_the_epochs_one_after_the_other() -> None:
+    three = np.concatenate([permutation(10, epoch, 0) for epoch in range(3)])
+    assert plan().rows_at(0, 30).tolist() == three.tolist()
+    assert plan().rows_at(7, 25).tolist() == three[7:25].tolist()
+    assert plan().rows_at(5, 5).tolist() == []
+
+
+# --------------------------------------------------------------------------------------------------- packing, grouping
+
+LENGTHS = np.random.default_rng(0).integers(1, 65, 10)
+
+
+def packed(workers: int = 1, micro_batch: int = 4, capacity: int = 256) -> Plan:
+    return replace(plan(workers, micro_batch), lengths=LENGTHS, capacity=capacity)
+
+
+@pytest.mark.parametrize(("workers", "micro_batch"), [(1, 1), (1, 4), (2, 2), (3, 4)])
+def test_packing_takes_the_same_samples_in_fewer_passes_of_bounded_size(workers: int, micro_batch: int) -> None:
+    plain, full = plan(workers, micro_batch), packed(workers, micro_batch, capacity=64 * micro_batch)
+    assert full.accumulation < plain.accumulation
+    ranks = [list(full.positions(rank)) for rank in range(workers)]
+    assert {len(batches) for batches in ranks} == {full.steps * full.accumulation}
+    for step in range(full.steps):
+        mine = slice(step * full.accumulation, (step + 1) * full.accumulation)
+        passes = [batch for batches in ranks for batch in batches[mine]]
+        assert sorted(p for batch in passes for p in batch) == list(range(step * BATCH, (step + 1) * BATCH))
+        loads = [sum(int(LENGTHS[full.rows_at(p, p + 1)[0]]) for p in batch) for batch in passes]
+        assert 0 < min(loads) <= max(loads) <= 64 * micro_batch
+
+
+def test_packing_goes_on_where_it_was() -> None:
+    full = packed(2, 2)
+    whole = list(full.positions(1))
+    assert list(full.positions(1, first=full.accumulation + 1)) == whole[full.accumulation + 1 :]
+
+
+def test_rows_are_packed_evenly() -> None:
+    found = pack_rows([7, 1, 5, 5, 3, 3], 3, 8)
+    assert found == [[0, 1], [2, 4], [3, 5]]
+    assert pack_rows([7, 1, 5, 5, 3, 3], 3, 7) is None, "24 tokens do not fit three times 7"
+    assert pack_rows([5, 5, 5], 2, 9) is None
+    assert pack_rows([1], 2, 9) is None, "a pass without a row computes nothing"
+
+
+def test_grouping_takes_each_row_once_an_epoch_and_pads_less() -> None:
+    lengths = np.random.default_rng(1).integers(1, 500, 1000)
+    chance = Plan(1000, 2000, 8, 4, 1, 100, 0, lengths)
+    grouped = replace(chance, grouped=True)
+    for epoch in range(2):
+        rows = grouped.rows_at(1000 * epoch, 1000 * epoch + 1000)
+        assert sorted(rows) == list(range(1000))
+    assert grouped.rows_at(0, 1000).tolist() != grouped.rows_at(1000, 2000).tolist()
+
+    def padded(split: Plan) -> int:
+        return sum(4 * int(lengths[[split.rows_at(p, p + 1)[0] for p in batch]].max()) for batch in split.positions(0))
+
+    assert padded(grouped) < 1.05 * 2 * lengths.sum()
+    assert padded(chance) > 1.4 * 2 * lengths.sum()
 
 
 def test_each_stream_has_its_own_seed() -> None:

@@ -87,4 +87,4 @@ def test_tokens_of_a_step_are_those_of_its_rows() -> None:
     tokens = StepTokens(split, plan)
     for step in range(1, plan.steps + 1):
         positions = range((step - 1) * 4, min(step * 4, 17))  # the last step's padding does not count
-        assert tokens(step) == sum(lengths[permutation(7, p // 7, 3)[p % 7]] for p in positions)
+        assert tokens(step) == sum(lengths[int(permutation(7, p // 7, 3)[p % 7])] for p in positions)

@@ -24,7 +24,7 @@ from transformers import TrainerCallback, TrainingArguments
 from raytune_lora.config.schema import RunConfig
 from raytune_lora.models.loading import precision
 from raytune_lora.training.place import Place
-from raytune_lora.training.plan import Plan, permutation
+from raytune_lora.training.plan import Plan
 from raytune_lora.training.tracking import StepLog, TrackedTrial, Tracker, Trackers, tracker_class
 from raytune_lora.training.tracking.utilization import flops_per_token, worker_peak
 
@@ -133,8 +133,7 @@ class StepTokens:
     def __call__(self, step: int) -> int:
         """Tokens of the step; steps count from 1."""
         plan = self._plan
-        positions = range(plan.samples_seen(step - 1), plan.samples_seen(step))
-        rows = [permutation(plan.rows, p // plan.rows, plan.seed)[p % plan.rows] for p in positions]
+        rows = plan.rows_at(plan.samples_seen(step - 1), plan.samples_seen(step))
         return int(self._lengths[rows].sum())
 
 

@@ -1,0 +1,263 @@
+"""From sources to splits on disk and a report of what is in them.
+
+Records are read in the calling process, in stretches that other processes turn into parts; then all rows are looked at
+together, in arrays, and written to their splits. Only a few stretches are held in memory, and about 400 bytes a row.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+from collections import Counter, deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from raytune_lora.config.data import Action, DataConfig
+from raytune_lora.data import statistics
+from raytune_lora.data.findings import Findings
+from raytune_lora.data.process import Part, Processor, Settings, pii_actions
+from raytune_lora.data.rows import Record
+from raytune_lora.data.sources import MAIN, TEST, VALIDATION, Source
+from raytune_lora.data.splits import OUT, SPLITS, Split
+from raytune_lora.data.statistics import Statistics
+from raytune_lora.errors import UserError
+
+VERSION = 2  # of what becomes of a row: a change of that makes older stores stale
+_STRETCH = 1000  # records a part
+_PARTS = "parts"
+REPORT = "data_report.json"
+KEPT = ("input_ids", "labels", "prompt_length", "answer")  # columns of the store
+
+
+class DataRefused(UserError):
+    """The data is not fit to be trained on; ``report`` says all that is known of it."""
+
+    def __init__(self, problems: str | Sequence[str], report: dict[str, Any]) -> None:
+        super().__init__(problems)
+        self.report = report
+
+
+def survey(cfg: DataConfig, sources: Sequence[Source], tokenizer: Any, work: Path) -> dict[str, Any]:
+    """Check all rows, divide them, and write the splits where there is a tokenizer.
+
+    Args:
+        cfg: the data set.
+        sources: what it is made of.
+        tokenizer: of the base model; None checks the rows only.
+        work: folder for ``<split>.arrow`` and, in ``parts``, what is not needed afterwards.
+
+    Returns:
+        What ``data_report.json`` says; ``report.data`` documents it.
+
+    Raises:
+        DataRefused: no row is left, a split has no row, or a gate is closed.
+    """
+    (work / _PARTS).mkdir()
+    parts = list(_processed(Settings(cfg, tokenizer, tuple(sources)), work / _PARTS))
+    findings, figures = Findings(), Statistics()
+    for part in parts:
+        findings.merge(part.findings)
+        figures.merge(part.statistics)
+    split = Split(cfg, sources, parts, figures.outlier_bounds())
+    findings.merge(split.findings)
+    rows = {name: int((split.of == number).sum()) for number, name in enumerate(SPLITS)}
+    report = _report(cfg, sources, parts, split, rows, findings, figures, tokenized=tokenizer is not None)
+    report["gate"] = _gate(cfg, report)
+    if report["gate"]:
+        raise DataRefused(report["gate"], report)
+    if tokenizer is not None:
+        _write(work, parts, split)
+    return report
+
+
+def _processed(settings: Settings, folder: Path) -> Iterator[Part]:
+    """The parts, in order; a pool of processes where there is enough to do."""
+    stretches = enumerate(_stretches(settings.sources))
+    first = [stretch for _, stretch in zip(range(2), stretches, strict=False)]
+    processes = settings.cfg.processes or len(os.sched_getaffinity(0))
+    if len(first) < 2 or processes == 1:
+        process = Processor(settings)
+        for number, stretch in [*first, *stretches]:
+            yield process(folder / f"{number:06}.arrow", stretch)
+        return
+    context = multiprocessing.get_context("fork")  # what is imported here need not be imported there
+    with ProcessPoolExecutor(processes, context, _start, (settings,)) as pool:
+        waiting: deque[Future[Part]] = deque()
+        for number, stretch in _chained(first, stretches):
+            waiting.append(pool.submit(_process, folder / f"{number:06}.arrow", stretch))
+            if len(waiting) > 2 * processes:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+
+
+def _chained(first: list[Any], rest: Iterator[Any]) -> Iterator[Any]:
+    yield from first
+    yield from rest
+
+
+_processor: Processor
+
+
+def _start(settings: Settings) -> None:
+    global _processor
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    _processor = Processor(settings)
+
+
+def _process(path: Path, stretch: list[tuple[int, Record]]) -> Part:
+    return _processor(path, stretch)
+
+
+def _stretches(sources: Sequence[Source]) -> Iterator[list[tuple[int, Record]]]:
+    stretch: list[tuple[int, Record]] = []
+    for number, source in enumerate(sources):
+        for record in source.records():
+            stretch.append((number, record))
+            if len(stretch) == _STRETCH:
+                yield stretch
+                stretch = []
+    if stretch:
+        yield stretch
+
+
+def _write(work: Path, parts: Sequence[Part], split: Split) -> None:
+    import pyarrow as pa
+
+    start = 0
+    schema = parts[0].table().select(KEPT).schema
+    sinks = [pa.OSFile(str(work / f"{name}.arrow"), "wb") for name in SPLITS]
+    writers = [pa.ipc.new_stream(sink, schema) for sink in sinks]
+    try:
+        for part in parts:
+            of = split.of[start : start + len(part.row)]
+            start += len(part.row)
+            table = part.table().select(KEPT)
+            for number, writer in enumerate(writers):
+                if (rows := np.flatnonzero(of == number)).size:
+                    writer.write_table(table.take(rows).combine_chunks())
+    finally:
+        for closing in (*writers, *sinks):
+            closing.close()
+
+
+# --------------------------------------------------------------------------------------------------------- what is said
+
+
+def _report(
+    cfg: DataConfig,
+    sources: Sequence[Source],
+    parts: Sequence[Part],
+    split: Split,
+    rows: dict[str, int],
+    findings: Findings,
+    figures: Statistics,
+    *,
+    tokenized: bool,
+) -> dict[str, Any]:
+    read = sum((part.read for part in parts), Counter[int]())
+    own = [i for i, source in enumerate(sources) if source.role in (MAIN, VALIDATION, TEST)]
+    tokens = {name: int(split.tokens[split.of == number].sum()) for number, name in enumerate(SPLITS)}
+    trained = {name: int(split.trained[split.of == number].sum()) for number, name in enumerate(SPLITS)}
+    actions = {name: action for name, action in vars(cfg.quality).items() if isinstance(action, Action)}
+    on = {name: action for name, action in actions.items() if action is not Action.off}
+    found = {name: findings.report(name) | {"action": action.value} for name, action in on.items()}
+    kinds = {kind: action for kind, action in pii_actions(cfg.pii).items() if action is not Action.off}
+    personal = {kind: findings.report(f"pii.{kind}") | {"action": action.value} for kind, action in kinds.items()}
+    return {
+        "schema_version": 1,
+        "sources": [{"role": source.role, "name": source.name} for source in sources],
+        "rows": {
+            "read": {source.name: read[i] for i, source in enumerate(sources)},
+            "left_out": sum(read[i] for i in own) - int((np.isin(split.source, own) & (split.of != OUT)).sum()),
+            "splits": rows,
+            "too_long": sum(part.too_long for part in parts),
+            "cut": sum(part.cut for part in parts),
+        },
+        "max_length": cfg.max_length if tokenized else None,
+        "truncation": cfg.truncation.value,
+        "tokens": tokens if tokenized else None,
+        "trained_tokens": trained if tokenized else None,
+        "findings": found | {"pii": personal},
+        "mixed": split.mixed,
+        "statistics": figures.report(),
+        "padding": padding(split.tokens[split.of == 0]) if tokenized else None,
+        "advice": statistics.advice(
+            rows["train"],
+            {"trained": trained["train"]} if tokenized else {},
+            findings.counts,
+            sum(mixed["share"] for mixed in split.mixed.values()),
+        ),
+    }
+
+
+def padding(tokens_N: np.typing.NDArray[np.int32], batch: int = 4, seed: int = 0) -> float:
+    """The share of padding in batches of ``batch`` rows in chance order: what packing saves.
+
+    Args:
+        tokens_N: lengths of rows.
+        batch: rows side by side.
+        seed: of the order.
+    """
+    whole = len(tokens_N) // batch * batch
+    if not whole:
+        return 0.0
+    lengths = np.random.default_rng(seed).permutation(tokens_N)[:whole].reshape(-1, batch).astype(np.int64)
+    return round(1 - float(lengths.sum()) / float((lengths.max(1) * batch).sum()), 4)
+
+
+def every_finding(report: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """The report's findings by name; of personal data, ``pii.email`` and the like."""
+    found = {name: finding for name, finding in report["findings"].items() if name != "pii"}
+    return found | {f"pii.{kind}": finding for kind, finding in report["findings"]["pii"].items()}
+
+
+def in_short(report: dict[str, Any]) -> str:
+    """The report in one line."""
+    rows, seen = report["rows"], {name: f for name, f in every_finding(report).items() if f["count"]}
+    line = "data: " + ", ".join(f"{count} rows to {name}" for name, count in rows["splits"].items() if count)
+    line += f"; {rows['left_out']} left out" if rows["left_out"] else ""
+    if seen:
+        line += "; found: " + ", ".join(f"{f['count']} {name} ({f['action']})" for name, f in seen.items())
+    return line + f"; see {REPORT}"
+
+
+def _gate(cfg: DataConfig, report: dict[str, Any]) -> list[str]:
+    """Why the data must not be trained on."""
+    rows, every = report["rows"], every_finding(report)
+    found = []
+    for name, finding in every.items():
+        if finding["action"] == Action.stop.value and finding["count"]:
+            example = finding["examples"][0]
+            detail = f": {example['detail']}" if example["detail"] else ""
+            found.append(f"data: {name} in {finding['count']} rows, the first at {example['where']}{detail}")
+    if empty := [name for name, count in rows["read"].items() if not count]:
+        return [f"data: there are no rows in {name}; name another file" for name in empty]
+    own = [source["name"] for source in report["sources"] if source["role"] in (MAIN, VALIDATION, TEST)]
+    read = sum(rows["read"][name] for name in own)
+    dropped = {name: f for name, f in every.items() if f["action"] == Action.drop.value and f["count"]}
+    why = [f"{finding['count']} {name}" for name, finding in dropped.items()]
+    why += [f"{rows['too_long']} of more than {cfg.max_length} tokens"] if rows["too_long"] else []
+    reasons = ", ".join(why)
+    first = next((f["examples"][0] for f in dropped.values() if f["examples"]), None)
+    example = f"; the first at {first['where']}: {first['detail']}" if first else ""
+    if not rows["splits"]["train"]:
+        reasons = reasons or f"rows of the splits: {rows['splits']}"
+        return [*found, f"data: no row is left to train on, of {read} read ({reasons}{example})"]
+    gone = rows["left_out"] / read
+    if gone > cfg.quality.max_dropped:
+        found.append(
+            f"data: {gone:.0%} of the rows would be left out, more than data.quality.max_dropped="
+            f"{cfg.quality.max_dropped:g} ({reasons}{example})"
+        )
+    for name, share in (("validation", cfg.validation), ("test", cfg.test)):
+        if share > 0 and not rows["splits"][name]:
+            found.append(
+                f"data.{name}={share:g} leaves no row in the {name} split (rows: {rows['splits']}): add rows or raise "
+                "the share"
+            )
+    return found

@@ -1,0 +1,195 @@
+"""One stretch of records, from what was read to token ids: checked, masked, encoded and summed up. N: usable rows.
+
+It runs in several processes at once; nothing here depends on other rows.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from raytune_lora.config.data import Action, DataConfig, PiiConfig
+from raytune_lora.data import duplicates, formats, pii, quality
+from raytune_lora.data.encode import Encoded, encode
+from raytune_lora.data.findings import Findings
+from raytune_lora.data.harmful import Words, load_words
+from raytune_lora.data.rows import Fault, Record, Row, Turn
+from raytune_lora.data.sources import BENCHMARK, MIX, Source
+from raytune_lora.data.statistics import Statistics
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a process is told once."""
+
+    cfg: DataConfig
+    tokenizer: Any  # None: rows are checked and not encoded
+    sources: tuple[Source, ...]
+
+
+@dataclass
+class Part:
+    """What a stretch of records came to."""
+
+    path: Path  # Arrow file of its usable rows: where, text and, with a tokenizer, what the store keeps of them
+    read: Counter[int]  # records, by the index of their source
+    too_long: int
+    cut: int  # rows that were shortened
+    findings: Findings
+    statistics: Statistics
+    source: NDArray[np.uint8]  # (N,) index into the sources
+    row: NDArray[np.uint64]  # (N,) digests of the whole rows
+    prompt: NDArray[np.uint64]  # (N,) digests of what comes before the last answer; 0 where nothing does
+    signature: NDArray[np.uint32]  # (N, P), or (0, P) where near duplicates are not looked for
+    tokens: NDArray[np.int32]  # (N,) of a row; characters, where there is no tokenizer
+    trained: NDArray[np.int32]  # (N,) tokens of a row that are trained
+    stratum: list[str]  # (N,)
+    format: list[str]  # (N,) names
+
+    def table(self) -> Any:
+        """The file's rows, memory-mapped."""
+        with pa.memory_map(str(self.path)) as source:
+            return pa.ipc.open_file(source).read_all()
+
+
+@dataclass
+class _Usable:
+    source: int
+    where: str
+    row: Row
+    format: str
+
+
+class Processor:
+    """Turns stretches of records into parts."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+        cfg = settings.cfg
+        self._actions = {name: value for name, value in vars(cfg.quality).items() if isinstance(value, Action)}
+        self._checks = [name for name in quality.CHECKS if self._actions[name] is not Action.off]
+        self._pii = pii_actions(cfg.pii)
+        self._kinds = [kind for kind, action in self._pii.items() if action is not Action.off]
+        self._words: Words | None = None
+        if self._actions["harmful"] is not Action.off:
+            self._words = load_words(cfg.quality.harmful_words)
+        self._alike = any(self._actions[name] is not Action.off for name in ("near_duplicates", "leakage"))
+
+    def __call__(self, path: Path, records: Sequence[tuple[int, Record]]) -> Part:
+        """Process a stretch.
+
+        Args:
+            path: of the Arrow file to write.
+            records: each with the index of its source.
+        """
+        findings, statistics = Findings(), Statistics()
+        found = [self._usable(source, record, findings) for source, record in records]
+        rows = [usable for usable in found if usable is not None]
+        encoded: list[Encoded | None] = [None] * len(rows)
+        kept = rows
+        if self._settings.tokenizer is not None:
+            encoded = encode([usable.row for usable in rows], self._settings.cfg, self._settings.tokenizer)
+            kept = [usable for usable, ids in zip(rows, encoded, strict=True) if ids is not None]
+        ids = [one for one in encoded if one is not None]
+        trained = [sum(label >= 0 for label in one.labels) for one in ids]
+        for number, usable in enumerate(kept):
+            if self._settings.sources[usable.source].role != BENCHMARK:
+                tokens = len(ids[number].input_ids) if ids else None
+                statistics.add(usable.row, tokens, trained[number] if ids else None, usable.format)
+        texts = ["\n".join(usable.row.texts()) for usable in kept]
+        self._write(path, kept, texts, ids)
+        return Part(
+            path=path,
+            read=Counter(source for source, _ in records),
+            too_long=len(rows) - len(kept),
+            cut=sum(one.cut for one in ids),
+            findings=findings,
+            statistics=statistics,
+            source=np.array([usable.source for usable in kept], np.uint8),
+            row=np.array([duplicates.row_digest(usable.row) for usable in kept], np.uint64),
+            prompt=np.array([duplicates.prompt_digest(usable.row.prompt) for usable in kept], np.uint64),
+            signature=duplicates.signatures(texts if self._alike else []),
+            tokens=np.array([len(one.input_ids) for one in ids] if ids else list(map(len, texts)), np.int32),
+            trained=np.array(trained if ids else [0] * len(kept), np.int32),
+            stratum=[usable.row.stratum for usable in kept],
+            format=[usable.format for usable in kept],
+        )
+
+    def _usable(self, source: int, record: Record, findings: Findings) -> _Usable | None:
+        """A row that can be trained on, with personal data masked where asked for; None where it is left out."""
+        of, stratify = self._settings.sources[source], self._settings.cfg.stratify
+        parsed = record.value
+        if not isinstance(parsed, Fault):
+            parsed = formats.parse(parsed, of.format, of.columns, None if of.role.startswith(MIX) else stratify)
+        if isinstance(parsed, Fault):
+            findings.add(parsed.kind, record.where, _shown(record.value), parsed.reason)
+            return None
+        row, name = parsed
+        if of.role == BENCHMARK:
+            return _Usable(source, record.where, row, name)
+        dropped = False
+        for finding, detail in quality.check(row, self._checks):
+            findings.add(finding, record.where, "\n".join(row.texts()), detail)
+            dropped |= self._actions[finding] is Action.drop
+        if self._words is not None and (words := [word for text in row.texts() for word in self._words.find(text)]):
+            findings.add("harmful", record.where, "\n".join(row.texts()), ", ".join(dict.fromkeys(words)))
+            dropped |= self._actions["harmful"] is Action.drop
+        masked = self._without_pii(row, record.where, findings)
+        return None if dropped or masked is None else _Usable(source, record.where, masked, name)
+
+    def _without_pii(self, row: Row, where: str, findings: Findings) -> Row | None:
+        if not self._kinds:
+            return row
+        found = {text: pii.find(text, self._kinds) for text in row.texts()}
+        kinds = {match.kind for matches in found.values() for match in matches}
+        for kind in (kind for kind in pii.KINDS if kind in kinds):
+            text, matches = next((t, m) for t, m in found.items() if any(match.kind == kind for match in m))
+            around = pii.hidden(text, matches)
+            findings.add(f"pii.{kind}", where, around)
+        if any(self._pii[kind] is Action.drop for kind in kinds):
+            return None
+        if not any(self._pii[kind] is Action.mask for kind in kinds):
+            return row
+
+        def masked(text: str) -> str:
+            return pii.mask(text, [m for m in found.get(text, ()) if self._pii[m.kind] is Action.mask])
+
+        turns = tuple(Turn(turn.role, masked(turn.text), masked(turn.input)) for turn in row.turns)
+        return replace(row, turns=turns)
+
+    def _write(self, path: Path, rows: list[_Usable], texts: list[str], ids: list[Encoded]) -> None:
+        columns: dict[str, Any] = {
+            "where": pa.array([usable.where for usable in rows], pa.string()),
+            "text": pa.array(texts, pa.large_string()),
+        }
+        if self._settings.tokenizer is not None:
+            columns["input_ids"] = _lists([one.input_ids for one in ids])
+            columns["labels"] = _lists([one.labels for one in ids])
+            columns["prompt_length"] = pa.array([one.prompt_length for one in ids], pa.int32())
+            columns["answer"] = pa.array([usable.row.answer for usable in rows], pa.string())
+        table = pa.table(columns)
+        with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, table.schema) as writer:
+            writer.write_table(table)
+
+
+def pii_actions(cfg: PiiConfig) -> dict[str, Action]:
+    """What is done about each kind."""
+    return {kind: getattr(cfg, kind) or cfg.action for kind in pii.KINDS}
+
+
+def _lists(rows: list[list[int]]) -> Any:
+    offsets = np.zeros(len(rows) + 1, np.int32)
+    np.cumsum([len(row) for row in rows], out=offsets[1:])
+    values = np.fromiter((value for row in rows for value in row), np.int32, count=int(offsets[-1]))
+    return pa.ListArray.from_arrays(pa.array(offsets), pa.array(values))
+
+
+def _shown(value: Any) -> str:
+    return "" if isinstance(value, Fault) else str(value)[:1000]

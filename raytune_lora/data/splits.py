@@ -1,0 +1,255 @@
+"""Which split each row goes to, and which rows stay out, by looking at all of them at once. N: usable rows.
+
+The split is a function of the row's text, so that adding rows moves none; rows that say nearly the same, or ask the
+same, stay together.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from raytune_lora.config.data import Action, DataConfig
+from raytune_lora.data import duplicates
+from raytune_lora.data.findings import SHOWN, Findings
+from raytune_lora.data.process import Part
+from raytune_lora.data.sources import BENCHMARK, MAIN, MIX, TEST, VALIDATION, Source
+
+SPLITS = ("train", "validation", "test")
+OUT = -1  # in no split
+_TRAIN, _VALIDATION, _TEST = range(3)
+
+Mask = NDArray[np.bool_]
+
+
+@dataclass
+class Split:
+    """Of every usable row: its split, or ``OUT``."""
+
+    cfg: DataConfig
+    sources: Sequence[Source]
+    parts: Sequence[Part]
+    outliers: tuple[float, float]  # shortest and longest row that is none, as ``Part.tokens`` counts
+    findings: Findings = field(default_factory=Findings)
+
+    def __post_init__(self) -> None:
+        self.source = self._joined("source", np.uint8)
+        self.row = self._joined("row", np.uint64)
+        self.prompt = self._joined("prompt", np.uint64)
+        self.tokens = self._joined("tokens", np.int32)
+        self.trained = self._joined("trained", np.int32)
+        self._starts = np.cumsum([0, *(len(part.row) for part in self.parts)])
+        self.of = np.full(len(self.row), OUT, np.int8)
+        self._mine = np.isin(self.source, [i for i, s in enumerate(self.sources) if s.role != BENCHMARK])
+        self._duplicates()
+        self._contradictions()
+        self._near_duplicates()
+        self._mixed_formats()
+        self._outliers()
+        self._divide()
+        self._leakage()
+        self._mix()
+
+    def _joined(self, name: str, dtype: Any) -> NDArray[Any]:
+        return np.concatenate([np.zeros(0, dtype), *(getattr(part, name) for part in self.parts)])
+
+    # ------------------------------------------------------------------------------------------------ rows alike
+
+    def _duplicates(self) -> None:
+        """Later rows equal to an earlier one of the same source's purpose."""
+        self._dropped = ~self._mine
+        self._again = np.zeros(len(self.row), bool)
+        for role in self._roles():
+            rows = np.flatnonzero(self._role(role))
+            first = np.zeros(len(rows), bool)
+            first[np.unique(self.row[rows], return_index=True)[1]] = True
+            self._again[rows[~first]] = True
+        first_of = {int(self.row[i]): i for i in np.flatnonzero(np.isin(self.row, self.row[self._again]))[::-1]}
+        self._find("exact_duplicates", self._again, lambda i: f"the same as {self._where(first_of[int(self.row[i])])}")
+
+    def _contradictions(self) -> None:
+        """Rows that ask what an earlier row asks, and answer otherwise."""
+        asked = np.flatnonzero(self._mine & ~self._again & (self.prompt != 0))
+        self._otherwise = np.zeros(len(self.row), bool)
+        first_of: dict[int, int] = {}
+        for members in duplicates.groups(self.prompt[asked]):
+            rows = asked[members]
+            self._otherwise[rows[1:]] = True
+            first_of |= dict.fromkeys(map(int, rows[1:]), int(rows[0]))
+        self._find("contradictions", self._otherwise, lambda i: f"answers otherwise than {self._where(first_of[i])}")
+
+    def _near_duplicates(self) -> None:
+        """Joins rows that are nearly the same or ask the same; counts those that are nearly the same as an earlier."""
+        self._clusters = duplicates.Clusters(len(self.row))
+        near_to: dict[int, int] = {}
+        alike = [self._on("near_duplicates"), self._on("leakage")]
+        if any(alike) and self.parts:
+            signatures = np.concatenate([part.signature for part in self.parts])
+            distinct = np.flatnonzero(~self._again)
+            text = self._text
+            pairs = duplicates.near_pairs(
+                signatures[distinct], lambda i: text(int(distinct[i])), self.cfg.quality.similarity
+            )
+            for a, b in pairs:
+                earlier, later = int(distinct[a]), int(distinct[b])
+                self._clusters.join(earlier, later)
+                near_to.setdefault(later, earlier)
+        for keys in (self.row, self.prompt):
+            for members in duplicates.groups(keys):
+                if keys[members[0]] != 0:
+                    for member in members[1:]:
+                        self._clusters.join(int(members[0]), int(member))
+        near = np.zeros(len(self.row), bool)
+        near[[i for i, j in near_to.items() if self._role_of(i) == self._role_of(j)]] = True
+        self._find(
+            "near_duplicates", near & ~self._otherwise & self._mine, lambda i: f"nearly {self._where(near_to[i])}"
+        )
+
+    # ---------------------------------------------------------------------------------------------- single rows
+
+    def _mixed_formats(self) -> None:
+        formats = np.array([name for part in self.parts for name in part.format], dtype=object)
+        rows = np.flatnonzero(self._role(MAIN))
+        if len(common := Counter(formats[rows]).most_common()) < 2:
+            return
+        other = np.zeros(len(self.row), bool)
+        other[rows[formats[rows] != common[0][0]]] = True
+        self._find("mixed_formats", other, lambda i: f"{formats[i]}, where most rows are {common[0][0]}")
+
+    def _outliers(self) -> None:
+        low, high = self.outliers
+        beyond = ((self.tokens < low) | (self.tokens > high)) & self._mine
+        unit = "tokens" if any(part.trained.any() for part in self.parts) else "characters"
+        self._find("outliers", beyond, lambda i: f"{self.tokens[i]} {unit}; most rows have {low:.0f} to {high:.0f}")
+
+    # --------------------------------------------------------------------------------------------------- splits
+
+    def _divide(self) -> None:
+        """By the position, in 0 to 1, of each cluster's earliest row."""
+        root = self._clusters.roots()
+        key = np.where(self.prompt != 0, self.prompt, self.row)
+        self._root, self._position = root, key.astype(np.float64) / 2**64
+        main = self._role(MAIN)
+        shares = self._shares()
+        self.of[main] = (
+            self._stratified(main, shares) if self.cfg.stratify else _at(self._position[root[main]], *shares)
+        )
+        self._alone = _at(self._position, *shares)  # where each row would be by itself
+        for role, split in ((VALIDATION, _VALIDATION), (TEST, _TEST)):
+            self.of[self._role(role)] = split
+        self.of[self._dropped] = OUT
+
+    def _shares(self) -> tuple[float, float]:
+        """Of the main source's rows that are for validation and for test; none where files are."""
+        given = {source.role for source in self.sources}
+        return (
+            0.0 if VALIDATION in given else self.cfg.validation,
+            0.0 if TEST in given else self.cfg.test,
+        )
+
+    def _stratified(self, main: Mask, shares: tuple[float, float]) -> NDArray[np.int8]:
+        """The same shares of each stratum, to the row: its clusters in the order of their positions."""
+        strata = np.array([name for part in self.parts for name in part.stratum], dtype=object)[main]
+        positions, splits = self._position[self._root[main]], np.zeros(int(main.sum()), np.int8)
+        for name in set(strata):
+            members = np.flatnonzero(strata == name)
+            order = members[np.lexsort((self._root[main][members], positions[members]))]
+            splits[order] = _at((np.arange(len(order)) + 0.5) / len(order), *shares)
+        _, first = np.unique(self._root[main], return_index=True)
+        leader = dict(zip(self._root[main][first].tolist(), splits[first].tolist(), strict=True))
+        return np.array([leader[root] for root in self._root[main].tolist()], np.int8)
+
+    def _leakage(self) -> None:
+        """Training rows that are nearly, or ask the same as, a row of another split or of a benchmark."""
+        if not self._on("leakage"):
+            return
+        held: dict[int, int] = {}
+        for i in np.flatnonzero((self.of > _TRAIN) | ~self._mine):
+            held.setdefault(int(self._root[i]), int(i))
+        leaked = np.zeros(len(self.row), bool)
+        train = np.flatnonzero((self.of == _TRAIN) | (self._role_starts(MIX) & ~self._dropped))
+        leaked[[i for i in train if int(self._root[i]) in held]] = True
+        alone = self._role(MAIN) & (self.of != OUT) & (self.of != self._alone) & (self._root != np.arange(len(self.of)))
+        moved = np.zeros_like(alone) if self.cfg.stratify else alone
+        self._find(
+            "leakage",
+            leaked | moved,
+            lambda i: (
+                f"nearly {self._where(held[int(self._root[i])])}, which is not for training"
+                if leaked[i]
+                else f"kept in {SPLITS[self.of[i]]} with {self._where(int(self._root[i]))}, which is nearly the same"
+            ),
+            drop=leaked,
+        )
+
+    def _mix(self) -> None:
+        """Of each source that is mixed in, as many rows as make its share, in the order of their digests."""
+        own = int((self.of == _TRAIN).sum())
+        share = sum(mix.share for mix in self.cfg.mix.values())
+        self.mixed: dict[str, dict[str, float]] = {}
+        for name, mix in self.cfg.mix.items():
+            rows = np.flatnonzero(self._role(MIX + name) & ~self._dropped)
+            wanted = round(own / (1 - share) * mix.share)
+            taken = np.sort(rows[np.argsort(self.row[rows], kind="stable")[:wanted]])
+            self.of[taken] = _TRAIN
+            self.mixed[name] = {"asked": mix.share, "rows": len(taken), "available": len(rows)}
+        total = int((self.of == _TRAIN).sum())
+        for mixed in self.mixed.values():
+            mixed["share"] = round(mixed["rows"] / total, 4) if total else 0.0
+
+    # --------------------------------------------------------------------------------------------------- helpers
+
+    def _find(self, name: str, rows: Mask, detail: Callable[[int], str], *, drop: Mask | None = None) -> None:
+        """Record a finding, and leave its rows (or those of ``drop``) out where the config says so."""
+        if not self._on(name):
+            return
+        for i in np.flatnonzero(rows)[:SHOWN].tolist():
+            self.findings.add(name, self._where(i), self._text(i), detail(i))
+        self.findings.counts[name] = int(rows.sum())
+        if getattr(self.cfg.quality, name) is Action.drop:
+            gone = rows if drop is None else drop
+            self._dropped |= gone
+            self.of[gone] = OUT
+
+    def _on(self, name: str) -> bool:
+        return getattr(self.cfg.quality, name) is not Action.off
+
+    def _roles(self) -> Iterator[str]:
+        return iter(dict.fromkeys(source.role for source in self.sources))
+
+    def _role(self, role: str) -> Mask:
+        mask: Mask = np.isin(self.source, [i for i, source in enumerate(self.sources) if source.role == role])
+        return mask
+
+    def _role_starts(self, prefix: str) -> Mask:
+        mask: Mask = np.isin(
+            self.source, [i for i, source in enumerate(self.sources) if source.role.startswith(prefix)]
+        )
+        return mask
+
+    def _role_of(self, row: int) -> str:
+        return self.sources[int(self.source[row])].role
+
+    def _where(self, row: int) -> str:
+        return str(self._cell(row, "where"))
+
+    def _text(self, row: int) -> str:
+        return str(self._cell(row, "text"))
+
+    def _cell(self, row: int, column: str) -> Any:
+        part = int(np.searchsorted(self._starts, row, side="right")) - 1
+        return self._tables[part][column][row - int(self._starts[part])].as_py()
+
+    @cached_property
+    def _tables(self) -> list[Any]:
+        return [part.table() for part in self.parts]
+
+
+def _at(positions: NDArray[np.float64], validation: float, test: float) -> NDArray[np.int8]:
+    return np.select([positions < test, positions < test + validation], [_TEST, _VALIDATION], _TRAIN).astype(np.int8)

@@ -1,0 +1,264 @@
+"""Formats: what each form of record becomes, and what is said of one that is none."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+
+from raytune_lora.config.data import Format
+from raytune_lora.data.formats import parse
+from raytune_lora.data.rows import ASSISTANT, SYSTEM, USER, Fault, Row, Turn
+
+ASK, ANSWER = Turn(USER, "ask"), Turn(ASSISTANT, "answer")
+SAID = [{"role": "user", "content": "ask"}, {"role": "assistant", "content": "answer"}]
+SHARED = [{"from": "human", "value": "ask"}, {"from": "gpt", "value": "answer"}]
+
+
+def turns(value: Any, format: Format = Format.auto, **columns: str) -> tuple[Turn, ...]:
+    parsed = parse(value, format, columns)
+    assert not isinstance(parsed, Fault), parsed
+    return parsed[0].turns
+
+
+def fault(value: Any, format: Format = Format.auto, **columns: str) -> tuple[str, str]:
+    found = parse(value, format, columns)
+    assert isinstance(found, Fault), found
+    return found.kind, found.reason
+
+
+def chat(*messages: tuple[str, Any]) -> dict[str, Any]:
+    return {"messages": [{"role": role, "content": content} for role, content in messages]}
+
+
+@pytest.mark.parametrize(
+    ("value", "format", "expected"),
+    [
+        ({"instruction": "ask", "output": "answer"}, "alpaca", (ASK, ANSWER)),
+        ({"instruction": "ask", "input": None, "output": "answer"}, "alpaca", (ASK, ANSWER)),
+        ({"instruction": "ask", "input": "", "output": "answer", "n": 3}, "alpaca", (ASK, ANSWER)),
+        ({"instruction": "ask", "input": "it", "output": "answer"}, "alpaca", (Turn(USER, "ask", "it"), ANSWER)),
+        ({"system": "be", "instruction": "ask", "output": "answer"}, "alpaca", (Turn(SYSTEM, "be"), ASK, ANSWER)),
+        ({"system": " ", "instruction": "ask", "output": "answer"}, "alpaca", (ASK, ANSWER)),
+        ({"system": None, "instruction": "ask", "output": "answer"}, "alpaca", (ASK, ANSWER)),
+        ({"messages": SAID}, "chat", (ASK, ANSWER)),
+        ({"messages": SAID * 2}, "chat", (ASK, ANSWER) * 2),
+        ({"messages": json.dumps(SAID)}, "chat", (ASK, ANSWER)),
+        ({"messages": SHARED}, "chat", (ASK, ANSWER)),
+        ({"system": "be", "messages": SAID}, "chat", (Turn(SYSTEM, "be"), ASK, ANSWER)),
+        ({"conversations": SHARED}, "sharegpt", (ASK, ANSWER)),
+        ({"conversations": json.dumps(SHARED)}, "sharegpt", (ASK, ANSWER)),
+        ({"conversations": SAID}, "sharegpt", (ASK, ANSWER)),
+        ({"prompt": "ask", "completion": "answer"}, "completion", (ASK, ANSWER)),
+        ({"prompt": "ask", "response": "answer"}, "completion", (ASK, ANSWER)),
+        ({"prompt": "ask", "answer": "answer"}, "completion", (ASK, ANSWER)),
+        ({"question": "ask", "answer": "answer"}, "completion", (ASK, ANSWER)),
+        ({"prompt": SAID[:1], "completion": SAID[1:]}, "completion", (ASK, ANSWER)),
+        ({"prompt": SAID * 2 + SAID[:1], "completion": "answer"}, "completion", (ASK, ANSWER) * 3),
+        ({"text": "answer"}, "text", (ANSWER,)),
+        # One that could be more than one is the first; what is null is not there.
+        ({"messages": SAID, "instruction": "i", "output": "o", "text": "t"}, "chat", (ASK, ANSWER)),
+        ({"messages": None, "instruction": "ask", "output": "answer"}, "alpaca", (ASK, ANSWER)),
+        ({"prompt": "ask", "completion": "answer", "text": "both"}, "completion", (ASK, ANSWER)),
+        ({"text": "answer", "prompt": "alone"}, "text", (ANSWER,)),
+        ({"prompt": "ask", "completion": "answer", "chosen": "a", "rejected": "b"}, "completion", (ASK, ANSWER)),
+    ],
+)
+def test_a_record_is_recognized_by_its_fields(value: Any, format: str, expected: tuple[Turn, ...]) -> None:
+    assert parse(value, Format.auto, {}) == (Row(expected), format)
+    assert parse(value, Format[format], {}) == (Row(expected), format)
+
+
+@pytest.mark.parametrize(
+    ("role", "expected"),
+    [
+        *(("system", SYSTEM), ("developer", SYSTEM), ("user", USER), ("human", USER), ("User", USER)),
+        *(("assistant", ASSISTANT), ("gpt", ASSISTANT), ("model", ASSISTANT), ("chatgpt", ASSISTANT)),
+    ],
+)
+def test_roles_have_several_names(role: str, expected: str) -> None:
+    before = [("user", "ask")] if expected == ASSISTANT else []
+    after = [("user", "ask")] * (expected == SYSTEM) + [("assistant", "answer")]
+    found = turns(chat(*before, (role, "x"), *after[: 2 * (expected != ASSISTANT)]))
+    assert found[len(before)] == Turn(expected, "x")
+
+
+def test_the_parts_of_a_content_are_joined() -> None:
+    parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "sk"}]
+    assert turns(chat(("user", parts), ("assistant", ["ans", "wer"]))) == (ASK, ANSWER)
+
+
+def test_an_empty_system_message_is_left_out() -> None:
+    assert turns(chat(("system", " \n"), ("user", "ask"), ("assistant", "answer"))) == (ASK, ANSWER)
+
+
+def test_a_system_message_comes_before_a_system_field() -> None:
+    value = {**chat(("system", "own"), ("user", "ask"), ("assistant", "answer")), "system": "field"}
+    assert turns(value) == (Turn(SYSTEM, "own"), ASK, ANSWER)
+
+
+def test_what_follows_the_last_answer_is_cut_off() -> None:
+    assert turns({"messages": [*SAID, {"role": "user", "content": "thanks"}]}) == (ASK, ANSWER)
+
+
+def test_white_space_is_kept() -> None:
+    found = turns({"prompt": "ask\n", "completion": " answer"})
+    assert found == (Turn(USER, "ask\n"), Turn(ASSISTANT, " answer"))
+
+
+# -------------------------------------------------------------------------------------------------------------- columns
+
+
+def test_columns_are_read_under_other_names() -> None:
+    value = {"question": "ask", "context": "it", "answer": "answer"}
+    columns = {"instruction": "question", "input": "context", "output": "answer"}
+    for format in (Format.auto, Format.alpaca):
+        assert parse(value, format, columns) == (Row((Turn(USER, "ask", "it"), ANSWER)), "alpaca")
+
+
+def test_what_is_mapped_decides_between_formats() -> None:
+    value = {"messages": SAID, "instruction": "i", "output": "o", "body": "answer", "q": "ask"}
+    assert parse(value, Format.auto, {"text": "body"}) == (Row((ANSWER,)), "text")
+    assert parse(value, Format.auto, {"prompt": "q", "completion": "body"}) == (Row((ASK, ANSWER)), "completion")
+
+
+def test_a_column_may_take_another_fields_name() -> None:
+    value = {"output": "ask", "instruction": "answer", "input": "unmapped"}
+    found = turns(value, instruction="output", output="instruction")
+    assert found == (Turn(USER, "ask", "unmapped"), ANSWER)
+    assert turns({"input": "ask", "output": "answer"}, instruction="input") == (ASK, ANSWER)
+
+
+def test_a_column_that_is_not_there_is_named() -> None:
+    reason = "no column 'question' (for instruction); there are q, answer"
+    assert fault({"q": "a", "answer": "b"}, instruction="question", output="answer") == ("missing_fields", reason)
+
+
+def test_a_stratum_is_a_columns_value() -> None:
+    value = {"question": "ask", "answer": "answer", "topic": "art", "level": 3, "none": None, "list": []}
+    columns = {"prompt": "question", "completion": "answer"}
+    strata = {"topic": "art", "level": "3", "none": "", "answer": "answer"}
+    for column, stratum in strata.items():
+        assert parse(value, Format.auto, columns, column) == (Row((ASK, ANSWER), stratum), "completion")
+    missing = parse(value, Format.auto, {}, "subject")
+    assert isinstance(missing, Fault)
+    assert missing.kind == "missing_fields"
+    assert "no column 'subject' (data.stratify); there are question, answer, topic" in missing.reason
+    assert parse(value, Format.auto, {}, "list") == Fault(
+        "wrong_types", "list (data.stratify) must be text or a number (found a list)"
+    )
+
+
+# --------------------------------------------------------------------------------------------------------------- faults
+
+
+def test_what_could_not_be_read_stays_as_it_is() -> None:
+    unread = Fault("unreadable", "not JSON")
+    assert parse(unread, Format.auto, {"text": "body"}, "topic") is unread
+
+
+@pytest.mark.parametrize(
+    ("value", "kind", "reason"),
+    [
+        ([], "wrong_types", "a row is an object, not a list"),
+        ("text", "wrong_types", "a row is an object, not text"),
+        (None, "wrong_types", "a row is an object, not null"),
+        (3, "wrong_types", "a row is an object, not a number"),
+        ({}, "missing_fields", "there are none"),
+        ({"a": 1, "b": 2}, "missing_fields", "no messages or conversations or instruction+output or prompt+completion"),
+        ({"instruction": "i", "input": "n"}, "missing_fields", "no output; there are instruction, input"),
+        ({"instruction": "i", "output": None}, "missing_fields", "no output; there are instruction, output"),
+        ({"prompt": "p"}, "missing_fields", "no completion or response or answer; there are prompt"),
+        ({"chosen": "a", "rejected": "b", "prompt": "p"}, "wrong_types", "(preference data) are not supported"),
+        ({"instruction": "", "output": "o"}, "empty_fields", "instruction is empty"),
+        ({"instruction": "i", "output": " \n\u3000"}, "empty_fields", "output is empty"),
+        ({"prompt": "", "completion": "o"}, "empty_fields", "prompt is empty"),
+        ({"text": "\t"}, "empty_fields", "text is empty"),
+        ({"instruction": ["i"], "output": "o"}, "wrong_types", "instruction must be text (found a list)"),
+        ({"instruction": "i", "input": 3, "output": "o"}, "wrong_types", "input must be text (found a number)"),
+        ({"instruction": "i", "output": {}}, "wrong_types", "output must be text (found an object)"),
+        ({"instruction": "i", "output": True}, "wrong_types", "output must be text (found true or false)"),
+        ({"instruction": "i", "output": "o", "system": 1}, "wrong_types", "system must be text (found a number)"),
+        ({"text": b"t"}, "wrong_types", "text must be text (found bytes)"),
+    ],
+)
+def test_a_field_that_is_not_as_it_must_be_is_named(value: Any, kind: str, reason: str) -> None:
+    found = fault(value)
+    assert found[0] == kind
+    assert reason in found[1]
+
+
+@pytest.mark.parametrize(
+    ("messages", "kind", "reason"),
+    [
+        ([], "empty_fields", "messages is empty"),
+        ("", "empty_fields", "messages is empty"),
+        ("[{", "unreadable", "messages is text and must then be a list in JSON: not JSON: "),
+        ("[{'role': 'user'}]", "unreadable", "messages is text and must then be a list in JSON: not JSON: "),
+        ('[{"role": "user", "content": "\\ud83d"}]', "unreadable", "holds half a character"),
+        ('"text"', "wrong_types", "messages must be a list of messages (found text)"),
+        ({"chosen": SAID}, "wrong_types", "messages must be a list of messages (found an object)"),
+        ([SAID], "wrong_types", "messages[0] must be a message (an object with role and content) (found a list)"),
+        (["hello"], "wrong_types", "messages[0] must be a message (an object with role and content) (found text)"),
+        ([{"role": "user"}], "missing_fields", "messages[0] has no content; there are role"),
+        ([{"text": "x"}], "missing_fields", "messages[0] has no role and no content; there are text"),
+        ([{"from": "gpt"}], "missing_fields", "messages[0] has no value; there are from"),
+        ([{"role": "user", "content": None}], "missing_fields", "messages[0] has no content"),
+        ([{"role": 1, "content": "x"}], "wrong_types", "messages[0].role must be text (found a number)"),
+        ([{"role": "bard", "content": "x"}], "wrong_types", "messages[0].role is 'bard'; known are system, developer"),
+        ([{"role": "user", "content": " "}], "empty_fields", "messages[0].content is empty"),
+        ([*SAID, {"role": "assistant", "content": ""}], "empty_fields", "messages[2].content is empty"),
+        ([{"role": "user", "content": 5}], "wrong_types", "messages[0].content must be text (found a number)"),
+        ([{"role": "user", "content": []}], "empty_fields", "messages[0].content is empty"),
+        (
+            [{"role": "user", "content": [{"type": "image_url", "image_url": "x"}]}],
+            "wrong_types",
+            "messages[0].content[0] is a part of the type 'image_url'; only text is supported",
+        ),
+        ([{"role": "user", "content": [{"text": "x"}]}], "wrong_types", "content[0] is a part without a type"),
+        ([{"role": "user", "content": [3]}], "wrong_types", "content[0] must be a part with type and text"),
+        ([{"role": "user", "content": [{"type": "text"}]}], "wrong_types", "content[0].text must be text (found null)"),
+        ([*SAID, {"role": "tool", "content": "x"}], "wrong_types", "messages[2]: tool calls are not supported"),
+        ([{"role": "function", "content": None}], "wrong_types", "tool calls are not supported"),
+        (
+            [SAID[0], {"role": "assistant", "content": None, "tool_calls": [{"id": 1}]}],
+            "wrong_types",
+            "messages[1]: tool calls are not supported",
+        ),
+        (SAID[:1], "missing_fields", "no turn of the assistant"),
+        (SAID[1:], "wrong_types", "turn 1 of 1 is the assistant's where the user's was expected"),
+        (SAID[:1] + SAID, "wrong_types", "turn 2 of 3 is the user's where the assistant's was expected"),
+        (SAID + SAID[1:], "wrong_types", "turn 3 of 3 is the assistant's where the user's was expected"),
+        (
+            [*SAID, {"role": "system", "content": "x"}, *SAID],
+            "wrong_types",
+            "turn 3 of 5 is the system's where the user's was expected",
+        ),
+    ],
+)
+def test_a_conversation_that_is_not_as_it_must_be_is_named(messages: Any, kind: str, reason: str) -> None:
+    found = fault({"messages": messages})
+    assert found[0] == kind
+    assert reason in found[1]
+    assert fault({"conversations": messages}) == (kind, found[1].replace("messages", "conversations", 1))
+
+
+def test_a_message_without_tool_calls_may_have_the_field() -> None:
+    assert turns({"messages": [{**message, "tool_calls": None} for message in SAID]}) == (ASK, ANSWER)
+    assert turns({"messages": [{**message, "tool_calls": []} for message in SAID]}) == (ASK, ANSWER)
+
+
+@pytest.mark.parametrize(
+    ("format", "reason"),
+    [
+        (Format.alpaca, "no instruction+output; there are messages"),
+        (Format.text, "no text; there are messages"),
+        (Format.sharegpt, "no conversations; there are messages"),
+        (Format.completion, "no prompt+completion or prompt+response or prompt+answer or question+answer; there are"),
+    ],
+)
+def test_a_format_that_is_named_is_the_only_one(format: Format, reason: str) -> None:
+    kind, found = fault({"messages": SAID}, format)
+    assert kind == "missing_fields"
+    assert found.startswith(reason)
