@@ -76,7 +76,7 @@ class OutOfMemory(Exception):
 
 def write_data(case: Case) -> Path:
     """Random tokens, for both sides; the model's folder."""
-    from datasets import Dataset
+    import pyarrow as pa
 
     from raytune_lora.models.sources import materialize
     from raytune_lora.models.tokenizer import load_tokenizer
@@ -84,11 +84,15 @@ def write_data(case: Case) -> Path:
 
     cfg, store = config(case), token_store(case)
     model = materialize(cfg.model, Path(cfg.cache))
+    store.folder.mkdir()
     vocabulary, draw = len(load_tokenizer(model, cfg.model)), random.Random(0)
     for split, count in store.rows.items():
         ids = [[draw.randrange(3, vocabulary) for _ in range(length)] for length in row_lengths(case, count)]
         rows = [{"input_ids": row, "labels": [-100] * (len(row) // 4) + row[len(row) // 4 :]} for row in ids]
-        Dataset.from_list(rows).save_to_disk(str(store.folder / split))
+        table = pa.Table.from_pylist(rows)
+        path = str(store.folder / f"{split}.arrow")
+        with pa.OSFile(path, "wb") as sink, pa.ipc.new_stream(sink, table.schema) as writer:
+            writer.write_table(table)
         if split == "train":
             order = permutation(count, 0, plan_run(cfg, count).seed)
             lines = (json.dumps(rows[index]) + "\n" for index in order)
@@ -133,6 +137,7 @@ def config(case: Case, trial: list[str] | None = None) -> Any:
         "quantization": case.quantization,
         "method.dropout": 0,
         "data": "fake",
+        "data.max_length": case.length,
         "training.global_batch": case.global_batch,
         "training.micro_batch": case.micro_batch,
         "training.max_steps": case.steps,

@@ -36,6 +36,7 @@ VARIANTS = {  # of ours, and the overrides that make them
 }
 NEEDS = {"packing + liger": "liger_kernel", "packing + flash attention": "flash_attn"}  # and a GPU
 ON_GPU, ON_CPU = 32768, 512  # tokens of a forward pass at most, padding included, where --tokens does not say
+PASSES = 4  # forward passes a step, of the script; packed rows may do with fewer
 WARM_UP = 2  # steps that do not count: kernels are compiled in them
 SPREAD = 0.8  # sigma of the log-normal lengths
 GOAL = 1.7
@@ -210,7 +211,7 @@ def arguments(gpus: int) -> argparse.Namespace:
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda" if gpus else "cpu")
     parser.add_argument("--adapters", nargs="+", choices=list(ADAPTERS), default=list(ADAPTERS))
     parser.add_argument("--lengths", type=int, nargs="+", default=[512, 2048, 8192], help="tokens of the longest rows")
-    parser.add_argument("--tokens", type=int, help="of a forward pass at most, padding included; a step has two passes")
+    parser.add_argument("--tokens", type=int, help="of a forward pass at most, padding included")
     parser.add_argument("--steps", type=int, default=10, help=f"of a run; the first {WARM_UP} do not count")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--threads", type=int, default=1)
@@ -240,7 +241,7 @@ def main() -> int:
     for adapter in args.adapters:
         for length in args.lengths:
             micro = max(1, (args.tokens or (ON_GPU if gpus else ON_CPU)) // length)
-            sized = replace(case, length=length, micro_batch=micro, global_batch=2 * micro)
+            sized = replace(case, length=length, micro_batch=micro, global_batch=PASSES * micro)
             cell = measure(adapter, sized, args.repeats, args.deepspeed)
             if gpus:
                 judge(cell, args.goal)

@@ -24,8 +24,6 @@ from raytune_lora.config.schema import (
 # the schedules of transformers that need no further arguments
 LR_SCHEDULERS = ("constant", "constant_with_warmup", "cosine", "inverse_sqrt", "linear")
 UNUSABLE = ("unreadable", "missing_fields", "wrong_types", "empty_fields")  # findings whose rows cannot be trained on
-# fields of the formats, which a column of the file can stand for
-COLUMNS = {"instruction", "input", "output", "system", "messages", "conversations", "prompt", "completion", "text"}
 TRACKERS = ("tensorboard", "wandb", "mlflow", "ray")
 
 _Rule = tuple[Callable[[float], bool], str]  # whether a value holds, and the rule in words
@@ -242,11 +240,6 @@ def _data_problems(cfg: RunConfig) -> list[str]:
             )
         elif action is Action.mask:
             found.append(f"data.quality.{name}=mask: only personal data can be masked (data.pii); take report or drop")
-    if isinstance(data, FileDataConfig) and (unknown := set(data.columns) - COLUMNS):
-        found.append(
-            f"data.columns: there is no field {', '.join(sorted(unknown))}; known: {', '.join(sorted(COLUMNS))} "
-            "(data.columns.instruction=<column of the file>)"
-        )
     if sum(mix.share for mix in data.mix.values()) >= 1:
         found.append("data.mix: the shares together must be < 1, or no row of one's own is left")
     found += [

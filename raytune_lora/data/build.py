@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from raytune_lora.config.data import Action, DataConfig
-from raytune_lora.data import statistics
+from raytune_lora.data import pii, statistics
 from raytune_lora.data.findings import Findings
 from raytune_lora.data.process import Part, Processor, Settings, pii_actions
 from raytune_lora.data.rows import Record
@@ -168,6 +168,9 @@ def _report(
     found = {name: findings.report(name) | {"action": action.value} for name, action in on.items()}
     kinds = {kind: action for kind, action in pii_actions(cfg.pii).items() if action is not Action.off}
     personal = {kind: findings.report(f"pii.{kind}") | {"action": action.value} for kind, action in kinds.items()}
+    for finding in (*found.values(), *personal.values()):
+        for example in finding["examples"]:  # a report is passed on more easily than the data
+            example["text"] = pii.hidden(example["text"], pii.find(example["text"]))
     return {
         "schema_version": 1,
         "sources": [{"role": source.role, "name": source.name} for source in sources],

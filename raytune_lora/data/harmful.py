@@ -19,6 +19,7 @@ _JOINED = "\u1100-\u11ff\u3040-\u30ff\u3130-\u318f\u31f0-\u31ff\u3400-\u4dbf\u4e
 _IS_JOINED = re.compile(f"[{_JOINED}]")
 _LETTER = rf"[^\W{_JOINED}]"  # of a script that puts spaces between words
 
+_TOKEN = re.compile(rf"{_LETTER}+")
 LONGEST = 100  # characters of a word or phrase
 WHITE = r"\s{1,9}"  # between the words of a phrase
 
@@ -37,7 +38,13 @@ class Words:
         Case and width of letters do not matter, nor what kind of space is between the words of a phrase. In scripts
         without spaces between words a word is found inside others; in the other scripts only by itself.
         """
-        keys = (_key(match.group()) for match in self._pattern.finditer(_folded(text)))
+        folded = _folded(text)
+        matches: list[re.Match[str]] = []
+        if not self._telling.isdisjoint(["", *_TOKEN.findall(folded)]):
+            matches += self._spaced.finditer(folded)
+        if not folded.isascii():
+            matches += self._joined.finditer(folded)
+        keys = (_key(match.group()) for match in sorted(matches, key=re.Match.start))
         return list(dict.fromkeys(self._listed[key] for key in keys))
 
     @cached_property
@@ -46,14 +53,24 @@ class Words:
         return {_key(_folded(word)): word for words in self.languages.values() for word in words}
 
     @cached_property
-    def _pattern(self) -> re.Pattern[str]:
+    def _folded_words(self) -> list[str]:
+        return [" ".join(_folded(word).split()) for words in self.languages.values() for word in words]
+
+    @cached_property
+    def _telling(self) -> frozenset[str]:
+        """Of every phrase its longest word: a text with none of these needs no search."""
+        words = (word for word in self._folded_words if not _IS_JOINED.search(word))
+        return frozenset(max(_TOKEN.findall(word), key=len, default="") for word in words)
+
+    @cached_property
+    def _spaced(self) -> re.Pattern[str]:
         """One alternation, nested by common beginnings: a text is read once, however long the list is."""
-        words = [" ".join(_folded(word).split()) for words in self.languages.values() for word in words]
-        joined = [word for word in words if _IS_JOINED.search(word)]
-        spaced = [word for word in words if not _IS_JOINED.search(word)]
-        parts = [rf"(?<!{_LETTER})(?:{_nested(spaced, space=WHITE)})(?!{_LETTER})"] if spaced else []
-        parts += [_nested(joined, space=f"(?:{WHITE})?")] if joined else []
-        return re.compile("|".join(parts) or r"(?!)")
+        nested = _nested([word for word in self._folded_words if not _IS_JOINED.search(word)], space=WHITE)
+        return re.compile(rf"(?<!{_LETTER})(?:{nested})(?!{_LETTER})")
+
+    @cached_property
+    def _joined(self) -> re.Pattern[str]:
+        return re.compile(_nested([word for word in self._folded_words if _IS_JOINED.search(word)], f"(?:{WHITE})?"))
 
 
 def load_words(path: str | None) -> Words:
@@ -68,12 +85,12 @@ def load_words(path: str | None) -> Words:
     try:
         content = yaml.safe_load(where.read_bytes())
     except OSError as error:
-        raise UserError(f"{wrong} cannot be read ({error.strerror}): name a YAML file, or leave it out") from None
+        raise UserError(f"{wrong} cannot be read ({error.strerror}): name a YAML file") from None
     except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
         reason = " ".join(str(error).split())
         raise UserError(f"{wrong} is not YAML ({reason}): {form}") from None
     if not isinstance(content, dict) or not content:
-        raise UserError(f"{wrong} must map languages to lists of words, but holds {_shown(content)}: {form}")
+        raise UserError(f"{wrong} must map languages to words, but holds {_shown(content)}: {form}")
     problems: list[str] = []
     for language, words in content.items():
         if not isinstance(language, str):
@@ -82,7 +99,7 @@ def load_words(path: str | None) -> Words:
             problems.append(f"{wrong} must have a list of words for {language}, but has {_shown(words)}: {form}")
         else:
             problems += [
-                f"{wrong} has {_shown(word)} as a word of {language}: write 1 to {LONGEST} characters of text, in quotes"
+                f"{wrong} has {_shown(word)} as a word of {language}: write 1 to {LONGEST} characters, in quotes"
                 for word in words
                 if not (isinstance(word, str) and 0 < len(_key(_folded(word))) <= LONGEST)
             ]
@@ -110,6 +127,8 @@ def _key(word: str) -> str:
 
 def _nested(words: list[str], space: str) -> str:
     """A pattern of any of the words, the longest where several fit, with ``space`` as the pattern of their spaces."""
+    if not words:
+        return "(?!)"
     tree: _Tree = {}
     for word in words:
         node = tree

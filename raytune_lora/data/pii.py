@@ -114,13 +114,13 @@ _WORDS = {
     "phone": "phone telephone cellphone tel call cell mobile mobil fax whatsapp sms dial handy ring rufnummer telefon "
     "telefonnummer telefono teléfono telephone téléphone tél móvil movil portable 電話 携帯 电话 手机",
     "credit_card": "card visa mastercard amex credit debit karte kreditkarte carte tarjeta カード 卡号",
-    "ssn": "ssn",
-    "resident_number": "rrn resident",
+    "ssn": "ssn social",
+    "resident_number": "rrn registration",
     "ip_address": "ip ipv4 address server host dns ping gateway",
 }
 _KIND_OF = {word: kind for kind, words in _WORDS.items() for word in words.split()}
 _KOREAN = re.compile(  # nouns, which particles and other nouns are joined to
-    r"(?P<phone>전화|연락처|휴대|핸드폰|팩스)|(?P<credit_card>카드)|(?P<resident_number>주민)|(?P<ip_address>서버|주소)"
+    r"(?P<phone>전화|연락처|휴대|핸드폰|팩스)|(?P<credit_card>카드)|(?P<resident_number>주민(?:등록|번호))|(?P<ip_address>서버|주소)"
 )
 _IDENTIFIER_WORDS = (
     "order orders invoice tracking ticket case reference ref item sku part parts serial model product article batch "
@@ -133,12 +133,10 @@ _KOREAN_IDENTIFIER = re.compile(r"(?:주문|송장|예약|상품|제품|접수|�
 _BETWEEN = frozenset({"no", "nr", "num", "number", "id", "code", "ref", "is", "was", "ist", "번호", "번호는"})
 
 
-def _context(text: str, start: int) -> str:
+def _context(text: str, start: int, around: int = _AROUND) -> str:
     """The kind that the last telling word before ``start`` speaks of; empty without one."""
-    for word in reversed(_WORD.findall(text, max(0, start - _AROUND), start)):
+    for word in reversed(_WORD.findall(text, max(0, start - around), start)):
         kind = _KIND_OF.get(word.lower(), "")
-        if not kind and word.lower() == "security":
-            kind = "ssn"
         if not kind and not word.isascii() and (korean := _KOREAN.search(word)):
             kind = str(korean.lastgroup)
         if kind:
@@ -288,7 +286,7 @@ def _resident_number(text: str, start: int, end: int) -> Match | None:
     valid = {(11 - total % 11) % 10}
     if digits[6] in "5678":  # foreigners' numbers
         valid.add((13 - total % 11) % 10)
-    checked, named = int(digits[12]) in valid, _context(text, start) == "resident_number"
+    checked, named = int(digits[12]) in valid, _context(text, start, 20) == "resident_number"
     unlike = dashed or not (_is_ean(digits) or _is_identifier(text, start))  # any other number
     sure = (checked and unlike) or (named and (checked or dashed))
     return Match("resident_number", start, end) if sure else None
@@ -428,7 +426,10 @@ def _ip_addresses(text: str) -> Iterator[Match]:
                 yield Match("ip_address", first.start(), end)
 
 
-_VERSION_WORDS = "version ver v release build firmware driver section chapter clause revision rev kernel 버전 版本"
+_VERSION_WORDS = (
+    "version ver v release build firmware driver section chapter clause revision rev kernel oid objectidentifier "
+    "버전 版本"
+)
 _VERSIONED = frozenset(_VERSION_WORDS.split())
 _PINNED = re.compile(r"[A-Za-z][/-]$|[=<>~^!]=[ ]?$|[~^]$")
 
@@ -522,6 +523,7 @@ _TOKENS = re.compile(
 _TOKEN_SIGNS = ("_", "sk-", "eyJ", "AKIA", "AIza", "xox", "ASIA", "glpat-", "AROA", "AIDA")
 _PEM = re.compile(r"-----BEGIN (?:[A-Z0-9]{1,12} ){0,3}PRIVATE KEY(?: BLOCK)?-----")
 _PEM_END = re.compile(r"-----END [A-Z0-9 ]{0,40}-----")
+_PEM_DATA = re.compile(r"[A-Za-z0-9+/]{16}")
 _PEM_BODY = re.compile(r"[A-Za-z0-9+/=\s\\]*")
 _LOGIN = re.compile(r"://[^\s:/@]{1,64}:([^\s:/@]{3,100})@")
 _ASSIGNED = re.compile(r"[=:]>?[ \t]{0,3}[\"'`]?([A-Za-z0-9+/=_.~!@#$%^&*\-]{8,200})")
@@ -530,6 +532,7 @@ _SECRET_NAME = re.compile(
     r"|credentials?|비밀번호|암호|패스워드)(?:[_-]?(?:key|value|id))?[\"'`]?[ \t]{0,3}$",
     re.I,
 )
+_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*(?:\.[A-Za-z_][A-Za-z0-9_]*)+")  # of something in a program
 _PLACEHOLDER = re.compile(
     r"your|example|change|dummy|placeholder|sample|insert|xxx|\*\*\*|\.\.\.|123456|://|^\$[A-Z_{]", re.I
 )
@@ -548,7 +551,8 @@ def _secrets(text: str) -> Iterator[Match]:
             yield Match("secret", *shape.span())
     if "@" in text and "://" in text:
         for shape in _LOGIN.finditer(text):
-            yield Match("secret", *shape.span(1))
+            if shape[1].lower() not in ("password", "passwd", "pass", "secret"):
+                yield Match("secret", *shape.span(1))
 
 
 def _private_keys(text: str) -> Iterator[Match]:
@@ -559,7 +563,8 @@ def _private_keys(text: str) -> Iterator[Match]:
         closed = end is not None  # where one has no end, the others behind it have none either
         end = end or _PEM_BODY.match(text, begin.end())
         at = end.end() if end else begin.end()
-        yield Match("secret", begin.start(), at)
+        if _PEM_DATA.search(text, begin.end(), at):
+            yield Match("secret", begin.start(), at)
 
 
 def _is_header(part: str) -> bool:
@@ -592,7 +597,7 @@ def _is_random(value: str) -> bool:
     """Digits and letters in both cases or with signs, or many of them; nothing that stands for a value to come."""
     digits = sum(c.isdigit() for c in value)
     cases = any(c.islower() for c in value) + any(c.isupper() for c in value)
-    if not digits or not cases or _PLACEHOLDER.search(value):
+    if not digits or not cases or _PLACEHOLDER.search(value) or _NAME.fullmatch(value):
         return False
     if -sum(n / len(value) * math.log2(n / len(value)) for n in Counter(value).values()) < 2.5:  # bits a character
         return False

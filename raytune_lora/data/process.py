@@ -23,6 +23,7 @@ from raytune_lora.data.harmful import Words, load_words
 from raytune_lora.data.rows import Fault, Record, Row, Turn
 from raytune_lora.data.sources import BENCHMARK, MIX, Source
 from raytune_lora.data.statistics import Statistics
+from raytune_lora.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -95,7 +96,7 @@ class Processor:
         encoded: list[Encoded | None] = [None] * len(rows)
         kept = rows
         if self._settings.tokenizer is not None:
-            encoded = encode([usable.row for usable in rows], self._settings.cfg, self._settings.tokenizer)
+            rows, encoded = self._encoded(rows, findings)
             kept = [usable for usable, ids in zip(rows, encoded, strict=True) if ids is not None]
         ids = [one for one in encoded if one is not None]
         trained = [sum(label >= 0 for label in one.labels) for one in ids]
@@ -121,6 +122,23 @@ class Processor:
             stratum=[usable.row.stratum for usable in kept],
             format=[usable.format for usable in kept],
         )
+
+    def _encoded(self, rows: list[_Usable], findings: Findings) -> tuple[list[_Usable], list[Encoded | None]]:
+        """The rows and their tokens, without those that a chat template refuses; to refuse all of them is an error."""
+        cfg, tokenizer = self._settings.cfg, self._settings.tokenizer
+        try:
+            return rows, encode([usable.row for usable in rows], cfg, tokenizer)
+        except UserError:
+            taken, encoded = [], []
+            for usable in rows:
+                try:
+                    encoded += encode([usable.row], cfg, tokenizer)
+                    taken.append(usable)
+                except UserError as error:
+                    findings.add("wrong_types", usable.where, "\n".join(usable.row.texts()), str(error))
+            if not taken:
+                raise
+            return taken, encoded
 
     def _usable(self, source: int, record: Record, findings: Findings) -> _Usable | None:
         """A row that can be trained on, with personal data masked where asked for; None where it is left out."""

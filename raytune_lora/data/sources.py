@@ -10,6 +10,7 @@ from typing import Any
 from raytune_lora.config.data import DataConfig, ExtractionDataConfig, FakeDataConfig, FileDataConfig, Format
 from raytune_lora.data import readers
 from raytune_lora.data.extraction import extraction_records
+from raytune_lora.data.formats import FIELDS, OPTIONAL
 from raytune_lora.data.rows import Record
 from raytune_lora.errors import UserError
 
@@ -60,11 +61,18 @@ def sources(cfg: DataConfig) -> list[Source]:
 def problems(cfg: DataConfig) -> list[str]:
     """What is wrong with the sources, seen without reading them through."""
     try:
-        for source in sources(cfg):
+        found = sources(cfg)
+        for source in found:
             next(source.records(), None)
     except UserError as error:
         return error.problems
-    return []
+    known = sorted({name for _, names in FIELDS for name in names}.union(*OPTIONAL.values()))
+    return [
+        f"{source.name}: there is no field {', '.join(unknown)} to stand a column for; known: {', '.join(known)} "
+        "(data.columns.instruction=<column of the file>)"
+        for source in found
+        if (unknown := sorted(set(source.columns) - set(known)))
+    ]
 
 
 def _files(
@@ -82,7 +90,7 @@ def _files(
     try:
         files = readers.expand(path)
     except UserError as error:
-        raise UserError([f"{key}: {problem}" for problem in error.problems]) from error
+        raise UserError([f"{key}: {problem.removeprefix('data: ')}" for problem in error.problems]) from error
 
     def records() -> Iterator[Record]:
         for file in files:

@@ -232,22 +232,29 @@ def _cardinality(registers: NDArray[np.uint8]) -> float:
 
 _STOP_WORDS = {
     "en": "the of and to in is that for it with as on are this be was by what from have you how an or your not can its"
-    " write explain describe give create translate which does",
-    "de": "der die das und ist nicht ein eine in zu den mit von für auf dem im es sich des als auch an wie sie ich was",
-    "fr": "le la les des et est un une de du en que qui dans pour pas sur au avec ce il par plus sont vous je quelle",
-    "es": "el la los las de del es un una en que por con para se no su al lo como más qué cuál está son este sus",
-    "it": "il la le di è un una in che per con non si del della dei gli i sono come al da nel più questo qual alla",
-    "pt": "os as de do da é um uma em que por com para não se no na dos ao mais como são seu qual pelo à das",
-    # Dutch, Scandinavian languages, Polish, Turkish, Indonesian, Vietnamese, Finnish, Hungarian, Romanian
+    " write explain describe give create translate which does we they their has will all but",
+    "de": "der die das und ist nicht ein eine in zu den mit von für auf dem im es sich des als auch an wie sie ich was"
+    " oder aus nach bei einer einem einen eines werden durch diese dieser dass um wenn kann wird sind",
+    "fr": "le la les des et est un une de du en que qui dans pour pas sur au avec ce il par plus sont vous je quelle"
+    " ou aux ces ses leur être mais ne tout toute nous cette d'un d'une comme si on",
+    "es": "el la los las de del es un una en que por con para se no su al lo como más qué cuál está son este sus"
+    " o otros otras si esta pero puede ser cuando sobre entre también",
+    "it": "il la le di è un una in che per con non si del della dei gli i sono come al da nel più questo qual alla"
+    " delle dello nella sul sulla essere altri altre anche questa ed lo se e o",
+    "pt": "os as de do da é um uma em que por com para não se no na dos ao mais como são seu qual pelo à das"
+    " pela nos nas ser outros outras este você sua e o ou esta também",
+    # Dutch, Scandinavian and Slavic languages, Turkish, Indonesian, Tagalog, Vietnamese, Finnish, Hungarian, Romanian
     "other": "het een van niet dat zijn voor de en is op te och att det som är på ett og er til się nie jest że na ve"
-    " bir bu için dan yang di untuk dengan là của và các cho không ja ei on että hogy az és egy și este în cu pe",
+    " bir bu için dan yang di untuk dengan là của và các cho không ja ei on että hogy az és egy și este în cu pe"
+    " je za od u su koje ili kao ng sa mga ang ste pro să sau din ki lub oraz jak",
 }
 _CODES = dict(zip(_STOP_WORDS, "edfsipo", strict=True))
 _NAMES = {code: name for name, code in _CODES.items()}
 _STOPS: dict[str, str] = {}  # word -> the letters of the languages that have it
 for _name, _list in _STOP_WORDS.items():
-    for _word in _list.split():
+    for _word in set(_list.split()):
         _STOPS[_word] = _STOPS.get(_word, "") + _CODES[_name]
+_STOPS = {word: codes * 2 if len(codes) == 1 else codes for word, codes in _STOPS.items()}  # words of one tell more
 _SIGNS = (("ß", "dd"), ("ñ", "ss"), ("¿", "ss"), ("ã", "pp"), ("õ", "pp"))
 
 
@@ -267,7 +274,7 @@ _BY_SCRIPT: dict[str, tuple[str, re.Pattern[str] | None]] = {  # the language, a
     "K": ("ko", None),
     "R": ("ru", re.compile("[\u0454\u0456-\u045c\u0452\u04d9\u049b]")),  # Ukrainian, Serbian, Kazakh
     "A": ("ar", re.compile("[\u067e\u0686\u0698\u06a9\u06af\u06cc\u06d2]")),  # Persian, Urdu
-    "H": ("hi", re.compile("[\u0980-\u09ff]")),  # Bengali
+    "H": ("hi", re.compile("[\u0980-\u09ff]|ळ|आह|आणि|च्या|हरू|गर्न|लाई|छन्")),  # Bengali, Marathi, Nepali
     "O": ("other", None),
 }
 
@@ -275,7 +282,7 @@ _BY_SCRIPT: dict[str, tuple[str, re.Pattern[str] | None]] = {  # the language, a
 def language(text: str) -> str:
     """The language of a text: ``en ko ja zh de fr es it pt ru ar hi``; ``other`` where it is none of them or unclear.
 
-    By script where one character of it comes on four of Latin or fewer; else by frequent words, at least one in twelve.
+    By script where one character of it comes on four of Latin or fewer; else by words that are frequent in it.
     """
     signs = ""
     if not text.isascii():
@@ -288,7 +295,7 @@ def language(text: str) -> str:
     hits = "".join([_STOPS[word] for word in words if word in _STOPS]) + signs
     best = max("edfsipo", key=hits.count)
     count = hits.count(best)
-    return _NAMES[best] if count and count * 12 >= len(words) else "other"
+    return _NAMES[best] if count and count * 6 >= len(words) else "other"
 
 
 def _by_script(text: str, pages: bytes, latin: int) -> str | None:

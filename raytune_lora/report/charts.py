@@ -88,7 +88,7 @@ class Scale:
             ticks = [float(f"{m}e{p}") for p in powers for m in factors]
             ticks = [t for t in ticks if self.low <= t <= self.high]
             if len(ticks) <= most:
-                return ticks
+                return ticks if len(ticks) > 2 else self._even_ticks(most)  # of a short stretch, logarithms say little
         return ticks[:: math.ceil(len(ticks) / most)]
 
 
@@ -175,19 +175,22 @@ def histogram(
     left, top, right, bottom = 46, 20, width - 6, height - 26
     long = [bar for bar in bars if bar.low > 0]
     low, high = long[0].low, max(long[-1].high, most or 0)
-    zero = low * (low / high) ** 0.12  # the place of length 0, which has no logarithm
-    across = Scale(low if len(long) == len(bars) else zero * (low / high) ** 0.06, high * 1.02, left, right, log=True)
+    span = max(high / low, 2.0)  # so that a single length is no wall
+    air = math.sqrt(span * low / high)
+    zero = low * span**-0.15  # the place of length 0, which has no logarithm
+    start = low / air if len(long) == len(bars) else low * span**-0.22
+    across = Scale(start, high * air * 1.02, left, right, log=True)
     up = Scale(0, max(bar.rows for bar in bars), bottom, top)
-    ticks = [(across(t), number(t)) for t in across.ticks(6) if t >= low]
+    ticks = [(across(t), number(t)) for t in across.ticks(6)]
     if len(long) < len(bars):
-        ticks.insert(0, (across(zero), "0"))
+        ticks = [(across(zero), "0"), *(tick for tick in ticks if tick[0] >= across(low))]
     svg = _drawing(width, height, title)
     whole = [(up(t), number(t)) for t in up.ticks(4) if float(t).is_integer()]
     _frame(svg, _Axis(across, _spaced(ticks)), _Axis(up, whole, "rows"), (left, right, bottom))
     for bar in bars:
-        start, end = (across(bar.low), across(bar.high)) if bar.low > 0 else (across(zero) - 4, across(zero) + 4)
-        wide, y = max(end - start - 1, 1.5), up(bar.rows)
-        drawn = _add(svg, "rect", cls="bar", x=start, width=wide, y=y, height=bottom - y)
+        x, end = (across(bar.low), across(bar.high)) if bar.low > 0 else (across(zero) - 4, across(zero) + 4)
+        wide, y = max(end - x - 1, 1.5), up(bar.rows)
+        drawn = _add(svg, "rect", cls="bar", x=x, width=wide, y=y, height=bottom - y)
         _add(drawn, "title", bar.title)
     if most is not None:
         _add(svg, "line", cls="reference", x1=across(most), x2=across(most), y1=top - 8, y2=bottom)

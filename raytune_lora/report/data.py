@@ -254,7 +254,7 @@ def _findings(r: dict[str, Any]) -> list[Finding]:
         examples = [
             {key: e.get(key) or "" for key in ("where", "text", "detail")} for e in finding.get("examples") or []
         ]
-        share = count / read if read else None
+        share = count / read if 0 < count <= read else None
         line = Finding(name, _spelled(name), clause, count, share, reads, colour, examples)
         ranked.append((order.index(action) if action in order else len(order), -count, line))
     return [line for *_, line in sorted(ranked, key=lambda item: item[:2])]
@@ -304,8 +304,8 @@ def _histogram(lengths: dict[str, Any], unit: str) -> list[Bar]:
     bars = []
     for (least, rows), end in zip(given, ends, strict=False):
         low = max(least, lengths.get("min") or 0)
-        high = max(min(least * _BAR, end), low + 1) if low else 1
-        last = math.ceil(high) - 1
+        high = max(math.ceil(min(least * _BAR, end)), low + 1) if low else 1
+        last = high - 1
         span = number(low) if last == low else f"{number(low)}\N{EN DASH}{number(last)}"
         bars.append(Bar(low, high, rows, f"{span} {unit}: {_counted(rows, 'row')}"))
     return bars

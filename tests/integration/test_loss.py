@@ -15,7 +15,8 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from raytune_lora.config.schema import RunConfig
-from raytune_lora.data.store import IGNORED, TokenStore
+from raytune_lora.data.encode import IGNORED
+from raytune_lora.data.store import TokenStore
 from raytune_lora.models.export import ADAPTER
 from raytune_lora.training.checkpoint import latest
 from raytune_lora.training.driver import Pool

@@ -15,9 +15,10 @@ import yaml
 from raytune_lora.cli import VERBS, job
 from raytune_lora.config import validate
 from raytune_lora.config.compose import compose, dump, load
+from raytune_lora.config.data import FileDataConfig
 from raytune_lora.config.groups import conf_dir, groups
 from raytune_lora.config.methods import LoraMethodConfig
-from raytune_lora.config.schema import FileDataConfig, HubModelConfig, Precision, TinyModelConfig
+from raytune_lora.config.schema import HubModelConfig, Precision, TinyModelConfig
 from raytune_lora.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -262,12 +262,22 @@ def test_the_bars_of_a_histogram_name_every_length_once() -> None:
         assert int(high or low) + 1 == int(following)
 
 
-def test_length_zero_has_a_bar_of_its_own() -> None:
-    drawing = histogram([Bar(0, 1, 5, "0"), Bar(20, 24, 9, "20-23"), Bar(24, 29, 2, "24-28")], "t")
+@pytest.mark.parametrize("longest", [16, 29, 4000])
+def test_length_zero_has_a_bar_of_its_own(longest: int) -> None:
+    drawing = histogram([Bar(0, 1, 5, "0"), Bar(15, 16, 9, "15"), Bar(longest - 1, longest, 2, "long")], "t")
     places = [float(x) for x in re.findall(r'<rect class="bar" x="([\d.]+)"', drawing)]
     assert len(places) == 3
-    assert places == sorted(places)
+    assert places[0] > 46  # right of the axis
+    assert places[1] - places[0] > 8  # and clear of the next one
     assert ">0</text>" in drawing
+
+
+def test_rows_that_are_all_of_one_length_make_one_narrow_bar() -> None:
+    drawing = histogram([Bar(15, 16, 60, "15")], "t")
+    width = re.findall(r'<rect class="bar" [^>]*width="([\d.]+)"', drawing)
+    assert len(width) == 1
+    assert 5 < float(width[0]) < 60
+    assert ">10</text>" in drawing or ">20</text>" in drawing
 
 
 def test_lengths_that_are_all_zero_have_no_histogram() -> None:

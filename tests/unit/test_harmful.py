@@ -6,7 +6,6 @@ import time
 from pathlib import Path
 
 import pytest
-import yaml
 
 from raytune_lora.data.harmful import PACKAGED, Words, load_words
 from raytune_lora.errors import UserError
@@ -45,7 +44,7 @@ def test_every_word_is_found_as_it_is_listed(words: Words) -> None:
     [
         ("Just KILL  Yourself.", ["kill yourself"]),
         ("kill\nyourself", ["kill yourself"]),
-        ("“I’m going to kill you”, he wrote", ["i'm going to kill you"]),
+        ("“I\u2019m going to kill you”, he wrote", ["i'm going to kill you"]),
         ("그냥 나가뒈져라", ["나가 뒈져"]),
         ("가만두면 죽여  버리겠다", ["죽여 버리겠"]),
         ("이 씨발아", ["씨발"]),
@@ -74,16 +73,15 @@ def test_what_is_found(words: Words, text: str, expected: list[str]) -> None:
         "niggardly, snigger, skyscraper, monkeys in the jungle, white powder, to kill a process, kill your darlings",
         "Killing yourself with work; I will kill your process; kill -9 you; skys and kyser",
         "le train est en retard, l'ordinateur tue le temps, un sale temps, la mort aux trousses",
-        "Der Kanakenstaat ist ein Wort, bring dich um zwölf nach Hause? Nein: bring dich in Sicherheit",
+        "Ich bringe dich um acht nach Hause, bring dich in Sicherheit, hier wird vergast",
         "la palabra matate con ele, negro de humo, un hijo de puertorriqueños",
-        "병신년(丙申年)에 태어났다. 시발점은 서울역이다. 새끼 고양이. 개나리. 자살 예방 상담 전화. 죽여주는 맛",
-        "死ねない理由、必死ね?、片割れ、気をつけて。犯人を捜す。",
+        "병신년(丙申年)에 태어났다. 시발점은 서울역이다. 새끼 고양이. 개나리. 자살 예방 상담 전화. 5개년 계획",
+        "死ねない理由、必死ね?、片割れ、雰囲気違いの販売女性。犯人を捜す。",
         "杂种优势是遗传学概念。他去世了。黑色的鬼屋。自杀预防热线。",
     ],
 )
 def test_what_is_left_alone(words: Words, text: str) -> None:
-    expected = ["bring dich um"] if "bring dich um" in text else []  # the one that a list of words cannot tell apart
-    assert words.find(text) == expected
+    assert words.find(text) == []
 
 
 def test_the_list_is_fast(words: Words) -> None:
@@ -109,12 +107,11 @@ def test_a_long_text_takes_no_time(words: Words, piece: str) -> None:
 
 def test_a_users_own_list_replaces_the_packaged_one(tmp_path: Path) -> None:
     path = tmp_path / "own.yaml"
-    path.write_text(
-        yaml.safe_dump({"en": ["Acme Corp", "c++"], "ko": ["경쟁 사"]}, allow_unicode=True), encoding="utf-8"
-    )
+    path.write_text("en: [Acme Corp, c++, '***']\nko: [경쟁 사]\n", encoding="utf-8")
     words = load_words(str(path))
     assert words.find("ACME  corp uses C++; 경쟁사는 kys") == ["Acme Corp", "c++", "경쟁 사"]
     assert words.find("acme corporation") == []
+    assert words.find("no letters: ***") == ["***"]
 
 
 def test_no_languages_find_nothing() -> None:

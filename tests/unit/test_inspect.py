@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,8 @@ from rich.console import Console
 
 from raytune_lora.cli import job
 from raytune_lora.config.compose import compose
-from raytune_lora.data.store import IGNORED
-from raytune_lora.tuning.inspect import CLOSE, OPEN, marked, show_data
+from raytune_lora.data.encode import IGNORED
+from raytune_lora.tuning.inspect import CLOSE, OPEN, marked, pieces, show_data
 
 
 def row(tokenizer: Any, prompt: str, answer: str) -> dict[str, list[int]]:
@@ -22,12 +23,12 @@ def row(tokenizer: Any, prompt: str, answer: str) -> dict[str, list[int]]:
 
 
 def test_without_colour_brackets_tell_what_is_trained(tokenizer: Any) -> None:
-    shown = marked(row(tokenizer, "질문: 1+1? [b]", "둘 [/b]"), tokenizer, colour=False)
+    shown = marked(list(pieces(row(tokenizer, "질문: 1+1? [b]", "둘 [/b]"), tokenizer)), colour=False)
     assert shown.plain == f"질문: 1+1? [b]{OPEN}둘 [/b]<eos>{CLOSE}"
 
 
 def test_with_colour_it_is_green_and_the_rest_is_dimmed(tokenizer: Any) -> None:
-    shown = marked(row(tokenizer, "ask", "tell"), tokenizer, colour=True)
+    shown = marked(list(pieces(row(tokenizer, "ask", "tell"), tokenizer)), colour=True)
     assert shown.plain == "asktell<eos>"
     assert [(shown.plain[span.start : span.end], span.style) for span in shown.spans] == [
         ("ask", "dim"),
@@ -35,15 +36,71 @@ def test_with_colour_it_is_green_and_the_rest_is_dimmed(tokenizer: Any) -> None:
     ]
 
 
-def test_the_job_shows_counts_and_rows(
-    cache: Path, tiny_folder: Path, rows: Path, capsys: pytest.CaptureFixture[str]
+def test_the_job_shows_counts_and_rows_and_writes_the_reports(
+    cache: Path, tiny_folder: Path, rows: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    mine = [f"model.path={tiny_folder}", f"data.path={rows}", f"cache={cache}", "evaluation.examples=2"]
+    out = tmp_path / "report"
+    mine = [
+        f"model.path={tiny_folder}",
+        f"data.path={rows}",
+        f"cache={cache}",
+        "evaluation.examples=2",
+        f"output={out}",
+    ]
     assert job("prepare", mine) == 0
-    out = capsys.readouterr().out
-    assert "train      1" in out
-    assert "left out   0 rows, longer than 512 tokens" in out
-    assert out.count("tokens are trained") == out.count(OPEN) == out.count("<eos>" + CLOSE) == 2
+    said = capsys.readouterr().out
+    assert f"read       200 rows from {rows}" in said
+    assert "train      1" in said
+    assert "left out   0 rows of more than 512 tokens" in said
+    assert said.count("-- row") == said.count(OPEN) == said.count("<eos>" + CLOSE) == 2
+    report = json.loads((out / "data_report.json").read_text())
+    assert sum(report["rows"]["splits"].values()) == 200
+    assert report["cost"]["tokens_per_epoch"] == report["tokens"]["train"]
+    assert len(report["preview"]) == 2
+    assert "<html" in (out / "data_report.html").read_text()
+    assert job("prepare", mine) == 2
+    assert "is not empty" in capsys.readouterr().err
+
+
+def test_no_model_is_needed_to_see_what_is_in_the_data(
+    tmp_path: Path, cache: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The command of the README; every finding with the number of rows that were planted."""
+    good = [
+        {"instruction": "Say it.", "input": f"number {n} of {n * 7919 % 1009}", "output": f"it {n}"} for n in range(60)
+    ]
+    bad = [good[0], good[1], good[2] | {"output": "another"}, {"instruction": "", "output": "x"}, {"instruction": "x"}]
+    personal = {"instruction": "Write to", "input": "kim@example.com, 4111 1111 1111 1111", "output": "done"}
+    path = tmp_path / "my.jsonl"
+    path.write_text("".join(json.dumps(line) + "\n" for line in [*good, *bad, personal]) + "{broken\n")
+    out = tmp_path / "report"
+    assert job("prepare", [f"data.path={path}", "data.pii.action=report", f"output={out}", f"cache={cache}"]) == 0
+    report = json.loads((out / "data_report.json").read_text())
+    found = report["findings"]
+    expected = {
+        "exact_duplicates": 2,
+        "contradictions": 1,
+        "empty_fields": 1,
+        "missing_fields": 1,
+        "unreadable": 1,
+        "near_duplicates": 0,
+    }
+    assert {name: found[name]["count"] for name in expected} == expected
+    assert (found["pii"]["email"]["count"], found["pii"]["credit_card"]["count"]) == (1, 1)
+    assert "kim@example.com" not in (out / "data_report.json").read_text()
+    assert report["tokens"] is None
+    assert "name a model" in capsys.readouterr().out
+
+
+def test_data_that_is_not_fit_is_reported_and_refused(
+    tmp_path: Path, cache: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path, out = tmp_path / "my.jsonl", tmp_path / "report"
+    path.write_text("not json\n" * 9)
+    assert job("prepare", [f"data.path={path}", f"output={out}", f"cache={cache}"]) == 2
+    report = json.loads((out / "data_report.json").read_text())
+    assert report["findings"]["unreadable"]["count"] == 9
+    assert report["gate"][0] in capsys.readouterr().err.replace("error: ", "")
 
 
 def test_a_terminal_gets_colours(cache: Path, tiny_folder: Path, rows: Path) -> None:

@@ -11,14 +11,9 @@ import optuna
 import pytest
 
 from raytune_lora.config.compose import compose
+from raytune_lora.config.data import FakeDataConfig
 from raytune_lora.config.methods import LoraMethodConfig
-from raytune_lora.config.schema import (
-    DimensionConfig,
-    DimensionKind,
-    FakeDataConfig,
-    SweepConfig,
-    TinyModelConfig,
-)
+from raytune_lora.config.schema import DimensionConfig, DimensionKind, SweepConfig, TinyModelConfig
 from raytune_lora.tuning.preflight import _extremes
 from raytune_lora.tuning.space import apply, configured_point, lookup, problems, sample
 

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import resource
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -11,13 +14,16 @@ from typing import Any
 
 import pytest
 
-from raytune_lora.config.schema import DataConfig, ExtractionDataConfig, FakeDataConfig, FileDataConfig
-from raytune_lora.data.sources import read_rows
-from raytune_lora.data.store import IGNORED, SPLITS, TokenStore, prepare, split_of
-from raytune_lora.data.templates import Row, alpaca
+from raytune_lora.config.data import DataConfig, ExtractionDataConfig, FakeDataConfig, FileDataConfig, Truncation
+from raytune_lora.data.build import REPORT, DataRefused
+from raytune_lora.data.encode import IGNORED
+from raytune_lora.data.sources import sources
+from raytune_lora.data.splits import SPLITS
+from raytune_lora.data.store import TokenStore, prepare
 from raytune_lora.errors import UserError
 
 Prepare = Callable[..., TokenStore]
+Alpaca = dict[str, str]
 
 
 @pytest.fixture
@@ -30,38 +36,24 @@ def prepared(tokenizer: Any, tmp_path: Path) -> Prepare:
     return run
 
 
-def file(tmp_path: Path, rows: list[Row]) -> FileDataConfig:
+def file(tmp_path: Path, rows: list[Alpaca]) -> FileDataConfig:
     path = tmp_path / "rows.jsonl"
-    path.write_text("".join(json.dumps(vars(row)) + "\n" for row in rows))
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return FileDataConfig(path=str(path), validation=0.2, test=0.2, max_length=200)
 
 
-def rows(count: int) -> list[Row]:
-    return read_rows(FakeDataConfig(rows=count))
+def rows(count: int) -> list[Alpaca]:
+    (source,) = sources(FakeDataConfig(rows=count))
+    return [record.value for record in source.records()]
 
 
-# --------------------------------------------------------------------------------------------------------------- splits
+def answers(store: TokenStore, split: str) -> set[str]:
+    return set(store.split(split)["answer"])
 
 
-def test_the_splits_are_near_their_shares() -> None:
-    splits = [split_of(row, 0.1, 0.2) for row in rows(4000)]
-    for split, share in zip(SPLITS, (0.7, 0.1, 0.2), strict=True):
-        assert splits.count(split) / 4000 == pytest.approx(share, abs=0.02)
-
-
-def test_a_row_stays_in_its_split_whatever_is_added(prepared: Prepare, tmp_path: Path) -> None:
-    few = prepared(file(tmp_path, rows(100)))
-    many = prepared(file(tmp_path, rows(150)[::-1]))
-    for split in SPLITS:
-        assert set(few.split(split)["prompt"]) <= set(many.split(split)["prompt"])
-
-
-def test_the_answer_decides_nothing() -> None:
-    assert all(split_of(row, 0.3, 0.3) == split_of(replace(row, output="x"), 0.3, 0.3) for row in rows(100))
-
-
-def test_a_share_of_zero_takes_no_row() -> None:
-    assert {split_of(row, 0.1, 0.0) for row in rows(300)} == {"train", "validation"}
+def report(store: TokenStore) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((store.folder / REPORT).read_text())
+    return found
 
 
 # ---------------------------------------------------------------------------------------------------- tokens and labels
@@ -70,54 +62,57 @@ def test_a_share_of_zero_takes_no_row() -> None:
 def test_the_answer_and_its_end_are_trained_and_the_prompt_is_not(prepared: Prepare, tokenizer: Any) -> None:
     cfg = ExtractionDataConfig(rows=60, korean=0.5, max_length=1000)
     store = prepared(cfg)
-    expected = {alpaca(row): row.output for row in read_rows(cfg)}
+    (source,) = sources(cfg)
+    expected = {
+        f"### Instruction:\n{row['instruction']}\n\n### Input:\n{row['input']}\n\n### Response:\n": row["output"]
+        for row in (record.value for record in source.records())
+    }
     seen = [row for split in SPLITS for row in store.split(split)]
-    assert {row["prompt"]: row["answer"] for row in seen} == expected
+    assert {tokenizer.decode(row["input_ids"][: row["prompt_length"]]): row["answer"] for row in seen} == expected
     for row in seen:
-        prompt_ids = tokenizer(row["prompt"])["input_ids"]
+        prompt_ids = row["input_ids"][: row["prompt_length"]]
         answer_ids = [*tokenizer(row["answer"])["input_ids"], tokenizer.eos_token_id]
         assert row["input_ids"] == prompt_ids + answer_ids
         assert row["labels"] == [IGNORED] * len(prompt_ids) + answer_ids
 
 
-class Framing:
-    """A tokenizer that puts a token before a text and its end after it, as some do."""
-
-    eos_token_id = 9
-
-    def __call__(self, text: str, *, add_special_tokens: bool) -> dict[str, list[int]]:
-        ids = [100 + ord(sign) for sign in text]
-        return {"input_ids": [8, *ids, 9] if add_special_tokens else ids}
-
-
-def test_an_end_that_the_tokenizer_puts_after_the_prompt_is_taken_off(tmp_path: Path) -> None:
-    store = prepare(file(tmp_path, rows(50)), Framing(), "framing", tmp_path)
-    for row in store.split("train"):
-        assert row["input_ids"][0] == 8
-        assert row["input_ids"].count(9) == 1
-        assert row["input_ids"][-1] == row["labels"][-1] == 9
-
-
-def test_rows_that_are_too_long_are_dropped_and_counted(prepared: Prepare, tokenizer: Any, tmp_path: Path) -> None:
-    long = [Row("i", f"{'x' * 300} {number}", "o") for number in range(7)]
+def test_rows_that_are_too_long_are_dropped_and_counted(prepared: Prepare, tmp_path: Path) -> None:
+    long = [{"instruction": "i", "input": f"{'x' * 300} {number}", "output": "o"} for number in range(7)]
     cfg = file(tmp_path, rows(60) + long)
     store = prepared(cfg)
-    assert store.manifest["dropped_too_long"] == 7
+    assert report(store)["rows"]["too_long"] == 7
     assert sum(store.rows.values()) == 60
-    lengths = {split: [len(row["input_ids"]) for row in store.split(split)] for split in SPLITS}
+    lengths = {split: store.lengths(split).tolist() for split in SPLITS}
+    assert lengths == {split: [len(row["input_ids"]) for row in store.split(split)] for split in SPLITS}
     assert {split: sum(each) for split, each in lengths.items()} == store.manifest["tokens"]
     longest = max(max(each) for each in lengths.values())
-    assert prepared(replace(cfg, max_length=longest)).manifest["dropped_too_long"] == 7
-    assert prepared(replace(cfg, max_length=longest - 1)).manifest["dropped_too_long"] > 7
+    assert report(prepared(replace(cfg, max_length=longest)))["rows"]["too_long"] == 7
+    assert report(prepared(replace(cfg, max_length=longest - 1)))["rows"]["too_long"] > 7
+
+
+def test_rows_that_are_too_long_are_cut_where_asked(prepared: Prepare, tmp_path: Path) -> None:
+    cfg = file(tmp_path, rows(60))
+    longest = max(prepared(cfg).lengths("train"))
+    store = prepared(replace(cfg, max_length=int(longest) - 8, truncation=Truncation.right))
+    found = report(store)["rows"]
+    assert found["cut"] > 0
+    assert max(store.lengths("train")) == longest - 8
+    assert all(any(label != IGNORED for label in row["labels"]) for row in store.split("train"))
+    assert found["too_long"] + sum(store.rows.values()) == 60, "one of whose answer nothing is left is not trained"
 
 
 # ---------------------------------------------------------------------------------------------- what cannot be prepared
 
 
+def whole_stores(tmp_path: Path) -> list[Path]:
+    tokens = tmp_path / "cache" / "tokens"
+    return [path for path in tokens.iterdir() if path.is_dir()] if tokens.exists() else []
+
+
 def test_data_that_is_all_too_long_is_refused(prepared: Prepare, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"40 rows are longer than data\.max_length=20 tokens"):
+    with pytest.raises(UserError, match=r"no row is left to train on, of 40 read \(40 of more than 20 tokens"):
         prepared(replace(file(tmp_path, rows(40)), max_length=20))
-    assert not any(path.is_dir() for path in (tmp_path / "cache" / "tokens").iterdir())
+    assert not whole_stores(tmp_path)
 
 
 @pytest.mark.parametrize(("validation", "test", "empty"), [(1e-9, 0.2, "validation"), (0.2, 1e-9, "test")])
@@ -128,11 +123,56 @@ def test_a_split_without_rows_is_refused(
         prepared(replace(file(tmp_path, rows(60)), validation=validation, test=test))
 
 
-def test_a_malformed_file_leaves_no_store(prepared: Prepare, tmp_path: Path) -> None:
-    (tmp_path / "bad.jsonl").write_text("{}\n")
-    with pytest.raises(UserError, match=r"bad\.jsonl:1: no 'instruction'"):
+def test_one_row_is_refused(prepared: Prepare, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"leaves no row|no row is left"):
+        prepared(file(tmp_path, rows(1)))
+
+
+@pytest.mark.parametrize("content", ["", "\n\n"])
+def test_no_rows_are_refused(content: str, prepared: Prepare, tmp_path: Path) -> None:
+    (tmp_path / "none.jsonl").write_text(content)
+    with pytest.raises(UserError, match=r"there are no rows in .*none\.jsonl; name another file"):
+        prepared(FileDataConfig(path=str(tmp_path / "none.jsonl")))
+
+
+def test_a_file_of_malformed_rows_is_refused_and_the_report_says_why(prepared: Prepare, tmp_path: Path) -> None:
+    (tmp_path / "bad.jsonl").write_text("{}\nnot json\n" * 3)
+    with pytest.raises(DataRefused, match=r"no row is left.*3 unreadable, 3 missing_fields; the first at") as caught:
         prepared(FileDataConfig(path=str(tmp_path / "bad.jsonl")))
-    assert not any(path.is_dir() for path in (tmp_path / "cache" / "tokens").iterdir())
+    assert caught.value.report["findings"]["unreadable"]["count"] == 3
+    assert not whole_stores(tmp_path)
+
+
+def test_more_left_out_than_allowed_is_refused(prepared: Prepare, tmp_path: Path) -> None:
+    cfg = file(tmp_path, rows(60) + [{"instruction": "i", "output": ""}] * 70)
+    with pytest.raises(
+        UserError, match=r"54% of the rows would be left out, more than data\.quality\.max_dropped=0\.5"
+    ):
+        prepared(cfg)
+    cfg.quality.max_dropped = 0.6
+    assert sum(prepared(cfg).rows.values()) == 60
+
+
+def test_a_full_disk_leaves_no_store_and_says_so(tmp_path: Path) -> None:
+    """A limit on the size of files stands in for the disk: writing fails half-way just so."""
+    cfg = file(tmp_path, rows(300))
+    code = (
+        "import resource, sys; from pathlib import Path\n"
+        "from raytune_lora.config.data import FileDataConfig\n"
+        "from raytune_lora.data.store import prepare\n"
+        "from raytune_lora.errors import UserError\n"
+        "from raytune_lora.models.sources import byte_tokenizer\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, resource.RLIM_INFINITY))\n"
+        "try: prepare(FileDataConfig(path=sys.argv[1]), byte_tokenizer(), 'bytes', Path(sys.argv[2]))\n"
+        "except UserError as error: print(error)\n"
+    )
+    command = [sys.executable, "-c", code, str(cfg.path), str(tmp_path / "cache")]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120)
+    assert "the token store cannot be written" in done.stdout
+    assert "make room" in done.stdout
+    assert not list((tmp_path / "cache" / "tokens").glob(".*"))
+    assert not whole_stores(tmp_path)
+    assert resource.getrlimit(resource.RLIMIT_FSIZE)[0] != 40_000
 
 
 # ----------------------------------------------------------------------------------------------------- when it is built
@@ -158,7 +198,13 @@ def test_each_setting_has_a_store_of_its_own(other: FakeDataConfig, prepared: Pr
 def test_each_tokenizer_and_each_content_has_a_store_of_its_own(prepared: Prepare, tmp_path: Path) -> None:
     first = prepared(file(tmp_path, rows(60)))
     assert prepared(file(tmp_path, rows(60)), "another").folder != first.folder
-    assert prepared(file(tmp_path, [*rows(60), Row("i", "", "o")])).folder != first.folder
+    assert prepared(file(tmp_path, rows(61))).folder != first.folder
+
+
+def test_a_moved_file_is_the_same_data(prepared: Prepare, tmp_path: Path) -> None:
+    first = prepared(file(tmp_path, rows(60)))
+    (tmp_path / "elsewhere").mkdir()
+    assert prepared(file(tmp_path / "elsewhere", rows(60))).folder == first.folder
 
 
 def state(store: TokenStore) -> dict[Path, tuple[int, int]]:
@@ -174,17 +220,33 @@ def test_a_store_is_built_once(prepared: Prepare) -> None:
     assert store.rows == {"train": 51, "validation": 6, "test": 3}
 
 
-@pytest.mark.parametrize("pattern", ["train/*.arrow", "validation/state.json", "manifest.json"])
+@pytest.mark.parametrize("victim", ["train.arrow", "validation.arrow", "manifest.json"])
 @pytest.mark.parametrize("damage", ["cut", "gone"])
-def test_a_damaged_store_is_built_anew(pattern: str, damage: str, prepared: Prepare) -> None:
+def test_a_damaged_store_is_built_anew(victim: str, damage: str, prepared: Prepare) -> None:
     cfg = FakeDataConfig(rows=60)
     store = prepared(cfg)
     whole = [list(store.split(split)) for split in SPLITS]
-    (victim,) = store.folder.glob(pattern)
+    path = store.folder / victim
     if damage == "cut":
-        os.truncate(victim, victim.stat().st_size // 2)
+        os.truncate(path, path.stat().st_size // 2)
     else:
-        victim.unlink()
+        path.unlink()
     again = prepared(cfg)
     assert again == store
     assert [list(again.split(split)) for split in SPLITS] == whole
+
+
+def test_several_processes_write_what_one_writes(prepared: Prepare, tmp_path: Path) -> None:
+    cfg = file(tmp_path, rows(2500))
+    stores = {}
+    for processes in (1, 2):
+        store = prepared(replace(cfg, processes=processes))
+        stores[processes] = [list(store.split(split)) for split in SPLITS], report(store)
+        for path in store.folder.iterdir():
+            path.unlink()
+    assert stores[1] == stores[2]
+
+
+def test_a_split_may_be_empty(prepared: Prepare) -> None:
+    store = prepared(FakeDataConfig(rows=60, test=0.0))
+    assert store.rows["test"] == len(store.split("test")) == len(store.lengths("test")) == 0

@@ -8,14 +8,13 @@ from typing import Any
 import pytest
 
 from raytune_lora.config import validate
+from raytune_lora.config.data import ExtractionDataConfig, FakeDataConfig
 from raytune_lora.config.methods import LoraMethodConfig
 from raytune_lora.config.schema import (
     VARIANTS,
     Attention,
     DeepSpeedConfig,
     DimensionConfig,
-    ExtractionDataConfig,
-    FakeDataConfig,
     Offload,
     Optimizer,
     Precision,
@@ -25,7 +24,6 @@ from raytune_lora.config.schema import (
     SweepConfig,
     TinyModelConfig,
 )
-from raytune_lora.data.templates import TEMPLATES
 
 # key: a value that breaks its rule, and the nearest that does not
 EDGES: dict[str, tuple[float, float]] = {
@@ -157,10 +155,6 @@ def test_a_number_is_finite(key: str, value: float) -> None:
 
 
 # -------------------------------------------------------------------------------------------------------------- choices
-
-
-def test_the_templates_are_those_of_the_data_room() -> None:
-    assert set(validate.TEMPLATES) == set(TEMPLATES)
 
 
 @pytest.mark.parametrize(

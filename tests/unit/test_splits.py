@@ -1,0 +1,227 @@
+"""Which rows go where, and which stay out, seen from the files that a user has."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from raytune_lora.config.data import Action, DataConfig, FileDataConfig, MixConfig
+from raytune_lora.data.build import REPORT, DataRefused
+from raytune_lora.data.splits import SPLITS
+from raytune_lora.data.store import TokenStore, prepare
+
+Alpaca = dict[str, str]
+Prepare = Callable[[DataConfig], TokenStore]
+
+
+@pytest.fixture
+def prepared(tokenizer: Any, tmp_path: Path) -> Prepare:
+    return lambda cfg: prepare(cfg, tokenizer, "bytes", tmp_path / "cache")
+
+
+def words(draw: random.Random, count: int = 30) -> str:
+    return " ".join(f"w{draw.randrange(5000)}" for _ in range(count))
+
+
+def rows(count: int, seed: int = 0) -> list[Alpaca]:
+    draw = random.Random(seed)
+    return [{"instruction": "Say it.", "input": words(draw), "output": f"a{seed}-{n}"} for n in range(count)]
+
+
+def write(path: Path, content: list[Alpaca]) -> str:
+    path.write_text("".join(json.dumps(row) + "\n" for row in content))
+    return str(path)
+
+
+def mine(tmp_path: Path, content: list[Alpaca], **settings: Any) -> FileDataConfig:
+    path = write(tmp_path / f"rows{len(list(tmp_path.iterdir()))}.jsonl", content)
+    return FileDataConfig(path=path, validation=0.2, test=0.2, **settings)
+
+
+def where(store: TokenStore) -> dict[str, str]:
+    """The split of each answer."""
+    return {answer: split for split in SPLITS for answer in store.split(split)["answer"]}
+
+
+def findings(store: TokenStore) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((store.folder / REPORT).read_text())["findings"]
+    return found
+
+
+def nearly(row: Alpaca, answer: str) -> Alpaca:
+    return row | {"input": row["input"].upper() + "!", "output": answer}
+
+
+# --------------------------------------------------------------------------------------------------------------- shares
+
+
+def test_the_splits_are_near_their_shares(prepared: Prepare, tmp_path: Path) -> None:
+    store = prepared(mine(tmp_path, rows(2000)))
+    for split, share in zip(SPLITS, (0.6, 0.2, 0.2), strict=True):
+        assert store.rows[split] / 2000 == pytest.approx(share, abs=0.03)
+
+
+def test_a_row_stays_in_its_split_whatever_is_added(prepared: Prepare, tmp_path: Path) -> None:
+    few = where(prepared(mine(tmp_path, rows(100))))
+    many = where(prepared(mine(tmp_path, [*rows(80, seed=1), *rows(100)[::-1]])))
+    assert few.items() <= many.items()
+
+
+def test_the_answer_decides_nothing(prepared: Prepare, tmp_path: Path) -> None:
+    other = [row | {"output": row["output"] + " again"} for row in rows(100)]
+    first, second = where(prepared(mine(tmp_path, rows(100)))), where(prepared(mine(tmp_path, other)))
+    assert {f"{answer} again": split for answer, split in first.items()} == second
+
+
+def test_a_stratum_keeps_its_shares_to_the_row(prepared: Prepare, tmp_path: Path) -> None:
+    content = [row | {"kind": "rare" if n % 20 == 0 else "common"} for n, row in enumerate(rows(400))]
+    kinds = {row["output"]: row["kind"] for row in content}
+    store = prepared(mine(tmp_path, content, stratify="kind"))
+    counts = Counter((kinds[answer], split) for answer, split in where(store).items())
+    assert [counts["rare", split] for split in SPLITS] == [12, 4, 4]
+    assert [counts["common", split] for split in SPLITS] == [228, 76, 76]
+
+
+# ----------------------------------------------------------------------------------------------------------- rows alike
+
+
+def test_exact_duplicates_are_trained_once(prepared: Prepare, tmp_path: Path) -> None:
+    content = rows(60)
+    store = prepared(mine(tmp_path, content + content[:7] + content[:2]))
+    assert sum(store.rows.values()) == 60
+    found = findings(store)["exact_duplicates"]
+    assert (found["count"], found["action"], len(found["examples"])) == (9, "drop", 5)
+    assert found["examples"][0]["where"].endswith(".jsonl:61")
+    assert found["examples"][0]["detail"].endswith(".jsonl:1")
+    assert findings(store)["near_duplicates"]["count"] == findings(store)["contradictions"]["count"] == 0
+
+
+def test_near_duplicates_stay_together(prepared: Prepare, tmp_path: Path) -> None:
+    content = rows(150)
+    copies = [nearly(row, f"copy {number}") for number, row in enumerate(content)]
+    store = prepared(mine(tmp_path, content + copies))
+    split = where(store)
+    assert all(split[f"a0-{number}"] == split[f"copy {number}"] for number in range(150))
+    found = findings(store)
+    assert found["near_duplicates"]["count"] == 150
+    assert 50 < found["leakage"]["count"] < 120, "as many would have been apart by chance: 1 - 0.6² - 2 * 0.2²"
+    assert sum(store.rows.values()) == 300
+    cfg = mine(tmp_path, content + copies)
+    cfg.quality.near_duplicates = Action.drop
+    assert set(where(prepared(cfg))) == {row["output"] for row in content}
+
+
+def test_rows_that_ask_the_same_stay_together_and_are_told(prepared: Prepare, tmp_path: Path) -> None:
+    content = rows(60)
+    others = [row | {"output": f"no {number}"} for number, row in enumerate(content[:9])]
+    store = prepared(mine(tmp_path, content + others))
+    split = where(store)
+    assert all(split[f"a0-{number}"] == split[f"no {number}"] for number in range(9))
+    found = findings(store)
+    assert (found["contradictions"]["count"], found["near_duplicates"]["count"]) == (9, 0)
+    assert "answers otherwise than" in found["contradictions"]["examples"][0]["detail"]
+
+
+def test_nothing_is_looked_for_where_it_is_off(prepared: Prepare, tmp_path: Path) -> None:
+    content = rows(60)
+    cfg = mine(tmp_path, content + content)
+    for name, value in vars(cfg.quality).items():
+        if isinstance(value, Action) and name not in ("unreadable", "missing_fields", "wrong_types", "empty_fields"):
+            setattr(cfg.quality, name, Action.off)
+    cfg.pii.action = Action.off
+    store = prepared(cfg)
+    assert sum(store.rows.values()) == 120
+    assert set(findings(store)) == {"unreadable", "missing_fields", "wrong_types", "empty_fields", "pii"}
+    assert findings(store)["pii"] == {}
+
+
+def test_a_finding_can_stop_the_job(prepared: Prepare, tmp_path: Path) -> None:
+    cfg = mine(tmp_path, [*rows(60), nearly(rows(60)[3], "copy")])
+    cfg.quality.near_duplicates = Action.stop
+    with pytest.raises(DataRefused, match=r"near_duplicates in 1 rows, the first at .*:61: nearly .*:4"):
+        prepared(cfg)
+
+
+# -------------------------------------------------------------------------------------- files for splits and benchmarks
+
+
+def test_own_files_for_validation_and_test_are_taken_whole(prepared: Prepare, tmp_path: Path) -> None:
+    own = {
+        "validation_path": write(tmp_path / "v.jsonl", rows(20, 1)),
+        "test_path": write(tmp_path / "t.jsonl", rows(9, 2)),
+    }
+    store = prepared(mine(tmp_path, rows(60), **own))
+    assert store.rows == {"train": 60, "validation": 20, "test": 9}
+
+
+@pytest.mark.parametrize("action", [Action.drop, Action.report])
+def test_training_rows_that_leak_into_them_are_found(action: Action, prepared: Prepare, tmp_path: Path) -> None:
+    content, held = rows(60), rows(20, seed=1)
+    leaks = [held[0], nearly(held[1], "leak"), held[2] | {"output": "leak 2"}]
+    cfg = mine(tmp_path, content + leaks, validation_path=write(tmp_path / "v.jsonl", held))
+    cfg.quality.leakage, cfg.test = action, 0.0
+    store = prepared(cfg)
+    assert findings(store)["leakage"]["count"] == 3
+    assert "which is not for training" in findings(store)["leakage"]["examples"][0]["detail"]
+    assert store.rows == {"train": 60 if action is Action.drop else 63, "validation": 20, "test": 0}
+
+
+def test_rows_of_a_benchmark_are_not_trained_on(prepared: Prepare, tmp_path: Path) -> None:
+    content = rows(60)
+    bench = write(tmp_path / "bench.jsonl", [content[0], nearly(content[1], "x"), *rows(30, seed=3)])
+    cfg = mine(tmp_path, content, benchmarks=[bench])
+    cfg.validation, cfg.test = 0.1, 0.0
+    split = where(prepared(cfg))
+    assert "a0-0" not in split or split["a0-0"] != "train"
+    assert "a0-1" not in split or split["a0-1"] != "train"
+    assert not any(answer.startswith("a3-") for answer in split), "its own rows are not trained on either"
+
+
+# --------------------------------------------------------------------------------------------------------------- mixing
+
+
+def test_a_source_is_mixed_in_by_its_share(prepared: Prepare, tmp_path: Path) -> None:
+    general = write(tmp_path / "general.jsonl", rows(200, seed=5))
+    cfg = mine(tmp_path, rows(200), mix={"general": MixConfig(path=general, share=0.15)})
+    store = prepared(cfg)
+    split = where(store)
+    mixed = {answer for answer in split if answer.startswith("a5-")}
+    assert {split[answer] for answer in mixed} == {"train"}
+    assert len(mixed) / store.rows["train"] == pytest.approx(0.15, abs=0.005)
+    told = json.loads((store.folder / REPORT).read_text())
+    assert told["mixed"]["general"] == {
+        "asked": 0.15,
+        "rows": len(mixed),
+        "available": 200,
+        "share": pytest.approx(len(mixed) / store.rows["train"], abs=1e-4),
+    }
+    assert told["rows"]["left_out"] == 0, "rows that are not needed are not faulty"
+    assert {answer for answer in where(prepared(cfg)) if answer.startswith("a5-")} == mixed
+
+
+def test_what_is_there_is_mixed_in_where_it_is_too_little(prepared: Prepare, tmp_path: Path) -> None:
+    general = write(tmp_path / "general.jsonl", rows(3, seed=5))
+    store = prepared(mine(tmp_path, rows(200), mix={"general": MixConfig(path=general, share=0.5)}))
+    told = json.loads((store.folder / REPORT).read_text())["mixed"]["general"]
+    assert (told["asked"], told["rows"]) == (0.5, 3)
+    assert told["share"] < 0.03
+
+
+def test_a_leak_from_what_is_mixed_in_is_found(prepared: Prepare, tmp_path: Path) -> None:
+    held = rows(20, seed=1)
+    general = write(tmp_path / "general.jsonl", [*held, *rows(60, seed=5)])
+    cfg = mine(
+        tmp_path,
+        rows(200),
+        mix={"general": MixConfig(path=general, share=0.2)},
+        validation_path=write(tmp_path / "v.jsonl", held),
+    )
+    store = prepared(cfg)
+    assert findings(store)["leakage"]["count"] == 20
+    assert not any(answer.startswith("a1-") for answer in store.split("train")["answer"])
