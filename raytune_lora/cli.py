@@ -153,14 +153,14 @@ def _help(verb: str, program: str) -> str:
     """Needs no library, so that it answers at once."""
     from raytune_lora.config.groups import groups
 
-    shown = [f"  {name:<13}{', '.join(names)}" for name, names in groups().items()]
+    shown = [f"  {name:<15}{', '.join(names)}" for name, names in groups().items()]
     return "\n".join(
         [
             f"usage: {program} [--help] [--cfg job] [key=value …]",
             "",
             f"{VERBS[verb][0].upper()}{VERBS[verb][1:]}.",
             "",
-            *(line for line in _FOLDERS if verb != "prepare"),
+            *(line for line in _FOLDERS if verb != "prepare" or "resume" not in line),
             "  --cfg job         print the whole config, and every key that can be set, without running",
             "",
             "groups, chosen by group=name:",

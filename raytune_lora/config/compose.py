@@ -183,6 +183,9 @@ def _explain_one(choices: Sequence[str], override: str, key: str, error: Excepti
         near = difflib.get_close_matches(name, groups()[key], n=1)
         hint = f" Did you mean {key}={near[0]}?" if near else ""
         return f"{key}: there is no {name!r}.{hint} Known: {', '.join(groups()[key])}."
+    if (group := key.replace(".", "/")) in groups():
+        name = override.partition("=")[2]
+        return f"{key} is a group: choose one with {group}=<name> (got {name!r}; known: {', '.join(groups()[group])})"
     known = sorted({*keys(_to_plain_defaults(tuple(choices))), *groups()})
     if key not in known and _merged(override) == override:
         near = difflib.get_close_matches(key, known, n=3, cutoff=0.6)

@@ -5,17 +5,20 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Any
 
 from raytune_lora.config.data import DataConfig, ExtractionDataConfig, FakeDataConfig, FileDataConfig, Format
 from raytune_lora.data import readers
 from raytune_lora.data.extraction import extraction_records
-from raytune_lora.data.formats import FIELDS, OPTIONAL
-from raytune_lora.data.rows import Record
+from raytune_lora.data.formats import FIELDS, OPTIONAL, parse
+from raytune_lora.data.rows import Fault, Record
 from raytune_lora.errors import UserError
 
 MAIN, VALIDATION, TEST, BENCHMARK = "data", "validation", "test", "benchmark"  # what a source is for
 MIX = "mix."  # and the name of the one that is mixed in
+_TRIED = 100  # records looked at before anything starts
+_SHOWN = 5  # of their faults
 
 
 @dataclass(frozen=True)
@@ -58,21 +61,45 @@ def sources(cfg: DataConfig) -> list[Source]:
     return found
 
 
-def problems(cfg: DataConfig) -> list[str]:
-    """What is wrong with the sources, seen without reading them through."""
+def problems(cfg: DataConfig, *, unread: bool = False) -> list[str]:
+    """What is wrong with the sources.
+
+    Args:
+        cfg: the data set.
+        unread: look whether they are there; otherwise the first records of each are read too.
+    """
     try:
         found = sources(cfg)
-        for source in found:
-            next(source.records(), None)
     except UserError as error:
         return error.problems
     known = sorted({name for _, names in FIELDS for name in names}.union(*OPTIONAL.values()))
-    return [
+    unknown_fields = [
         f"{source.name}: there is no field {', '.join(unknown)} to stand a column for; known: {', '.join(known)} "
         "(data.columns.instruction=<column of the file>)"
         for source in found
         if (unknown := sorted(set(source.columns) - set(known)))
     ]
+    if unknown_fields or unread:
+        return unknown_fields
+    try:
+        return [fault for source in found for fault in _first_faults(source)]
+    except UserError as error:
+        return error.problems
+
+
+def _first_faults(source: Source) -> list[str]:
+    """Why none of the first records is a row."""
+    records = list(islice(source.records(), _TRIED))
+    if not records:
+        return [f"{source.name}: there are no rows in it; name another file"]
+    faults = [
+        f"{record.where}: {found.reason}" for record in records if isinstance(found := _parsed(source, record), Fault)
+    ]
+    return faults[:_SHOWN] if len(faults) == len(records) else []
+
+
+def _parsed(source: Source, record: Record) -> Any:
+    return record.value if isinstance(record.value, Fault) else parse(record.value, source.format, source.columns)
 
 
 def _files(

@@ -46,17 +46,23 @@ def check_inputs(cfg: SweepConfig) -> None:
     Raises:
         UserError: with every problem found.
     """
-    found = validate.problems(cfg) + _input_problems(cfg, optional_model=True)
+    found = validate.problems(cfg) + _input_problems(cfg, preparing=True)
     if cfg.output is not None:
         found += folder.problems(output_path(cfg))
     if found:
         raise UserError(found)
 
 
-def _input_problems(cfg: SweepConfig, *, optional_model: bool = False) -> list[str]:
+def _input_problems(cfg: SweepConfig, *, preparing: bool = False) -> list[str]:
+    """Preparing needs no model, and reports on rows whatever they are."""
     unnamed = isinstance(cfg.model, HubModelConfig) and cfg.model.path is None
-    found = [] if optional_model and unnamed else model_sources.problems(cfg.model)
-    return data_sources.problems(cfg.data) + templates.problems(cfg.data.template) + found + _cache_problems(cfg)
+    found = [] if preparing and unnamed else model_sources.problems(cfg.model)
+    return (
+        data_sources.problems(cfg.data, unread=preparing)
+        + templates.problems(cfg.data.template)
+        + found
+        + _cache_problems(cfg)
+    )
 
 
 def output_path(cfg: SweepConfig) -> Path:

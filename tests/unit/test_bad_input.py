@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 import sys
@@ -68,7 +67,8 @@ def rows(here: Path, content: str) -> str:
         ("training.global_batch=6", "training.global_batch must be a multiple of", "(got 6, and 4 * 1 = 4)"),
         ("training.lr_scheduler=cos", "training.lr_scheduler: there is no 'cos'", "known: constant"),
         ("model.hidden=65", "model.hidden must be a multiple of", "(got 65 and 4)"),
-        ("data.template=chatml", "data.template: there is no 'chatml'", "known: alpaca"),
+        ("data/template=chatml", "data/template: there is no 'chatml'", "Known: alpaca"),
+        ("data.template=chat", "data.template is a group: choose one with data/template=<name>", "known: alpaca"),
     ],
 )
 def test_a_key_or_value_that_cannot_be(override: str, key: str, remedy: str, refused: Refused) -> None:
@@ -107,30 +107,26 @@ def test_all_mistakes_are_told_at_once(refused: Refused) -> None:
 
 def test_a_missing_data_file(refused: Refused, here: Path) -> None:
     said = refused("train", "model=tiny", "data.path=my.jsonl", "output=out")
-    assert said == (
-        f"error: data.path: {here}/my.jsonl does not exist; "
-        "name a JSONL file of rows with instruction, input and output\n"
-    )
+    assert said == ("error: data.path: my.jsonl does not exist; name a file, a folder, a pattern or a URI of rows\n")
 
 
 def test_no_data_and_no_model_at_all(refused: Refused) -> None:
     said = refused("sweep", "output=out")
-    assert "error: data.path: no data; name a JSONL file" in said
+    assert "error: data.path: no data; name a file of rows" in said
     assert "error: model.path: no model; name a folder or a hub model" in said
 
 
 def test_an_empty_data_file(refused: Refused, here: Path) -> None:
     said = refused("train", "model=tiny", rows(here, "\n"), "output=out")
-    assert said == f"error: data.path: {here}/rows.jsonl has no rows; it needs one JSON object a line\n"
+    assert said == f"error: {here}/rows.jsonl: there are no rows in it; name another file\n"
 
 
-def test_malformed_rows(refused: Refused, here: Path) -> None:
-    good = json.dumps({"instruction": "i", "output": "o"})
-    said = refused("train", "model=tiny", rows(here, f'{good}\n{{"instruction": "i"}}\nnothing\n'), "output=out")
-    assert said.splitlines() == [
-        f"error: {here}/rows.jsonl:2: no 'output'; a row has instruction, output and, where there is one, input",
-        f"error: {here}/rows.jsonl:3: not JSON: Expecting value at column 1",
-    ]
+def test_a_file_that_begins_with_malformed_rows_alone(refused: Refused, here: Path) -> None:
+    said = refused("train", "model=tiny", rows(here, '{"instruction": "i"}\nnothing\n'), "output=out").splitlines()
+    assert len(said) == 2
+    assert said[0].startswith(f"error: {here}/rows.jsonl:1: ")
+    assert "output" in said[0]
+    assert said[1] == f"error: {here}/rows.jsonl:2: not JSON: Expecting value at column 1"
 
 
 @pytest.mark.parametrize(

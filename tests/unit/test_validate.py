@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
+import operator
+from dataclasses import fields, is_dataclass
 from typing import Any
 
 import pytest
 
 from raytune_lora.config import validate
-from raytune_lora.config.data import ExtractionDataConfig, FakeDataConfig
+from raytune_lora.config.compose import keys
+from raytune_lora.config.data import Action, ExtractionDataConfig, FakeDataConfig, MixConfig
 from raytune_lora.config.methods import LoraMethodConfig
 from raytune_lora.config.schema import (
     VARIANTS,
@@ -54,6 +56,9 @@ EDGES: dict[str, tuple[float, float]] = {
     "data.test": (1.0, 0.0),
     "data.rows": (0, 1),
     "data.korean": (1.1, 1.0),
+    "data.processes": (0, 1),
+    "data.quality.similarity": (0.0, 1.0),
+    "data.quality.max_dropped": (1.1, 1.0),
     "model.layers": (0, 1),
     "model.hidden": (0, 1),
     "model.heads": (0, 1),
@@ -99,7 +104,7 @@ def classes(section: str) -> list[type]:
     """The config classes that can stand in a section; of the whole config where it is empty."""
     if not section:
         return [RunConfig]
-    return list(VARIANTS.get(section, [type(getattr(good(), section))]))
+    return list(VARIANTS.get(section) or [type(operator.attrgetter(section)(good()))])
 
 
 def with_value(key: str, value: float) -> SweepConfig:
@@ -107,7 +112,7 @@ def with_value(key: str, value: float) -> SweepConfig:
     cfg = good()
     if section in VARIANTS:
         setattr(cfg, section, next(cls for cls in classes(section) if leaf in cls.__dataclass_fields__)())
-    setattr(getattr(cfg, section) if section else cfg, leaf, value)
+    setattr(operator.attrgetter(section)(cfg) if section else cfg, leaf, value)
     return cfg
 
 
@@ -127,7 +132,7 @@ def test_every_rule_is_for_a_key_that_exists_and_is_tested() -> None:
 
 
 def test_every_number_has_a_rule() -> None:
-    sections = ["", *(f.name for f in fields(SweepConfig) if hasattr(getattr(good(), f.name), "__dataclass_fields__"))]
+    sections = ["", *(key for key in keys(good()) if is_dataclass(operator.attrgetter(key)(good())))]
     numbers = {
         f"{section}.{f.name}".lstrip(".")
         for section in sections
@@ -135,6 +140,7 @@ def test_every_number_has_a_rule() -> None:
         for f in fields(cls)
         if str(f.type).split(" ")[0] in ("int", "float")
     }
+    assert "data.quality.similarity" in numbers
     assert numbers - ANY_NUMBER == set(validate._RANGES)
 
 
@@ -161,7 +167,6 @@ def test_a_number_is_finite(key: str, value: float) -> None:
     ("section", "leaf", "value", "remedy"),
     [
         ("training", "lr_scheduler", "cosin", "known: constant, constant_with_warmup, cosine"),
-        ("data", "template", "chatml", "known: alpaca"),
         ("method", "target_modules", [], "['all-linear']"),
         ("tracking", "trackers", ["tensorbord"], "known: tensorboard, wandb, mlflow, ray"),
         ("tracking", "trackers", ["wandb", "ray", "wandb"], "names one twice (got wandb, ray, wandb)"),
@@ -174,6 +179,27 @@ def test_an_unknown_name_is_answered_with_the_known(section: str, leaf: str, val
     (problem,) = validate.problems(cfg)
     assert problem.startswith(f"{section}.{leaf}")
     assert remedy in problem
+
+
+# ----------------------------------------------------------------------------------------------------------------- data
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "problem"),
+    [
+        ("quality.unreadable", Action.report, "data.quality.unreadable must be drop or stop"),
+        ("quality.empty_fields", Action.off, "data.quality.empty_fields must be drop or stop"),
+        ("quality.leftovers", Action.mask, "data.quality.leftovers=mask: only personal data can be masked"),
+        ("mix", {"a": MixConfig(share=0.0)}, "data.mix.a.share must be > 0 and < 1 (got 0)"),
+        ("mix", {"a": MixConfig(share=0.5), "b": MixConfig(share=0.5)}, "data.mix: the shares together must be < 1"),
+    ],
+)
+def test_what_cannot_be_done_about_rows(key: str, value: Any, problem: str) -> None:
+    cfg = good()
+    section, _, leaf = f"data.{key}".rpartition(".")
+    setattr(operator.attrgetter(section)(cfg), leaf, value)
+    (found,) = validate.problems(cfg)
+    assert found.startswith(problem)
 
 
 # ------------------------------------------------------------------------------------------------------ across sections
