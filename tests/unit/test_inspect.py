@@ -14,6 +14,7 @@ from raytune_lora.cli import job
 from raytune_lora.config.compose import compose
 from raytune_lora.data.encode import IGNORED
 from raytune_lora.tuning.inspect import CLOSE, OPEN, marked, pieces, show_data
+from tests import readme
 
 
 def row(tokenizer: Any, prompt: str, answer: str) -> dict[str, list[int]]:
@@ -74,7 +75,8 @@ def test_no_model_is_needed_to_see_what_is_in_the_data(
     path = tmp_path / "my.jsonl"
     path.write_text("".join(json.dumps(line) + "\n" for line in [*good, *bad, personal]) + "{broken\n")
     out = tmp_path / "report"
-    assert job("prepare", [f"data.path={path}", "data.pii.action=report", f"output={out}", f"cache={cache}"]) == 0
+    arguments = readme.arguments("jobs/prepare.py data.path=", {"my.jsonl": str(path), "reports/mine": str(out)})
+    assert job("prepare", [*arguments, f"cache={cache}"]) == 0
     report = json.loads((out / "data_report.json").read_text())
     found = report["findings"]
     expected = {

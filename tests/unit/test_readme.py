@@ -16,6 +16,7 @@ EXECUTED = {
     "jobs/train.py model=tiny data=fake workers=2": "integration/test_jobs.py::test_one_run_without_a_sweep",
     "jobs/sweep.py resume=": "integration/test_jobs.py::test_interrupted_killed_and_resumed",
     "jobs/sweep.py --help": "unit/test_readme.py::test_help_and_config",
+    "jobs/prepare.py data.path=": "unit/test_inspect.py::test_no_model_is_needed_to_see_what_is_in_the_data",
     "--cfg job": "unit/test_readme.py::test_help_and_config",
     "ray job submit": "integration/test_submit.py::test_submitted_to_a_cluster",
 }
