@@ -23,7 +23,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from raytune_lora.config.data import Format
-from raytune_lora.data.readers import decode_json
+from raytune_lora.data.json_stream import decode_json
 from raytune_lora.data.rows import ASSISTANT, SYSTEM, USER, Fault, Row, Turn
 
 ROLES = {

@@ -9,9 +9,10 @@ from itertools import islice
 from typing import Any
 
 from raytune_lora.config.data import DataConfig, ExtractionDataConfig, FakeDataConfig, FileDataConfig, Format
-from raytune_lora.data import readers
 from raytune_lora.data.extraction import extraction_records
+from raytune_lora.data.files import expand, identity, is_hub_name
 from raytune_lora.data.formats import FIELDS, OPTIONAL, parse
+from raytune_lora.data.readers import read_file, read_hub
 from raytune_lora.data.rows import Fault, Record
 from raytune_lora.errors import UserError
 
@@ -106,24 +107,24 @@ def _files(
     role: str, key: str, path: str, form: Format, columns: Mapping[str, str], hub: FileDataConfig | None = None
 ) -> Source:
     name = path if role == MAIN else f"{path} ({role})"
-    if readers.is_hub_name(path):
+    if is_hub_name(path):
         of = hub or FileDataConfig()
         where = [of.subset, of.split, of.revision]
 
         def hub_records() -> Iterator[Record]:
-            return readers.read_hub(path, subset=of.subset, split=of.split, revision=of.revision)
+            return read_hub(path, subset=of.subset, split=of.split, revision=of.revision)
 
         return Source(role, name, hub_records, lambda: [path, where], form, columns)
     try:
-        files = readers.expand(path)
+        files = expand(path)
     except UserError as error:
         raise UserError([f"{key}: {problem.removeprefix('data: ')}" for problem in error.problems]) from error
 
     def records() -> Iterator[Record]:
         for file in files:
-            yield from readers.read_file(file)
+            yield from read_file(file)
 
-    return Source(role, name, records, lambda: readers.identity(files), form, columns)
+    return Source(role, name, records, lambda: identity(files), form, columns)
 
 
 def _generated(cfg: DataConfig) -> Source:

@@ -79,10 +79,23 @@ def test_two_workers_equal_one_and_read_different_data(
     assert sorted(seen[0] + seen[1]) == list(range(64))
 
 
+@pytest.mark.parametrize(("workers", "micro_batch", "passes"), [(1, 4, 1), (2, 1, 2)])
 def test_packed_rows_give_the_losses_of_padded_ones(
-    one_process: tuple[list[float], float], single: Pool, store: TokenStore, configure: Configure, tmp_path: Path
+    workers: int,
+    micro_batch: int,
+    passes: int,
+    one_process: tuple[list[float], float],
+    request: pytest.FixtureRequest,
+    store: TokenStore,
+    configure: Configure,
+    tmp_path: Path,
 ) -> None:
-    run(single, store, tmp_path / "trial", configure(NO_DROPOUT, "training.packing=true"))
+    """In fewer forward passes a step, on each worker."""
+    pool: Pool = request.getfixturevalue("single" if workers == 1 else "pair")
+    cfg = configure(NO_DROPOUT, "training.packing=true", f"workers={workers}", f"training.micro_batch={micro_batch}")
+    assert plan_run(cfg, store.rows["train"]).accumulation == 8 // (workers * micro_batch) > passes
+    assert plan_run(cfg, store.rows["train"], store.lengths("train")).accumulation == passes
+    run(pool, store, tmp_path / "trial", cfg)
     assert losses(tmp_path / "trial") == pytest.approx(one_process[0], abs=TOLERANCE)
 
 

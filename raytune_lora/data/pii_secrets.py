@@ -1,0 +1,118 @@
+"""Secrets: tokens and keys of a shape of their own, passwords in addresses, and what a secret's name is given."""
+
+from __future__ import annotations
+
+import base64
+import json
+import math
+import re
+from collections import Counter
+from collections.abc import Iterator
+
+from raytune_lora.data.pii_context import Match
+
+
+def _token(prefix: str, rest: str) -> str:
+    """The pattern of a token that starts a word. The look behind comes after the prefix, which the search skips to."""
+    return rf"{prefix}(?<![A-Za-z0-9_-]{prefix}){rest}"
+
+
+_TOKENS = re.compile(
+    "|".join(
+        [
+            *(_token(prefix, "[A-Z0-9]{16}(?![A-Za-z0-9])") for prefix in ("AKIA", "ASIA", "AROA", "AIDA")),
+            _token("gh[pousr]_", "[A-Za-z0-9]{36,255}"),
+            _token("github_pat_", "[A-Za-z0-9_]{22,255}"),
+            _token("glpat-", "[A-Za-z0-9_-]{20,64}"),
+            _token("xox[abeoprs]-", "[A-Za-z0-9-]{10,255}"),
+            _token("hf_", "[A-Za-z0-9]{30,64}(?![A-Za-z0-9_])"),
+            _token("AIza", "[A-Za-z0-9_-]{35}(?![A-Za-z0-9_-])"),
+            *(_token(f"{who}k_{where}_", "[A-Za-z0-9]{16,255}") for who in "sr" for where in ("live", "test")),
+            _token("sk-", "(?P<sk>[A-Za-z0-9_-]{20,255})"),
+            _token("eyJ", r"(?P<jwt>[A-Za-z0-9_-]{6,4096})\.[A-Za-z0-9_-]{2,}\.[A-Za-z0-9_-]{2,}"),
+        ]
+    )
+)
+_TOKEN_SIGNS = ("_", "sk-", "eyJ", "AKIA", "AIza", "xox", "ASIA", "glpat-", "AROA", "AIDA")
+_PEM = re.compile(r"-----BEGIN (?:[A-Z0-9]{1,12} ){0,3}PRIVATE KEY(?: BLOCK)?-----")
+_PEM_END = re.compile(r"-----END [A-Z0-9 ]{0,40}-----")
+_PEM_DATA = re.compile(r"[A-Za-z0-9+/]{16}")
+_PEM_BODY = re.compile(r"[A-Za-z0-9+/=\s\\]*")
+_LOGIN = re.compile(r"://[^\s:/@]{1,64}:([^\s:/@]{3,100})@")
+_ASSIGNED = re.compile(r"[=:]>?[ \t]{0,3}[\"'`]?([A-Za-z0-9+/=_.~!@#$%^&*\-]{8,200})")
+_SECRET_NAME = re.compile(
+    r"(?:pass(?:word|wd|phrase)|pwd|secret|token|(?:api|access|private|auth|account|encryption|signing)[_ -]?key"
+    r"|credentials?|비밀번호|암호|패스워드)(?:[_-]?(?:key|value|id))?[\"'`]?[ \t]{0,3}$",
+    re.I,
+)
+_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*(?:\.[A-Za-z_][A-Za-z0-9_]*)+")  # of something in a program
+_PLACEHOLDER = re.compile(
+    r"your|example|change|dummy|placeholder|sample|insert|xxx|\*\*\*|\.\.\.|123456|://|^\$[A-Z_{]", re.I
+)
+
+
+def secrets(text: str) -> Iterator[Match]:
+    """What is a secret by its own shape."""
+    if "-----BEGIN " in text:
+        yield from _private_keys(text)
+    if any(sign in text for sign in _TOKEN_SIGNS):
+        for shape in _TOKENS.finditer(text):
+            if shape["jwt"] and not _is_header("eyJ" + shape["jwt"]):
+                continue
+            if shape["sk"] and not _is_base62(shape["sk"]):
+                continue
+            yield Match("secret", *shape.span())
+    if "@" in text and "://" in text:
+        for shape in _LOGIN.finditer(text):
+            if shape[1].lower() not in ("password", "passwd", "pass", "secret"):
+                yield Match("secret", *shape.span(1))
+
+
+def _private_keys(text: str) -> Iterator[Match]:
+    """From the first line to the last, or to the end of the body where the last line was cut off."""
+    at, closed = 0, True
+    while begin := _PEM.search(text, at):
+        end = _PEM_END.search(text, begin.end()) if closed else None
+        closed = end is not None  # where one has no end, the others behind it have none either
+        end = end or _PEM_BODY.match(text, begin.end())
+        at = end.end() if end else begin.end()
+        if _PEM_DATA.search(text, begin.end(), at):
+            yield Match("secret", begin.start(), at)
+
+
+def _is_header(part: str) -> bool:
+    """Whether it is the first part of a JSON web token (RFC 7519)."""
+    try:
+        header = json.loads(base64.urlsafe_b64decode(part + "=" * (-len(part) % 4)))
+    except (ValueError, RecursionError):
+        return False
+    return isinstance(header, dict) and "alg" in header
+
+
+def _is_base62(token: str) -> bool:
+    """Unlike the words of an address with hyphens: digits in a long piece, or in both cases."""
+    long = max(re.split("[_-]", token), key=len)
+    digit = any(c.isdigit() for c in token)
+    return digit and (len(long) >= 20 or (token.lower() != token and token.upper() != token))
+
+
+def assigned_secrets(text: str) -> Iterator[Match]:
+    """What is given to a name such as ``password`` or ``api_key``, if it looks random."""
+    for shape in _ASSIGNED.finditer(text):
+        if not _SECRET_NAME.search(text, max(0, shape.start() - 40), shape.start()):
+            continue
+        value = shape[1].rstrip(".")
+        if text[shape.end() : shape.end() + 1] not in ("(", "[", "{") and _is_random(value):
+            yield Match("secret", shape.start(1), shape.start(1) + len(value))
+
+
+def _is_random(value: str) -> bool:
+    """Digits and letters in both cases or with signs, or many of them; nothing that stands for a value to come."""
+    digits = sum(c.isdigit() for c in value)
+    cases = any(c.islower() for c in value) + any(c.isupper() for c in value)
+    if not digits or not cases or _PLACEHOLDER.search(value) or _NAME.fullmatch(value):
+        return False
+    if -sum(n / len(value) * math.log2(n / len(value)) for n in Counter(value).values()) < 2.5:  # bits a character
+        return False
+    signs = any(c in "!@#$%^&*+/=~" for c in value)
+    return cases + signs >= 2 or (len(value) >= 16 and digits >= 3 and value.isalnum())
