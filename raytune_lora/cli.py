@@ -36,7 +36,7 @@ _FOLDERS = (
 )
 # what may change when a sweep or run goes on: it alters where and how it is computed, and not what
 _WHERE = r"workers|[cg]pus_per_worker|training\.micro_batch|search\.concurrent|(deepspeed|cluster|tracking)(\..*)?"
-_SEARCH_ONLY = ("search", "scheduler", "space")
+_SEARCH_ONLY = ("search", "scheduler", "space", "budget", "confirm")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -24,7 +24,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from raytune_lora.config import schema
+from raytune_lora.config import schema, search
 from raytune_lora.config.data import TemplateConfig
 from raytune_lora.config.groups import conf_dir, groups
 from raytune_lora.errors import UserError
@@ -36,8 +36,10 @@ _PLAIN_GROUPS = {
     "training": schema.TrainingConfig,
     "deepspeed": schema.DeepSpeedConfig,
     "evaluation": schema.EvaluationConfig,
-    "search": schema.SearchConfig,
-    "scheduler": schema.SchedulerConfig,
+    "search": search.SearchConfig,
+    "scheduler": search.SchedulerConfig,
+    "budget": search.BudgetConfig,
+    "confirm": search.ConfirmConfig,
     "cluster": schema.ClusterConfig,
     "tracking": schema.TrackingConfig,
 }

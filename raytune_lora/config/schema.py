@@ -8,12 +8,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, fields
 from enum import Enum
-from typing import Any
 
 from omegaconf import MISSING
 
 from raytune_lora.config.data import SOURCES, DataConfig
 from raytune_lora.config.methods import METHODS, MethodConfig
+from raytune_lora.config.search import BudgetConfig, ConfirmConfig, DimensionConfig, SchedulerConfig, SearchConfig
 
 
 class Precision(Enum):
@@ -49,25 +49,9 @@ class Offload(Enum):
     nvme = "nvme"
 
 
-class Sampler(Enum):
-    tpe = "tpe"
-    random = "random"
-
-
-class Scheduler(Enum):
-    asha = "asha"
-    none = "none"
-
-
 class WandbMode(Enum):
     offline = "offline"
     online = "online"
-
-
-class DimensionKind(Enum):
-    float = "float"
-    int = "int"
-    categorical = "categorical"
 
 
 # ---------------------------------------------------------------------------------------------------------------- model
@@ -220,42 +204,14 @@ class RunConfig:
 
 
 @dataclass
-class DimensionConfig:
-    """One dimension of the search space."""
-
-    key: str = MISSING  # dotted path of the config key it sets
-    kind: DimensionKind = DimensionKind.float
-    low: float | None = None
-    high: float | None = None
-    step: float | None = None
-    log: bool = False
-    choices: list[Any] = field(default_factory=list)  # of a categorical
-    multiple_of: str | None = None  # dotted path: the value set is the one sampled times that key's
-
-
-@dataclass
-class SearchConfig:
-    trials: int = 16
-    concurrent: int = 1  # trials at a time
-    sampler: Sampler = Sampler.tpe
-    startup_trials: int = 8  # random ones before the sampler learns
-    seed: int = 0
-
-
-@dataclass
-class SchedulerConfig:
-    kind: Scheduler = Scheduler.asha
-    grace: int | None = None  # samples every trial sees before it may be stopped; null: evaluation.every
-    reduction: float = 3.0  # of the trials at a rung, one in this many goes on
-
-
-@dataclass
 class SweepConfig(RunConfig):
     """A run, and how to search for the best one."""
 
     space: dict[str, DimensionConfig] = field(default_factory=dict)
     search: SearchConfig = field(default_factory=SearchConfig)
     scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
+    budget: BudgetConfig = field(default_factory=BudgetConfig)
+    confirm: ConfirmConfig = field(default_factory=ConfirmConfig)
     resume: str | None = None  # a sweep or run folder to go on with
 
 

@@ -94,6 +94,12 @@ _RANGES: dict[str, _Rule] = {
     "search.seed": _NOT_NEGATIVE,
     "scheduler.grace": _COUNT,
     "scheduler.reduction": (lambda v: v > 1, "> 1"),
+    "budget.hours": _POSITIVE,
+    "budget.gpu_hours": _POSITIVE,
+    "budget.target": _POSITIVE,
+    "budget.patience": _COUNT,
+    "confirm.top": _NOT_NEGATIVE,
+    "confirm.seeds": (lambda v: v >= 2, ">= 2"),
 }
 
 

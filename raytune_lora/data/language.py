@@ -86,7 +86,7 @@ def _by_script(text: str, pages: bytes) -> str | None:
     if not count or count * 4 < latin:
         if script not in (b"K", b"Z") or count < _FEW:
             return None
-        letters = len(text.encode("ascii", "ignore").translate(None, _SIGN_BYTES)) 
+        letters = len(text.encode("ascii", "ignore").translate(None, _SIGN_BYTES))
         if count < _SHARE * letters:
             return None
     if script == b"Z":

@@ -7,7 +7,7 @@ from typing import Any
 
 from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, TrialScheduler
 
-from raytune_lora.config.schema import Scheduler, SchedulerConfig
+from raytune_lora.config.search import Scheduler, SchedulerConfig
 from raytune_lora.tuning.trials import Record
 
 

@@ -14,7 +14,8 @@ import optuna
 from optuna.trial import TrialState
 from ray.tune.search import Searcher
 
-from raytune_lora.config.schema import RunConfig, Sampler, SearchConfig
+from raytune_lora.config.schema import RunConfig
+from raytune_lora.config.search import Sampler, SearchConfig
 from raytune_lora.training.failures import STOPPED
 from raytune_lora.tuning.space import Space, configured_point, sample
 from raytune_lora.tuning.trials import COMPLETED, Record, Trial, trial_name

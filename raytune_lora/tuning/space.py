@@ -11,7 +11,8 @@ import optuna
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from raytune_lora.config.schema import DimensionConfig, DimensionKind, RunConfig
+from raytune_lora.config.schema import RunConfig
+from raytune_lora.config.search import DimensionConfig, DimensionKind
 
 Space = dict[str, DimensionConfig]
 R = TypeVar("R", bound=RunConfig)

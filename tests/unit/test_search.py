@@ -14,7 +14,8 @@ from optuna.trial import TrialState
 from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 
 from raytune_lora.config.compose import compose
-from raytune_lora.config.schema import Sampler, Scheduler, SchedulerConfig, SearchConfig, SweepConfig
+from raytune_lora.config.schema import SweepConfig
+from raytune_lora.config.search import Sampler, Scheduler, SchedulerConfig, SearchConfig
 from raytune_lora.tuning.scheduler import Asha, build, rungs
 from raytune_lora.tuning.search import StudySearcher, open_study, reconcile, report, tell
 from raytune_lora.tuning.space import lookup

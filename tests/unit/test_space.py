@@ -13,7 +13,8 @@ import pytest
 from raytune_lora.config.compose import compose
 from raytune_lora.config.data import FakeDataConfig
 from raytune_lora.config.methods import LoraMethodConfig
-from raytune_lora.config.schema import DimensionConfig, DimensionKind, SweepConfig, TinyModelConfig
+from raytune_lora.config.schema import SweepConfig, TinyModelConfig
+from raytune_lora.config.search import DimensionConfig, DimensionKind
 from raytune_lora.tuning.preflight import _extremes
 from raytune_lora.tuning.space import apply, configured_point, lookup, problems, sample
 

@@ -16,7 +16,6 @@ from raytune_lora.config.schema import (
     VARIANTS,
     Attention,
     DeepSpeedConfig,
-    DimensionConfig,
     Offload,
     Optimizer,
     Precision,
@@ -26,6 +25,7 @@ from raytune_lora.config.schema import (
     SweepConfig,
     TinyModelConfig,
 )
+from raytune_lora.config.search import DimensionConfig
 
 # key: a value that breaks its rule, and the nearest that does not
 EDGES: dict[str, tuple[float, float]] = {
@@ -90,6 +90,12 @@ EDGES: dict[str, tuple[float, float]] = {
     "search.seed": (-1, 0),
     "scheduler.grace": (0, 1),
     "scheduler.reduction": (1.0, 1.1),
+    "budget.hours": (0.0, 0.1),
+    "budget.gpu_hours": (0.0, 0.1),
+    "budget.target": (0.0, 0.1),
+    "budget.patience": (0, 1),
+    "confirm.top": (-1, 0),
+    "confirm.seeds": (1, 2),
 }
 ANY_NUMBER = {"model.seed", "data.seed"}  # what a random generator takes
 

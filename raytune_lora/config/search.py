@@ -1,0 +1,98 @@
+"""The typed configuration of a search: what is varied, by whom it is proposed, who goes on, and when it ends."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Any
+
+from omegaconf import MISSING
+
+
+class Sampler(Enum):
+    """Who proposes the trials' parameters."""
+
+    tpe = "tpe"
+    gp = "gp"
+    cmaes = "cmaes"
+    random = "random"
+    qmc = "qmc"
+    grid = "grid"
+    nsga2 = "nsga2"
+
+
+class Scheduler(Enum):
+    """Who stops trials early, at equal samples seen."""
+
+    asha = "asha"
+    hyperband = "hyperband"
+    median = "median"
+    none = "none"
+
+
+class DimensionKind(Enum):
+    float = "float"
+    int = "int"
+    categorical = "categorical"
+
+
+class Objective(Enum):
+    """What a search makes small."""
+
+    eval_loss = "eval_loss"
+    trainable_parameters = "trainable_parameters"
+    training_seconds = "training_seconds"
+
+
+@dataclass
+class DimensionConfig:
+    """One dimension of the search space."""
+
+    key: str = MISSING  # dotted path of the config key it sets
+    kind: DimensionKind = DimensionKind.float
+    low: float | None = None
+    high: float | None = None
+    step: float | None = None
+    log: bool = False
+    choices: list[Any] = field(default_factory=list)  # of a categorical
+    multiple_of: str | None = None  # dotted path: the value set is the one sampled times that key's
+    when: dict[str, list[Any]] = field(default_factory=dict)  # only where another dimension's key has one of the values
+
+
+@dataclass
+class SearchConfig:
+    trials: int = 16
+    concurrent: int = 1  # trials at a time
+    sampler: Sampler = Sampler.tpe
+    objectives: list[Objective] = field(default_factory=lambda: [Objective.eval_loss])  # several: a Pareto front
+    startup_trials: int = 8  # random ones before the sampler learns
+    seed: int = 0
+    storage: str | None = None  # URL of the study's database; null: study.db in the sweep's folder
+    warm_start: list[str] = field(
+        default_factory=list
+    )  # folders of earlier sweeps whose trials the sampler learns from
+
+
+@dataclass
+class SchedulerConfig:
+    kind: Scheduler = Scheduler.asha
+    grace: int | None = None  # samples every trial sees before it may be stopped; null: evaluation.every
+    reduction: float = 3.0  # of the trials at a rung, one in this many goes on
+
+
+@dataclass
+class BudgetConfig:
+    """When a search ends before its last trial; running trials end in order."""
+
+    hours: float | None = None  # by the clock, since the sweep began; the time between an end and a resume aside
+    gpu_hours: float | None = None  # of all trials together
+    target: float | None = None  # validation loss that is good enough
+    patience: int | None = None  # trials ended without a lower loss
+
+
+@dataclass
+class ConfirmConfig:
+    """The best configurations are trained again with other seeds, so that luck does not win."""
+
+    top: int = 0  # configurations; 0: none is
+    seeds: int = 3  # runs of each, the first one included
