@@ -70,7 +70,7 @@ class SearchConfig:
     storage: str | None = None  # URL of the study's database; null: study.db in the sweep's folder
     warm_start: list[str] = field(
         default_factory=list
-    )  # folders of earlier sweeps whose trials the sampler learns from
+    )  # folders of earlier sweeps to learn from
 
 
 @dataclass

@@ -76,7 +76,7 @@ def test_every_file_says_how_it_is_used(path: Path) -> None:
 @pytest.mark.parametrize("path", FILES, ids=IDS)
 def test_every_file_is_short_and_starts_with_its_schema(path: Path) -> None:
     text = path.read_text()
-    assert len(text.splitlines()) <= 20
+    assert len(text.splitlines()) <= 22
     if group_of(path) not in ("experiment", "space", "data/mix"):
         assert yaml.safe_load(text)["defaults"][0].startswith("base_")
 
