@@ -63,14 +63,13 @@ class DimensionConfig:
 class SearchConfig:
     trials: int = 16
     concurrent: int = 1  # trials at a time
+    stalled: float | None = None  # seconds without a step after which a trial fails; loading and validating count too
     sampler: Sampler = Sampler.tpe
     objectives: list[Objective] = field(default_factory=lambda: [Objective.eval_loss])  # several: a Pareto front
     startup_trials: int = 8  # random ones before the sampler learns
     seed: int = 0
     storage: str | None = None  # URL of the study's database; null: study.db in the sweep's folder
-    warm_start: list[str] = field(
-        default_factory=list
-    )  # folders of earlier sweeps to learn from
+    warm_start: list[str] = field(default_factory=list)  # folders of earlier sweeps to learn from
 
 
 @dataclass

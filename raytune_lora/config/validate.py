@@ -20,6 +20,7 @@ from raytune_lora.config.schema import (
     TinyModelConfig,
     TrackingConfig,
 )
+from raytune_lora.config.search import Scheduler
 
 # the schedules of transformers that need no further arguments
 LR_SCHEDULERS = ("constant", "constant_with_warmup", "cosine", "inverse_sqrt", "linear")
@@ -275,4 +276,16 @@ def _sweep_problems(cfg: SweepConfig) -> list[str]:
         for key in ("training.max_steps", "training.epochs")
         if key in searched
     ]
+    objectives = [objective.value for objective in cfg.search.objectives]
+    if len(set(objectives)) < len(objectives):
+        found.append(f"search.objectives names one twice (got {', '.join(objectives)})")
+    if "eval_loss" not in objectives:
+        found.append(
+            f"search.objectives must contain eval_loss, by which the best trial is chosen (got {objectives or 'none'})"
+        )
+    if len(objectives) > 1 and cfg.scheduler.kind is not Scheduler.none:
+        found.append(
+            f"search.objectives: with several ({', '.join(objectives)}) no trial can be stopped early, as a higher "
+            f"loss may be the price of another objective; set scheduler=none (got {cfg.scheduler.kind.value})"
+        )
     return found

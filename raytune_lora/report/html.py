@@ -31,13 +31,15 @@ _RESULTS: dict[str, Any] = {
     "search": None,
     "baseline": {},
     "best": None,
+    "ended_by": None,
+    "confirmation": None,
     "trials": [],
     "importance": {},
     "examples": [],
     "seconds": {},
 }
 _TRIAL: dict[str, Any] = {"trial_id": "", "status": "", "params": {}, "curve": [], "parameters": {}}
-_TRIAL |= dict.fromkeys(("eval_loss", "samples_seen", "seconds", "training_seconds", "error", "log"))
+_TRIAL |= dict.fromkeys(("confirms", "eval_loss", "samples_seen", "seconds", "training_seconds", "error", "log"))
 _BEST: dict[str, Any] = {"trial_id": "", "params": {}, "eval_loss": None, "exact_match": None, "adapter": None}
 
 _STATUS = {  # status: how it reads, the class of its colour
@@ -55,9 +57,15 @@ _LEGEND = {  # class of a line: what it shows
     "lost": "failed",
     "reference": "untouched model",
 }
-_STAGES = {"prepare": "data and model", "baseline": "baseline", "trials": "trials", "best": "best adapter"}
+_STAGES = {
+    "prepare": "data and model",
+    "baseline": "baseline",
+    "trials": "trials",
+    "confirm": "confirmation",
+    "best": "best adapter",
+}
 _SAMPLERS = {"tpe": "TPE", "random": "random"}
-_SCHEDULERS = {"asha": "ASHA", "none": "no early stopping"}
+_SCHEDULERS = {"asha": "ASHA", "hyperband": "HyperBand", "median": "median stopping", "none": "no early stopping"}
 
 
 @dataclass(frozen=True)
@@ -132,8 +140,8 @@ def _best_first(trials: list[dict[str, Any]], best: dict[str, Any] | None) -> li
 
 
 def _short_names(trials: list[dict[str, Any]]) -> dict[str, str]:
-    """Each parameter's key and its last part, where that tells it from the others."""
-    keys = list(dict.fromkeys(key for trial in trials for key in trial["params"]))
+    """Each searched parameter's key and its last part, where that tells it from the others."""
+    keys = list(dict.fromkeys(key for trial in trials if not trial["confirms"] for key in trial["params"]))
     ends = Counter(key.split(".")[-1] for key in keys)
     return {key: key.split(".")[-1] if ends[key.split(".")[-1]] == 1 else key for key in keys}
 
@@ -155,7 +163,10 @@ def _facts(r: dict[str, Any]) -> list[tuple[str, str, str]]:
         how = " + ".join(filter(None, [_SAMPLERS.get(sampler, sampler), _SCHEDULERS.get(scheduler, scheduler)]))
         at_once = search.get("concurrent") or 1
         beside = f", {at_once} at a time" if at_once > 1 else ""
-        facts.append(("Search", how, f"{search.get('trials') or len(r['trials'])} trials{beside}"))
+        searched = sum(not trial["confirms"] for trial in r["trials"])
+        asked = search.get("trials") or searched
+        count = f"{searched} of {asked}" if r["ended_by"] else str(asked)
+        facts.append(("Search", how, f"{count} trials{beside}"))
     if r["best"] and r["trials"] and (trainable := r["trials"][0]["parameters"].get("trainable")):
         whole = model.get("parameters")
         detail = f"{100 * trainable / whole:.2g}% of the model" if whole else ""
@@ -236,7 +247,7 @@ def _points(trial: dict[str, Any], metric: str) -> list[tuple[float, float]]:
 def _title(trial: dict[str, Any], names: dict[str, str]) -> str:
     status = _STATUS.get(trial["status"], (trial["status"], ""))[0]
     loss = "" if trial["eval_loss"] is None else f" · loss {_loss(trial['eval_loss'])}"
-    params = ", ".join(f"{names[key]} {_value(value)}" for key, value in trial["params"].items())
+    params = ", ".join(f"{names[key]} {_value(value)}" for key, value in trial["params"].items() if key in names)
     return f"{trial['trial_id']} · {status}{loss}\n{params}".strip()
 
 
@@ -269,7 +280,7 @@ def _legend(r: dict[str, Any], lines: list[Line]) -> list[tuple[str, str]]:
 
 def _plots(r: dict[str, Any], names: dict[str, str]) -> list[tuple[str, str, Any]]:
     """Each searched parameter's key, short name and plot, the most important first."""
-    trials = [trial for trial in reversed(r["trials"]) if trial["eval_loss"] is not None]
+    trials = [t for t in reversed(r["trials"]) if t["eval_loss"] is not None and not t["confirms"]]
     losses = [trial["eval_loss"] for trial in trials]
     plots = []
     for key in sorted(names, key=lambda key: -r["importance"].get(key, 0)):

@@ -12,6 +12,7 @@ import gc
 import logging
 import os
 import threading
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
@@ -32,6 +33,7 @@ from raytune_lora.training.place import Place
 
 LOGS = "logs"
 _FAILED_STARTS = 2  # in a row, before a pool goes on with a group less
+_WATCHES = 10  # looks at the groups in the time that a task may be without a step
 _QUIET = {"TQDM_DISABLE": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1", "TRANSFORMERS_VERBOSITY": "error"}
 
 Report = dict[str, Any]
@@ -50,6 +52,7 @@ class Task:
     cpus: int = 0  # a worker's threads; 0: as many as the config gives it
     extra: dict[str, Any] = field(default_factory=dict)
     attempt: int = 0  # at the same thing; no other task of the pool has the same name and attempt
+    steps: bool = False  # it asks at each step whether to stop, so that silence means something
 
     @property
     def key(self) -> tuple[str, int]:
@@ -68,6 +71,9 @@ class Board:
         self._ended: set[Key] = set()
         self._stopped: set[str] = set()
         self._dead: set[str] = set()
+        self._idle: set[str] = set()  # groups that wait for a task
+        self._workers: dict[str, list[Any]] = {}  # of each group
+        self._signs: dict[str, float] = {}  # when a task last showed that it lives, by name
         self._broken: Ended | None = None
 
     async def submit(self, task: Task) -> None:
@@ -79,20 +85,30 @@ class Board:
         if task.key in self._streams:
             raise ValueError(f"there was a task {task.key} before: its reports would be mixed up")
         self._streams[task.key] = asyncio.Queue()
-        if self._broken is None:
-            await self._waiting.put(task)
-        else:
+        if self._broken is not None:
             await self.end(task.key, self._broken)
+        elif task.name in self._stopped:
+            await self.end(task.key, Ended(STOPPED))
+        else:
+            await self._waiting.put(task)
+
+    async def join(self, group: str, worker: Any) -> None:
+        """Make a group's worker, an actor, known."""
+        self._workers.setdefault(group, []).append(worker)
 
     async def take(self, group: str, number: int) -> Task | None:
         """The group's task of that number, the same for each of its workers; None sends the group home."""
         taken = self._taken.setdefault(group, [])
         async with self._locks.setdefault(group, asyncio.Lock()):
             if number == len(taken):
+                self._idle.add(group)
                 task = await self._waiting.get()
                 if group in self._dead:  # it died while it waited: the task is for another
                     await self._waiting.put(task)
                     return None
+                if task is not None:
+                    self._idle.discard(group)
+                    self._signs[task.name] = time.monotonic()
                 taken.append(task)
         return taken[number]
 
@@ -118,12 +134,28 @@ class Board:
             await self.end(key, Ended(STOPPED))
 
     async def is_stopped(self, name: str) -> bool:
-        """Whether the task's end was asked for."""
+        """Whether the task's end was asked for; the asking is a sign of life."""
+        self._signs[name] = time.monotonic()
         return name in self._stopped
+
+    async def end_stalled(self, seconds: float) -> list[Any]:
+        """End the tasks that have finished no step for that long.
+
+        Returns:
+            The workers of the groups that were at them, which are good for nothing more.
+        """
+        found: list[Any] = []
+        for group, taken in self._taken.items():
+            task = taken[-1] if taken and group not in self._idle else None
+            if task is not None and task.steps and time.monotonic() - self._signs[task.name] > seconds:
+                await self.end(task.key, Ended(FAILED, f"no progress for {seconds:g} s"))
+                found += self._workers.pop(group, [])
+        return found
 
     async def group_failed(self, group: str, ended: Ended) -> bool:
         """End what the group was at; whether it had got as far as a task."""
         self._dead.add(group)
+        self._workers.pop(group, None)
         taken = [task for task in self._taken.pop(group, []) if task is not None]
         if taken:
             await self.end(taken[-1].key, ended)
@@ -151,25 +183,30 @@ class Pool:
     Use it as a context manager. Groups start when it is entered; a group that fails is replaced.
     """
 
-    def __init__(self, cfg: RunConfig, folder: Path, groups: int) -> None:
+    def __init__(self, cfg: RunConfig, folder: Path, groups: int, stalled: float | None = None) -> None:
         """
         Args:
             cfg: says how many workers a group has and what each needs.
             folder: for what Ray Train keeps of the groups.
             groups: how many.
+            stalled: seconds without a step after which a task that has steps fails and its group is replaced; None
+                waits for ever.
         """
         self._cfg = cfg
         self._folder = folder
         self.board: Any = ray.remote(num_cpus=0)(Board).remote()
-        self._closing = threading.Event()
+        self._closing, self._closed = threading.Event(), threading.Event()
         self._lock = threading.Lock()
         self._groups = groups
+        self._stalled = stalled
+        self._watcher = threading.Thread(target=self._watch, daemon=True)
         self._threads = [threading.Thread(target=self._keep, args=(n,), daemon=True) for n in range(groups)]
 
     def __enter__(self) -> Pool:
         self._folder.mkdir(parents=True, exist_ok=True)
         for thread in self._threads:
             thread.start()
+        self._watcher.start()
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -177,6 +214,8 @@ class Pool:
         ray.get(self.board.close.remote(len(self._threads)))
         for thread in self._threads:
             thread.join()
+        self._closed.set()
+        self._watcher.join()
 
     def stream(self, task: Task) -> Iterator[Report]:
         """Do a task and yield its reports.
@@ -202,6 +241,12 @@ class Pool:
                     self._abandon(Ended(FAILED, f"no worker group could start: {ended.error}"))
                     return
 
+    def _watch(self) -> None:
+        """Kill the groups that hang: their workers' end is a failure like any other, and ``_keep`` replaces them."""
+        while self._stalled is not None and not self._closed.wait(self._stalled / _WATCHES):
+            for worker in ray.get(self.board.end_stalled.remote(self._stalled)):
+                ray.kill(worker)
+
     def _abandon(self, ended: Ended) -> None:
         """Go on with a group less; without any, end all tasks."""
         with self._lock:
@@ -218,7 +263,12 @@ class Pool:
         gpus = {"GPU": float(cfg.gpus_per_worker)} if cfg.gpus_per_worker else {}
         GroupTrainer(
             _workers,
-            train_loop_config={"board": self.board, "group": group, "once": not cfg.cluster.reuse_workers},
+            train_loop_config={
+                "board": self.board,
+                "group": group,
+                "once": not cfg.cluster.reuse_workers,
+                "watched": self._stalled is not None,
+            },
             torch_config=TorchConfig(backend="nccl" if cfg.gpus_per_worker else "gloo"),
             scaling_config=ScalingConfig(
                 num_workers=cfg.workers,
@@ -261,6 +311,8 @@ def _workers(config: dict[str, Any]) -> None:
     logging.getLogger("ray.train").setLevel(logging.ERROR)
     board, group = config["board"], config["group"]
     context = ray.train.get_context()
+    if config["watched"]:
+        ray.get(board.join.remote(group, ray.get_runtime_context().current_actor))
     number = 0
     while (task := ray.get(board.take.remote(group, number))) is not None:
         _do(task, board, context.get_world_rank(), context.get_world_size())

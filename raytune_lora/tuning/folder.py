@@ -14,6 +14,7 @@ from raytune_lora.config.schema import SweepConfig
 from raytune_lora.errors import UserError
 
 _HEADER = "# the resolved config of a "
+_LOCK = ".lock"
 
 
 @dataclass(frozen=True)
@@ -63,12 +64,12 @@ class SweepFolder:
         os.replace(new, self.config)
 
     def lock(self) -> FileLock:
-        """Held by the process that writes to the folder.
+        """Held, from now on, by the process that writes to the folder; the system gives it back when that one dies.
 
         Raises:
             UserError: another process holds it.
         """
-        lock = FileLock(self.path / ".lock", timeout=0)
+        lock = FileLock(self.path / _LOCK, timeout=0)
         try:
             lock.acquire()
         except Timeout as error:
@@ -87,7 +88,7 @@ def problems(path: Path) -> list[str]:
         ]
     if path.exists() and not path.is_dir():
         return [f"output: {path} is a file; name a folder"]
-    if path.is_dir() and any(path.iterdir()):
+    if path.is_dir() and any(entry.name != _LOCK for entry in path.iterdir()):
         return [f"output: {path} is not empty; name a new folder"]
     parent = path
     while not parent.exists():
@@ -102,7 +103,7 @@ def problems(path: Path) -> list[str]:
 
 
 def create(path: Path, cfg: SweepConfig, kind: str) -> SweepFolder:
-    """Make the folder and write the config that is about to run.
+    """Make the folder and write the config that is about to run; of two that make the same one, one is refused.
 
     Args:
         path: of the folder.
@@ -114,10 +115,16 @@ def create(path: Path, cfg: SweepConfig, kind: str) -> SweepFolder:
     """
     if found := problems(path):
         raise UserError(found)
+    folder = SweepFolder(path)
     try:
         path.mkdir(parents=True, exist_ok=True)
-        folder = SweepFolder(path)
-        folder.config.write_text(f"{_HEADER}{kind}\n{dump(cfg)}")
+        lock = folder.lock()
+        try:
+            if found := problems(path):  # another was faster
+                raise UserError(found)
+            folder.config.write_text(f"{_HEADER}{kind}\n{dump(cfg)}")
+        finally:
+            lock.release()
     except OSError as error:
         raise UserError(
             f"output: {path} cannot be written ({error.strerror}); name another folder (output=…)"

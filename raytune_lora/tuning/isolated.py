@@ -43,7 +43,7 @@ def train(board: Any, trial_id: str, cfg: RunConfig, store: TokenStore, trials: 
     Raises:
         TaskFailed: it did not end well; out of memory only where a micro batch of one was too much.
     """
-    task = Task(trial_id, _train, cfg, store, trials / trial_id)
+    task = Task(trial_id, _train, cfg, store, trials / trial_id, steps=True)
     while True:
         try:
             yield from stream(board, task)

@@ -25,6 +25,7 @@ from raytune_lora.models.sources import materialize
 from raytune_lora.models.tokenizer import load_tokenizer, tokenizer_identity
 from raytune_lora.training.driver import LOGS, Pool, Task, TaskFailed
 from raytune_lora.training.plan import Plan, plan_run
+from raytune_lora.tuning.budget import reopen as reopen_search
 from raytune_lora.tuning.folder import SweepFolder, create, reopen
 from raytune_lora.tuning.preflight import check, output_path
 from raytune_lora.tuning.progress import Progress
@@ -140,31 +141,38 @@ def open_job(kind: str, cfg: SweepConfig, moved: Sequence[str], run: Callable[[J
         changes = {key: lookup(cfg, key) for key in moved}
         cfg = apply(reopen(Path(str(cfg.resume)).expanduser().absolute(), kind), changes)
     check(cfg, searching=kind == SWEEP, fresh=fresh)
-    path = output_path(cfg)
-    progress = Progress(path.name, cfg.search.trials if kind == SWEEP else 1)
-    with progress.shown():
+    folder = SweepFolder(output_path(cfg))
+    progress = Progress(folder.path.name, cfg.search.trials if kind == SWEEP else 1)
+    with contextlib.ExitStack() as held:
+        if not fresh:
+            held.callback(folder.lock().release)
+        held.enter_context(progress.shown())
         began = time.monotonic()
         with progress.doing("preparing the model and the data"):
             model_folder, store = prepare_inputs(cfg)
-        folder = create(path, cfg, kind) if fresh else SweepFolder(path)
-        with folder.lock():
-            journal = Journal(folder.journal, progress.watch)
-            if changes:
-                journal.append("moved", changes=to_plain(changes))
-                folder.rewrite(cfg)
-            job = Job(kind, cfg, folder, journal, progress, store, model_folder)
-            progress.know(job.plan.total, journal.record)
-            if BEST not in journal.record.phases:
-                shutil.copyfile(store.folder / REPORT, path / REPORT)
-                progress.note(in_short(json.loads((path / REPORT).read_text())))
-                journal.append("phase", name="prepare", seconds=round(time.monotonic() - began, 3))
-                return _work(job, run)
+        if fresh:
+            held.callback(create(folder.path, cfg, kind).lock().release)
+        journal = Journal(folder.journal, progress.watch, began)
+        if changes:
+            journal.append("moved", changes=to_plain(changes))
+            folder.rewrite(cfg)
+            reopen_search(journal, cfg.budget, cfg.search.trials)
+        job = Job(kind, cfg, folder, journal, progress, store, model_folder)
+        progress.know(job.plan.total, journal.record)
+        if BEST in journal.record.phases:
             return job.write_results()
+        shutil.copyfile(store.folder / REPORT, folder.path / REPORT)
+        progress.note(in_short(json.loads((folder.path / REPORT).read_text())))
+        journal.append("phase", name="prepare", seconds=round(time.monotonic() - began, 3))
+        return _work(job, run)
 
 
 def _work(job: Job, run: Callable[[Job], None]) -> dict[str, Any]:
     groups = job.cfg.search.concurrent if job.kind == SWEEP else 1
-    with connected(job.cfg.cluster), Pool(plain_run(job.cfg), job.folder.groups, groups) as pool:
+    with (
+        connected(job.cfg.cluster),
+        Pool(plain_run(job.cfg), job.folder.groups, groups, job.cfg.search.stalled) as pool,
+    ):
         job.pool = pool
         try:
             run(job)

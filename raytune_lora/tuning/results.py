@@ -8,10 +8,16 @@ Schema, version 1. Null stands for what was not measured.
   ``generate_rows`` as configured; ``search``: ``sampler``, ``scheduler``, ``trials``, ``concurrent`` (null for a run)
 - ``baseline``: ``eval_loss`` (nats a token, validation split), ``exact_match`` (share, test split)
 - ``best``: the same, and ``trial_id``, ``params``, ``adapter`` (folder relative to the sweep's); null without one
-- ``trials``: ``trial_id``, ``status`` (completed, stopped, failed, diverged, oom, or running where interrupted),
-  ``params``, ``eval_loss`` (the lowest), ``samples_seen``, ``seconds``, ``training_seconds``, ``parameters``,
-  ``error``, ``log``, ``curve``, ``peak_memory_bytes`` (of the first worker),
-  ``micro_batch`` (smaller than the config's where memory ran out)
+- ``ended_by``: the budget that ended the search: ``budget`` (its key after ``budget.``), ``why`` and ``remedy``; null
+  where none did
+- ``confirmation``: ``winner``, ``runner_up`` (null without one), ``differs`` (whether their means differ by more than
+  noise; null where that cannot be said), ``p`` (of Welch's t-test), ``words``, and ``configurations``, the best first:
+  ``trial_id``, ``params``, ``mean`` and ``standard_deviation`` of the runs' losses, ``runs`` (``trial_id``, ``seed``,
+  ``status``, ``eval_loss``); null where none was asked for or it is not done
+- ``trials``: ``trial_id``, ``confirms`` (the trial that it runs again with another seed, or null), ``status``
+  (completed, stopped, failed, diverged, oom, or running where interrupted), ``params``, ``eval_loss`` (the lowest),
+  ``samples_seen``, ``seconds``, ``training_seconds``, ``parameters``, ``error``, ``log``, ``curve``,
+  ``peak_memory_bytes`` (of the first worker), ``micro_batch`` (smaller than the config's where memory ran out)
 - ``examples``: ``prompt``, ``expected``, ``base``, ``tuned``; ``importance`` by parameter
 - ``seconds``: ``total`` and each phase
 """
@@ -32,11 +38,15 @@ from raytune_lora.evaluation import ANSWERS
 from raytune_lora.models.sources import display_name
 from raytune_lora.report import render
 from raytune_lora.training.driver import LOGS
+from raytune_lora.tuning.budget import remedy
+from raytune_lora.tuning.confirm import verdict
 from raytune_lora.tuning.folder import SweepFolder
+from raytune_lora.tuning.trials import BEST as BEST
+from raytune_lora.tuning.trials import TRIALS as TRIALS
 from raytune_lora.tuning.trials import Record, Trial
 
 SCHEMA_VERSION = 1
-BASELINE, TRIALS, BEST = "baseline", "trials", "best"  # phases
+BASELINE = "baseline"  # a phase
 
 
 def write_results(
@@ -79,6 +89,8 @@ def _results(
         "search": search if kind == "sweep" else None,
         "baseline": _measured(record.phases.get(BASELINE, {})),
         "best": _best(folder, record),
+        "ended_by": record.ended_by and {**record.ended_by, "remedy": remedy(record.ended_by["budget"])},
+        "confirmation": verdict(record, cfg.training.seed),
         "trials": [_trial(folder, record.trials[name]) for name in sorted(record.trials)],
         "importance": importance,
         "examples": _examples(folder, cfg.evaluation.examples),
@@ -111,6 +123,7 @@ def _best(folder: SweepFolder, record: Record) -> dict[str, Any] | None:
 def _trial(folder: SweepFolder, trial: Trial) -> dict[str, Any]:
     return {
         "trial_id": trial.trial_id,
+        "confirms": trial.confirms,
         "status": trial.status,
         "params": trial.params,
         "eval_loss": _number(trial.eval_loss),

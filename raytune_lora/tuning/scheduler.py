@@ -1,14 +1,25 @@
-"""Who goes on and who stops, compared at equal samples seen."""
+"""Who goes on and who stops, compared at equal samples seen.
+
+Each scheduler is one of Tune's, taught two things. It knows trials by the sweep's own names, so that what an earlier
+process measured can be replayed into it; and a measure that it has seen is not judged again, so that a trial that goes
+on from a checkpoint is not compared twice. After a resume it decides as it would have decided without the kill, with
+one exception: where the kill fell between a decision to stop a trial and its end, that trial runs on to the next
+decision.
+"""
 
 from __future__ import annotations
 
-from types import SimpleNamespace
+import random
+from dataclasses import dataclass
 from typing import Any
 
-from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, TrialScheduler
+import numpy as np
+from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, MedianStoppingRule, TrialScheduler
 
 from raytune_lora.config.search import Scheduler, SchedulerConfig
 from raytune_lora.tuning.trials import Record
+
+_OTHERS = 3  # trials that must have come as far before the median of them says anything
 
 
 def build(cfg: SchedulerConfig, *, total: int, every: int, record: Record) -> TrialScheduler:
@@ -22,33 +33,121 @@ def build(cfg: SchedulerConfig, *, total: int, every: int, record: Record) -> Tr
     """
     if cfg.kind is Scheduler.none:
         return FIFOScheduler()
-    scheduler = Asha(
-        time_attr="samples_seen",
-        metric="eval_loss",
-        mode="min",
-        max_t=total,
-        grace_period=min(cfg.grace or every, total),  # beyond it, no trial would ever be stopped early
-        reduction_factor=cfg.reduction,
-    )
+    grace = min(cfg.grace or every, total)  # beyond it, no trial would ever be stopped early
+    scheduler: _Remembering
+    if cfg.kind is Scheduler.median:
+        scheduler = Median(grace)
+    else:
+        brackets = len(rungs(cfg, total=total, every=every)) if cfg.kind is Scheduler.hyperband else 1
+        scheduler = Asha(total, grace, cfg.reduction, max(1, brackets))
     for trial in record.trials.values():
-        for point in trial.curve if trial.ended else ():
+        for point in trial.curve if trial.confirms is None else ():
             scheduler.replay(trial.trial_id, int(point["samples_seen"]), point["eval_loss"])
     return scheduler
 
 
 def rungs(cfg: SchedulerConfig, *, total: int, every: int) -> list[int]:
-    """Samples seen at which trials are compared."""
+    """Samples seen at which trials are compared; of HyperBand, the later brackets leave out the first of them."""
     found, rung = [], float(cfg.grace or every)
-    while cfg.kind is Scheduler.asha and rung < total:
+    while cfg.kind in (Scheduler.asha, Scheduler.hyperband) and rung < total:
         found.append(round(rung))
         rung *= cfg.reduction
     return found
 
 
-class Asha(ASHAScheduler):
-    """Tune's ASHA (Li et al. 2020, arXiv:1810.05934) with a memory for trials of an earlier process."""
+@dataclass(frozen=True)
+class _Named:
+    """Stands for a trial by the one thing that the schedulers look at; Tune's own id is new in each process."""
+
+    trial_id: str
+
+
+class _Remembering(TrialScheduler):
+    """What the schedulers share."""
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(**settings)
+        self._seen: dict[_Named, int] = {}  # samples at the last measure of each trial
 
     def replay(self, trial_id: str, samples_seen: int, eval_loss: float) -> None:
-        """Record what a trial reached at a rung."""
-        stand_in: Any = SimpleNamespace(trial_id=f"earlier-{trial_id}")  # of a trial, only its id is looked at
-        self._brackets[0].on_result(stand_in, samples_seen, -eval_loss)
+        """Take in what a trial measured in an earlier process."""
+        self._measure(None, _Named(trial_id), samples_seen, eval_loss)
+
+    def on_trial_add(self, tune_controller: Any, trial: Any) -> None:
+        """Nothing: a trial is known by its first measure."""
+
+    def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
+        if "samples_seen" not in result or "eval_loss" not in result:
+            return TrialScheduler.CONTINUE
+        name = _Named(trial.config["trial_id"])
+        return self._measure(tune_controller, name, result["samples_seen"], result["eval_loss"])
+
+    def on_trial_complete(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> None:
+        """Nothing: what the trial measured last is known, and a failed one's last result holds no measure."""
+
+    def on_trial_remove(self, tune_controller: Any, trial: Any) -> None:
+        """Nothing: a trial that never measured anything is not known."""
+
+    def _measure(self, controller: Any, name: _Named, samples_seen: int, eval_loss: float) -> str:
+        if samples_seen <= self._seen.get(name, -1):
+            return TrialScheduler.CONTINUE
+        self._seen[name] = samples_seen
+        return self._judge(controller, name, samples_seen, eval_loss)
+
+    def _judge(self, controller: Any, name: _Named, samples_seen: int, eval_loss: float) -> str:
+        raise NotImplementedError
+
+
+class Asha(_Remembering, ASHAScheduler):
+    """ASHA (Li et al. 2020, arXiv:1810.05934), and with several brackets asynchronous HyperBand (the same paper).
+
+    Bracket ``s`` compares its trials from rung ``s`` on, so that one that begins slowly has a chance in a later one.
+    Which bracket a trial is in follows from its name; Tune would draw it anew after a resume.
+    """
+
+    def __init__(self, total: int, grace: int, reduction: float, brackets: int) -> None:
+        super().__init__(
+            time_attr="samples_seen",
+            metric="eval_loss",
+            mode="min",
+            max_t=total,
+            grace_period=grace,
+            reduction_factor=reduction,
+            brackets=brackets,
+        )
+
+    def bracket_of(self, trial_id: str) -> int:
+        """The bracket of a trial, drawn as Tune draws it: by a softmax over the brackets' numbers of rungs."""
+        sizes = np.array([len(bracket._rungs) for bracket in self._brackets])
+        weights = np.exp(sizes - sizes.max())
+        return random.Random(f"bracket/{trial_id}").choices(range(len(sizes)), weights.tolist())[0]
+
+    def _judge(self, controller: Any, name: _Named, samples_seen: int, eval_loss: float) -> str:
+        if samples_seen >= self._max_t:
+            return TrialScheduler.STOP
+        trial: Any = name
+        return self._brackets[self.bracket_of(name.trial_id)].on_result(trial, samples_seen, -eval_loss)
+
+
+class Median(_Remembering, MedianStoppingRule):
+    """The median stopping rule (Golovin et al. 2017, Google Vizier).
+
+    A trial stops where its lowest loss so far is higher than the median of the other trials' mean losses up to as many
+    samples.
+    """
+
+    def __init__(self, grace: int) -> None:
+        super().__init__(
+            time_attr="samples_seen",
+            metric="eval_loss",
+            mode="min",
+            grace_period=grace,
+            min_samples_required=_OTHERS,
+            min_time_slice=np.inf,  # else Tune pauses a trial where too few have come as far
+        )
+
+    def _judge(self, controller: Any, name: _Named, samples_seen: int, eval_loss: float) -> str:
+        result = {"samples_seen": samples_seen, "eval_loss": eval_loss}
+        self._stopped_trials.discard(name)
+        trial: Any = name
+        return MedianStoppingRule.on_trial_result(self, controller, trial, result)

@@ -6,43 +6,149 @@ be made anew at any time, from the study and the journal.
 
 from __future__ import annotations
 
+import math
+import secrets
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import optuna
-from optuna.trial import TrialState
+from optuna.exceptions import OptunaError
+from optuna.storages import BaseStorage, JournalStorage, RDBStorage
+from optuna.storages.journal import JournalFileBackend
+from optuna.trial import FrozenTrial, TrialState, create_trial
 from ray.tune.search import Searcher
+from sqlalchemy.engine import make_url
+from sqlalchemy.exc import ArgumentError, NoSuchModuleError, SQLAlchemyError
 
-from raytune_lora.config.schema import RunConfig
-from raytune_lora.config.search import Sampler, SearchConfig
-from raytune_lora.training.failures import STOPPED
-from raytune_lora.tuning.space import Space, configured_point, sample
+from raytune_lora.config.compose import load
+from raytune_lora.config.schema import SweepConfig
+from raytune_lora.config.search import Objective, SearchConfig
+from raytune_lora.errors import UserError
+from raytune_lora.training.failures import OOM, STOPPED
+from raytune_lora.tuning import samplers
+from raytune_lora.tuning.samplers import WARM
+from raytune_lora.tuning.space import Space, configured_point, fitting, sample
 from raytune_lora.tuning.trials import COMPLETED, Record, Trial, trial_name
 
 STUDY_FILE = "study.db"
-STUDY_NAME = "sweep"
+STUDY_NAME = "sweep"  # in the folder's own database
+NAME_FILE = "study_name"  # in the folder: the study's name in a database that sweeps share
+
+_JOURNAL = "journal://"
+_MEMORY = "constraints:memory"  # system attribute that Optuna reads a constraint from: above zero is infeasible
+_DRIVERS = {
+    "postgresql": "pip install psycopg2-binary, and write postgresql+psycopg2://…",
+    "mysql": "pip install pymysql, and write mysql+pymysql://…",
+}
+
+
+# ------------------------------------------------------------------------------------------------------------ the study
 
 
 def open_study(folder: Path, cfg: SearchConfig) -> optuna.Study:
-    """The sweep's study, made where it is missing."""
+    """The sweep's study, made where it is missing. Its sampler is ``StudySearcher``'s to set.
+
+    Args:
+        folder: of the sweep.
+        cfg: with the objectives, all of them to be small, and the database.
+
+    Raises:
+        UserError: the database cannot be reached.
+    """
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    study = optuna.create_study(
-        study_name=STUDY_NAME, storage=f"sqlite:///{folder / STUDY_FILE}", direction="minimize", load_if_exists=True
-    )
-    # with the same seed again, a sweep that goes on would propose again what it proposed before
-    study.sampler = _sampler(cfg, cfg.seed + len(study.get_trials(deepcopy=False)))
+    try:
+        study = optuna.create_study(
+            study_name=_study_name(folder, cfg),
+            storage=_storage(folder, cfg.storage),
+            directions=["minimize"] * len(cfg.objectives),
+            load_if_exists=True,
+        )
+    except (SQLAlchemyError, OptunaError, OSError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(f"search.storage: {_shown(cfg.storage)} cannot be reached or written ({reason})") from error
+    if study.metric_names is None:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+            study.set_metric_names([objective.value for objective in cfg.objectives])
     return study
 
 
-def _sampler(cfg: SearchConfig, seed: int) -> optuna.samplers.BaseSampler:
-    if cfg.sampler is Sampler.random:
-        return optuna.samplers.RandomSampler(seed=seed)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-        return optuna.samplers.TPESampler(
-            n_startup_trials=cfg.startup_trials, multivariate=True, group=True, constant_liar=True, seed=seed
-        )
+def problems(cfg: SweepConfig) -> list[str]:
+    """Why the search cannot be done: its sampler, its database, the sweeps it is to learn from."""
+    return samplers.problems(cfg) + _storage_problems(cfg.search.storage) + _warm_problems(cfg)
+
+
+def pareto(study: optuna.Study) -> list[str]:
+    """The sweep's own trials that no other is as good as in all objectives and better in one, best loss first."""
+    front: list[FrozenTrial] = []
+    ended = [t for t in study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,)) if WARM not in t.user_attrs]
+    # in this order, none is beaten by a later one
+    for trial in sorted(ended, key=lambda t: (t.values, t.number)):
+        if not any(_beats(other.values, trial.values) for other in front):
+            front.append(trial)
+    return [trial_name(trial.number) for trial in front]
+
+
+def _beats(one: list[float], other: list[float]) -> bool:
+    return one != other and all(a <= b for a, b in zip(one, other, strict=True))
+
+
+def _study_name(folder: Path, cfg: SearchConfig) -> str:
+    """In a shared database, one that no other sweep has, nor had: a folder may be deleted and made anew."""
+    if cfg.storage is None:
+        return STUDY_NAME
+    file = folder / NAME_FILE
+    if not file.exists():
+        file.write_text(f"{folder.name}-{secrets.token_hex(4)}")
+    return file.read_text()
+
+
+def _storage(folder: Path, url: str | None) -> BaseStorage | str:
+    if url is None:
+        return f"sqlite:///{folder / STUDY_FILE}"
+    if url.startswith(_JOURNAL):
+        return JournalStorage(JournalFileBackend(url.removeprefix(_JOURNAL)))
+    return RDBStorage(url, engine_kwargs={"pool_pre_ping": True})  # a server may end a connection between two trials
+
+
+def _shown(url: str | None) -> str:
+    """A URL without its password."""
+    if url is None:
+        return STUDY_FILE
+    return url if url.startswith(_JOURNAL) else make_url(url).render_as_string(hide_password=True)
+
+
+def _storage_problems(url: str | None) -> list[str]:
+    if url is None:
+        return []
+    known = "sqlite:////path.db, postgresql+psycopg2://…, mysql+pymysql://… or journal:///path"
+    if url.startswith(_JOURNAL):
+        return _path_problems(url, url.removeprefix(_JOURNAL))
+    try:
+        parsed = make_url(url)
+        dialect = parsed.get_dialect()
+        dialect.import_dbapi()
+    except NoSuchModuleError:
+        return [f"search.storage: there is no database {parsed.drivername!r}; write {known}"]
+    except ArgumentError:  # the URL may hold a password, and is not shown
+        return [f"search.storage is no URL of a database; write {known}"]
+    except ModuleNotFoundError as error:
+        remedy = _DRIVERS.get(parsed.get_backend_name(), "install it")
+        return [f"search.storage={parsed.drivername}://… needs the driver {error.name}: {remedy}"]
+    return _path_problems(url, parsed.database or "") if parsed.get_backend_name() == "sqlite" else []
+
+
+def _path_problems(url: str, path: str) -> list[str]:
+    if not path.startswith("/"):
+        return [f"search.storage={url} must name an absolute path, so that a resume from elsewhere finds it again"]
+    if not Path(path).parent.is_dir():
+        return [f"search.storage={url}: there is no folder {Path(path).parent}; make it, or name another"]
+    return []
+
+
+# ------------------------------------------------------------------------------------------ what trials were and became
 
 
 def reconcile(study: optuna.Study, record: Record) -> list[Trial]:
@@ -58,46 +164,150 @@ def reconcile(study: optuna.Study, record: Record) -> list[Trial]:
         known = record.trials.get(trial_name(frozen.number))
         if known is None:
             study.tell(frozen.number, state=TrialState.FAIL)
-            study.enqueue_trial(frozen.params)
+            study.enqueue_trial({**frozen.system_attrs.get("fixed_params", {}), **frozen.params})
         elif known.ended:
             tell(study, known)
     return [trial for trial in record.trials.values() if not trial.ended]
 
 
 def report(study: optuna.Study, trial: Trial) -> None:
-    """Give the study what has been measured of a trial that runs."""
-    study_trial = study.get_trials(deepcopy=False)[int(trial.trial_id)]
+    """Give the study what has been measured of a trial that runs.
+
+    Nothing with several objectives: Optuna has no intermediate values there, and no trial is stopped early.
+    """
+    if len(study.directions) > 1:
+        return
+    trial_id = _id(study, trial)
+    known = study._storage.get_trial(trial_id).intermediate_values
     for point in trial.curve:
-        if int(point["samples_seen"]) not in study_trial.intermediate_values:
-            study._storage.set_trial_intermediate_value(
-                study_trial._trial_id, int(point["samples_seen"]), point["eval_loss"]
-            )
+        if int(point["samples_seen"]) not in known:
+            study._storage.set_trial_intermediate_value(trial_id, int(point["samples_seen"]), point["eval_loss"])
 
 
 def tell(study: optuna.Study, trial: Trial) -> None:
-    """Tell the study how a trial ended: its loss, pruned with its curve, or failed; never a made-up number."""
-    number = int(trial.trial_id)
-    if not study.get_trials(deepcopy=False)[number].state.is_finished():
-        report(study, trial)
-    if trial.status == COMPLETED and trial.eval_loss is not None:
-        study.tell(number, trial.eval_loss, skip_if_finished=True)
-    elif trial.status == STOPPED:
-        study.tell(number, state=TrialState.PRUNED, skip_if_finished=True)
-    else:
-        study.tell(number, state=TrialState.FAIL, skip_if_finished=True)
+    """Tell the study how a trial ended; never by a made-up number.
+
+    - completed: its objectives' values
+    - stopped: pruned, with its curve
+    - out of memory: pruned and infeasible, of which TPE keeps away; other samplers learn nothing of it
+    - failed, diverged, or completed without a finite value: failed
+    """
+    number, trial_id = int(trial.trial_id), _id(study, trial)
+    if study._storage.get_trial(trial_id).state.is_finished():
+        return
+    report(study, trial)
+    reached = _values(study, trial)
+    if trial.status == COMPLETED and reached:
+        study.tell(number, reached)
+        return
+    study._storage.set_trial_user_attr(trial_id, "status", trial.status)
+    if trial.error:
+        study._storage.set_trial_user_attr(trial_id, "error", trial.error)
+    if trial.status == OOM:
+        study._storage.set_trial_system_attr(trial_id, _MEMORY, 1.0)
+    study.tell(number, state=TrialState.PRUNED if trial.status in (STOPPED, OOM) else TrialState.FAIL)
+
+
+def _id(study: optuna.Study, trial: Trial) -> int:
+    """The storage's own number of a trial."""
+    return study._storage.get_trial_id_from_study_id_trial_number(study._study_id, int(trial.trial_id))
+
+
+def _values(study: optuna.Study, trial: Trial) -> list[float]:
+    """What a trial reached in each objective; empty where one was not measured."""
+    values = [getattr(trial, name) for name in study.metric_names or [Objective.eval_loss.value]]
+    return [] if any(value is None or not math.isfinite(value) for value in values) else values
+
+
+# ----------------------------------------------------------------------------------------------------------- warm start
+
+
+def warm_start(study: optuna.Study, space: Space, cfg: SweepConfig) -> int:
+    """Add to the study what earlier sweeps found at points of this space, once; their own warm starts aside.
+
+    The added trials come before the sweep's own, take the first numbers, and carry the user attribute ``warm_start``.
+    They teach the sampler; the journal and the results do not know them.
+
+    Returns:
+        How many the study has of them.
+    """
+    there = {t.user_attrs[WARM] for t in study.get_trials(deepcopy=False) if WARM in t.user_attrs}
+    for folder in cfg.search.warm_start:
+        for trial in _fitting_trials(Path(folder).expanduser(), space, cfg):
+            if trial.user_attrs[WARM] not in there:
+                study.add_trial(trial)
+                there.add(trial.user_attrs[WARM])
+    return len(there)
+
+
+def _fitting_trials(folder: Path, space: Space, cfg: SweepConfig) -> Iterator[FrozenTrial]:
+    for trial in _earlier(folder).get_trials(deepcopy=False, states=(TrialState.COMPLETE, TrialState.PRUNED)):
+        distributions = fitting(space, cfg, trial.params)
+        # memory ran out on another machine, or with another model: that says nothing here
+        if distributions and not trial.constraints and WARM not in trial.user_attrs:
+            yield create_trial(
+                state=trial.state,
+                values=trial.values,
+                params=trial.params,
+                distributions=distributions,
+                intermediate_values=trial.intermediate_values,
+                user_attrs={WARM: f"{folder.absolute()}#{trial_name(trial.number)}"},
+                system_attrs=samplers.marks(cfg),
+            )
+
+
+def _earlier(folder: Path) -> optuna.Study:
+    """The study of an earlier sweep, to read.
+
+    Raises:
+        UserError: there is none.
+    """
+    try:
+        if (folder / NAME_FILE).is_file():
+            shared = load(folder / "config.yaml").search.storage
+            return optuna.load_study(study_name=(folder / NAME_FILE).read_text(), storage=_storage(folder, shared))
+        if (folder / STUDY_FILE).is_file():
+            url = f"sqlite:///file:{(folder / STUDY_FILE).absolute()}?mode=ro&uri=true"
+            return optuna.load_study(study_name=STUDY_NAME, storage=RDBStorage(url, skip_table_creation=True))
+    except (SQLAlchemyError, OptunaError, OSError, KeyError, RuntimeError, UserError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(f"search.warm_start: the study of {folder} cannot be read ({reason})") from error
+    raise UserError(f"search.warm_start: {folder} holds no study; name the folder of an earlier sweep")
+
+
+def _warm_problems(cfg: SweepConfig) -> list[str]:
+    found = []
+    for name in cfg.search.warm_start:
+        folder = Path(name).expanduser()
+        try:
+            if len(_earlier(folder).directions) != len(cfg.search.objectives):
+                found.append(f"search.warm_start: the sweep in {folder} had another number of objectives")
+            elif not any(_fitting_trials(folder, cfg.space, cfg)):
+                found.append(
+                    f"search.warm_start: no trial of {folder} lies in this space (the same keys, values within their "
+                    "bounds); widen the space, or leave the folder out"
+                )
+        except UserError as error:
+            found += error.problems
+    return found
+
+
+# --------------------------------------------------------------------------------------------------------- the searcher
 
 
 class StudySearcher(Searcher):
     """Proposes what the study asks for; the trials that were interrupted come first."""
 
-    def __init__(self, study: optuna.Study, space: Space, cfg: RunConfig, interrupted: list[Trial]) -> None:
+    def __init__(self, study: optuna.Study, space: Space, cfg: SweepConfig, interrupted: list[Trial]) -> None:
         super().__init__(metric="eval_loss", mode="min")
         self._study = study
         self._space = space
         self._cfg = cfg
         self._interrupted = list(interrupted)
-        if not study.get_trials(deepcopy=False):
+        if all(WARM in trial.user_attrs for trial in study.get_trials(deepcopy=False)):
+            warm_start(study, space, cfg)
             study.enqueue_trial(configured_point(space, cfg))
+        study.sampler = samplers.build(cfg, study)
 
     def suggest(self, trial_id: str) -> dict[str, Any]:
         if self._interrupted:

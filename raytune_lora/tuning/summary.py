@@ -8,9 +8,11 @@ from typing import Any
 def lines(results: dict[str, Any], folder: str) -> tuple[str, bool]:
     """The closing words, and whether there is a trained model."""
     base, best = results["baseline"], results["best"]
-    statuses = [trial["status"] for trial in results["trials"]]
+    statuses = [trial["status"] for trial in results["trials"] if not trial.get("confirms")]
     counts = ", ".join(f"{statuses.count(status)} {status}" for status in dict.fromkeys(statuses))
     shown = [f"trials: {counts or 'none'}; {results['seconds']['total']:.0f} s in all"]
+    if ended := results.get("ended_by"):
+        shown += [f"ended early: {ended['why']}", f"to search on: resume={folder} {ended['remedy']}"]
     for trial in results["trials"]:
         if trial["error"]:
             shown.append(
@@ -18,6 +20,8 @@ def lines(results: dict[str, Any], folder: str) -> tuple[str, bool]:
             )
     if best is None:
         return "\n".join([*shown, f"no trial gave a model; logs: {folder}/trials"]), False
+    if confirmation := results.get("confirmation"):
+        shown.append(f"confirmed: {confirmation['words']}")
     shown += [
         f"best trial:      {best['trial_id']}",
         f"validation loss: {_number(base['eval_loss'])} before, {_number(best['eval_loss'])} after",

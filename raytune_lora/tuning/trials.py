@@ -19,6 +19,10 @@ from raytune_lora.training.failures import DIVERGED, FAILED, OOM
 
 COMPLETED = "completed"
 ENDED_BADLY = (FAILED, DIVERGED, OOM)
+TRIALS, CONFIRM, BEST = "trials", "confirm", "best"  # phases, in their order
+
+_SILENT = ("clock", "ended_by", "reopened")  # events that nobody watches
+_HEARTBEAT = 60.0  # seconds without an event after which the clock is written down
 
 # what a validation reports
 MEASURED = (
@@ -52,6 +56,8 @@ class Trial:
     last: bool = False  # whether it was trained to its end
     error: str | None = None
     curve: list[dict[str, float]] = field(default_factory=list)  # samples_seen, eval_loss, train_loss
+    confirms: str | None = None  # the trial whose parameters it runs again with another seed
+    gpus: int = 0  # of all its workers
 
     @property
     def ended(self) -> bool:
@@ -64,37 +70,65 @@ class Record:
 
     trials: dict[str, Trial] = field(default_factory=dict)
     phases: dict[str, dict[str, Any]] = field(default_factory=dict)  # finished ones: seconds and what they measured
+    clock: float = 0.0  # seconds at work, in all sittings
+    ended_by: dict[str, Any] | None = None  # the budget that ended the search, and why
+    # of the search's trials:
+    ended: int = 0  # how many have ended, well or badly
+    in_vain: int = 0  # how many ended since one that ended with a lower loss than all before
+    gpu_seconds: float = 0.0
+    leader: Trial | None = None  # lowest loss of those that run or did not end badly
+    _lowest: float = math.inf  # loss of those that did not end badly
 
     def add(self, event: dict[str, Any]) -> None:
         """Take one event in."""
         kind = event["event"]
+        self.clock = event.get("clock", self.clock)
         if kind == "phase":
             self.phases[event["name"]] = event
         elif kind == "trial_started":
-            self.trials.setdefault(event["trial_id"], Trial(event["trial_id"], event["params"])).status = "running"
+            self._started(event)
         elif kind == "trial_result":
             self._result(self.trials[event["trial_id"]], event)
         elif kind == "trial_ended":
-            trial = self.trials[event["trial_id"]]
-            trial.status, trial.error = event["status"], event["error"]
-            trial.seconds += event["seconds"]
+            self._ended(self.trials[event["trial_id"]], event)
+        elif kind == "ended_by":
+            self.ended_by = {"budget": event["budget"], "why": event["why"]}
+        elif kind == "reopened":
+            self.ended_by = None
+            for name in (TRIALS, CONFIRM, BEST):
+                self.phases.pop(name, None)
 
     @property
-    def ended(self) -> int:
-        """How many trials have ended, well or badly."""
-        return sum(trial.ended for trial in self.trials.values())
+    def searched(self) -> list[Trial]:
+        """The trials that the search proposed; the others run one of these again."""
+        return [trial for trial in self.trials.values() if trial.confirms is None]
+
+    def runs(self, trial_id: str) -> list[Trial]:
+        """A trial of the search and those that confirm it."""
+        return [trial for trial in self.trials.values() if trial_id in (trial.trial_id, trial.confirms)]
 
     def best(self) -> Trial | None:
-        """The trial with the lowest validation loss among those that did not end badly."""
-        able = [t for t in self.trials.values() if t.eval_loss is not None and t.status not in ENDED_BADLY]
-        return min(able, key=lambda t: (t.eval_loss, t.trial_id), default=None)
+        """The trial with the lowest validation loss among those that did not end badly.
 
-    @staticmethod
-    def _result(trial: Trial, event: dict[str, Any]) -> None:
+        Once the best configurations are confirmed, it is the best run of the one that won.
+        """
+        confirmed = self.phases.get(CONFIRM)
+        among = self.searched if confirmed is None else self.runs(confirmed["winner"])
+        return lowest(among)
+
+    def _started(self, event: dict[str, Any]) -> None:
+        name = event["trial_id"]
+        trial = self.trials.setdefault(name, Trial(name, event["params"], confirms=event.get("confirms")))
+        if trial.ended and trial.confirms is None:
+            self.ended -= 1
+        trial.status, trial.gpus = "running", event.get("gpus", 0)
+
+    def _result(self, trial: Trial, event: dict[str, Any]) -> None:
         seen = event["samples_seen"]
         # a trial that goes on from a checkpoint measures again what it measured after it
         trial.curve = [point for point in trial.curve if point["samples_seen"] < seen]
         trial.curve.append({key: event[key] for key in ("samples_seen", "eval_loss", "train_loss")})
+        trained = max(0.0, event["training_seconds"] - trial.training_seconds)
         trial.samples_seen = seen
         trial.training_seconds = event["training_seconds"]
         trial.trainable_parameters = event["trainable_parameters"]
@@ -102,20 +136,47 @@ class Record:
         trial.micro_batch, trial.last = event["micro_batch"], event["last"]
         if math.isfinite(event["eval_loss"]) and (trial.eval_loss is None or event["eval_loss"] <= trial.eval_loss):
             trial.eval_loss, trial.checkpoint = event["eval_loss"], event["checkpoint"]
+        if trial.confirms is None:
+            self.gpu_seconds += trial.gpus * trained
+            self.leader = lowest([trial] if self.leader is None else [self.leader, trial])
+
+    def _ended(self, trial: Trial, event: dict[str, Any]) -> None:
+        again = trial.ended
+        trial.status, trial.error = event["status"], event["error"]
+        trial.seconds += event["seconds"]
+        if trial.confirms is not None or again:
+            return
+        self.ended += 1
+        if trial.status in ENDED_BADLY and self.leader is trial:
+            self.leader = lowest(self.searched)
+        loss = math.inf if trial.eval_loss is None or trial.status in ENDED_BADLY else trial.eval_loss
+        self.in_vain = 0 if loss < self._lowest else self.in_vain + 1
+        self._lowest = min(self._lowest, loss)
+
+
+def lowest(trials: list[Trial]) -> Trial | None:
+    """The one with the lowest validation loss among those that did not end badly."""
+    able = [t for t in trials if t.eval_loss is not None and t.status not in ENDED_BADLY]
+    return min(able, key=lambda t: (t.eval_loss, t.trial_id), default=None)
 
 
 class Journal:
     """An append-only file of events, and the record they add up to."""
 
     def __init__(
-        self, path: Path, watch: Callable[[dict[str, Any], Record], None] = lambda _event, _record: None
+        self,
+        path: Path,
+        watch: Callable[[dict[str, Any], Record], None] = lambda _event, _record: None,
+        began: float | None = None,
     ) -> None:
         """
         Args:
             path: of the file; what it holds already is read.
-            watch: called with each new event once it is on disk and in the record.
+            watch: called with each new event of a trial or phase once it is on disk and in the record.
+            began: when this sitting began, as ``time.monotonic`` says; None: now.
         """
         self.record = Record()
+        self._began = time.monotonic() if began is None else began
         self._path = path
         self._watch = watch
         whole = 0
@@ -125,17 +186,29 @@ class Journal:
             for line in data[:whole].splitlines():
                 self.record.add(json.loads(line))
             os.truncate(path, whole)
+        self._before = self.record.clock
+
+    @property
+    def clock(self) -> float:
+        """Seconds at work until now, in all sittings; up to a minute of one that was killed is lost."""
+        return self._before + time.monotonic() - self._began
+
+    def keep_time(self) -> None:
+        """Write the clock down where nothing else has for a while."""
+        if self.clock - self.record.clock > _HEARTBEAT:
+            self.append("clock")
 
     def append(self, event: str, **values: Any) -> None:
         """Record one event durably."""
-        entry = {"time": time.time(), "event": event, **values}
+        entry = {"time": time.time(), "clock": round(self.clock, 3), "event": event, **values}
         line = json.dumps(entry, ensure_ascii=False) + "\n"
         with self._path.open("ab") as file:
             file.write(line.encode(errors="backslashreplace"))  # a lone surrogate becomes JSON's own escape
             file.flush()
             os.fsync(file.fileno())
         self.record.add(entry)
-        self._watch(entry, self.record)
+        if event not in _SILENT:
+            self._watch(entry, self.record)
 
 
 def trial_name(number: int) -> str:

@@ -90,6 +90,49 @@ def single(kind: str) -> dict[str, Any]:
     return sample(kind=kind, trials=[best], importance={}, search=None if kind == "run" else SAMPLE["search"])
 
 
+def confirmed() -> dict[str, Any]:
+    """The two best trained again; one run did not come to its end."""
+    configurations, runs = [], []
+    for name, losses in (("0003", [0.07101, 0.0725]), ("0001", [0.19, None])):
+        known = next(t for t in SAMPLE["trials"] if t["trial_id"] == name)
+        params = {**known["params"], "training.seed": 1}
+        runs.append({**known, "trial_id": f"{name}-s1", "confirms": name, "params": params, "eval_loss": losses[1]})
+        configurations.append(
+            {
+                "trial_id": name,
+                "params": known["params"],
+                "mean": losses[0],
+                "standard_deviation": None if losses[1] is None else 0.001,
+                "runs": [
+                    {"trial_id": name, "seed": 0, "status": "completed", "eval_loss": losses[0]},
+                    {
+                        "trial_id": f"{name}-s1",
+                        "seed": 1,
+                        "status": "diverged" if losses[1] is None else "completed",
+                        "eval_loss": losses[1],
+                    },
+                ],
+            }
+        )
+    words = "configuration 0003 has a mean loss of 0.0718 ± 0.0010 (2 runs)"
+    return {
+        "trials": [*copy.deepcopy(SAMPLE["trials"]), *runs],
+        "confirmation": {
+            "winner": "0003",
+            "runner_up": "0001",
+            "differs": None,
+            "p": None,
+            "words": words,
+            "configurations": configurations,
+        },
+    }
+
+
+ENDED = {
+    "budget": "target",
+    "why": "budget.target=0.1, and trial 0003 has 0.0710",
+    "remedy": "budget.target=<lower> (or null)",
+}
 CASES = {
     "sample": sample(),
     "minimal": minimal(),
@@ -102,6 +145,9 @@ CASES = {
     "no best": sample(best=None),
     "all failed": sample(best=None, trials=[t for t in SAMPLE["trials"] if t["status"] in ("oom", "diverged")]),
     "null everywhere": sample(trials=[dict.fromkeys(SAMPLE["trials"][0])] * 2, best=dict.fromkeys(SAMPLE["best"])),
+    "confirmed": sample(**confirmed()),
+    "hostile and confirmed": hostile(sample(**confirmed())),
+    "ended by a budget": sample(ended_by=ENDED),
     "many trials": sample(trials=[t | {"trial_id": f"{n:04}"} for n in range(17) for t in SAMPLE["trials"]]),
 }
 
@@ -165,6 +211,27 @@ def test_a_run_has_no_search_plots_and_shows_its_training_loss() -> None:
     assert page.count("svg") == 2
     assert page.count("g", "train") == 2
     assert "What mattered" not in page.text
+
+
+def test_a_confirmation_shows_its_words_each_mean_and_each_run() -> None:
+    text = Page(render(sample(**confirmed()))).text
+    for part in ("configuration 0003 has a mean loss", "0: 0.0710, 1: 0.0725", "0: 0.1900, 1: diverged", "0003-s1"):
+        assert part in text
+    assert "Confirmation" not in Page(render(sample())).text
+
+
+def test_a_run_that_confirms_is_no_dot_in_the_plots_and_its_seed_no_parameter() -> None:
+    known, page = Page(render(sample())), Page(render(sample(**confirmed())))
+    assert page.count("svg") == known.count("svg")
+    assert page.count("circle") - page.count("g", "curve") == known.count("circle") - known.count("g", "curve")
+    assert "12 trials" in page.text
+
+
+def test_a_search_that_a_budget_ended_says_why_and_how_to_go_on() -> None:
+    text = Page(render(sample(ended_by=ENDED, trials=SAMPLE["trials"][:5]))).text
+    assert ENDED["why"] in text
+    assert "resume=this folder budget.target=<lower> (or null)" in text
+    assert "5 of 12 trials" in text
 
 
 def test_overrides_survive_the_shell_and_hydra() -> None:

@@ -1,23 +1,34 @@
-"""The study as a Tune searcher, and the scheduler: both go on after a kill as if there had been none."""
+"""The study as a Tune searcher, which goes on after a kill as if there had been none, and where it is kept."""
 
 from __future__ import annotations
 
-import math
+import copy
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.request
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import optuna
 import pytest
 from optuna.trial import TrialState
-from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 
-from raytune_lora.config.compose import compose
+from raytune_lora.config import validate
+from raytune_lora.config.compose import compose, dump
 from raytune_lora.config.schema import SweepConfig
-from raytune_lora.config.search import Sampler, Scheduler, SchedulerConfig, SearchConfig
-from raytune_lora.tuning.scheduler import Asha, build, rungs
-from raytune_lora.tuning.search import StudySearcher, open_study, reconcile, report, tell
+from raytune_lora.config.search import Objective, SearchConfig
+from raytune_lora.errors import UserError
+from raytune_lora.tuning.search import StudySearcher, open_study, pareto, reconcile, report, tell, warm_start
+from raytune_lora.tuning.search import problems as search_problems
 from raytune_lora.tuning.space import lookup
 from raytune_lora.tuning.trials import Record, Trial, trial_name
 
@@ -61,19 +72,6 @@ def test_the_config_as_it_stands_comes_first(study: optuna.Study, cfg: SweepConf
     assert second["params"] != first["params"]
 
 
-@pytest.mark.parametrize("sampler", Sampler)
-def test_the_same_seed_proposes_the_same(sampler: Sampler, tmp_path: Path, cfg: SweepConfig) -> None:
-    proposals = []
-    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
-        (tmp_path / name).mkdir()
-        study = open_study(tmp_path / name, SearchConfig(sampler=sampler, startup_trials=2, seed=seed))
-        searching = searcher(study, cfg)
-        proposals.append([searching.suggest(str(number))["params"] for number in range(4)])
-    assert proposals[0] == proposals[1]
-    assert proposals[0][0] == proposals[2][0]
-    assert proposals[0][1:] != proposals[2][1:]
-
-
 def test_a_loss_is_told_to_the_study_once(study: optuna.Study, cfg: SweepConfig) -> None:
     searcher(study, cfg).suggest("a")
     known = trial(0, "running")
@@ -103,7 +101,7 @@ def test_the_last_loss_of_a_stopped_trial_is_in_the_study(study: optuna.Study, c
         (trial(0, "stopped", 1.5), "PRUNED", None),
         (trial(0, "failed", 1.5), "FAIL", None),
         (trial(0, "diverged"), "FAIL", None),
-        (trial(0, "oom"), "FAIL", None),
+        (trial(0, "oom"), "PRUNED", None),
         (trial(0, "completed"), "FAIL", None),
     ],
     ids=lambda value: value.status if isinstance(value, Trial) else "",
@@ -116,6 +114,256 @@ def test_the_study_is_told_how_a_trial_ended(
         tell(study, ended)
     assert states(study) == [state]
     assert study.trials[0].value == value
+
+
+def test_a_trial_without_memory_is_an_infeasible_point_and_others_say_why_they_failed(
+    study: optuna.Study, cfg: SweepConfig
+) -> None:
+    searching = searcher(study, cfg)
+    for number, status in enumerate(("oom", "failed", "stopped", "completed")):
+        searching.suggest("")
+        tell(study, trial(number, status, 2.0, error=None if status == "completed" else f"it was {status}"))
+    assert [t.constraints for t in study.trials] == [{"memory": 1.0}, {}, {}, {}]
+    assert study.trials[1].user_attrs == {"status": "failed", "error": "it was failed"}
+    assert states(study) == ["PRUNED", "FAIL", "PRUNED", "COMPLETE"]
+
+
+# --------------------------------------------------------------------------------------------------- several objectives
+
+
+def test_the_front_has_each_trial_that_no_other_beats(tmp_path: Path, cfg: SweepConfig) -> None:
+    both = SearchConfig(objectives=[Objective.eval_loss, Objective.trainable_parameters], startup_trials=2)
+    study = open_study(tmp_path, both)
+    searching = searcher(study, cfg)
+    for number, (loss, size) in enumerate([(3.0, 10), (1.0, 30), (2.0, 20), (2.5, 20), (1.0, 40), (3.0, 10)]):
+        searching.suggest("")
+        known = trial(number, "completed", loss, trainable_parameters=size, curve=list(CURVE))
+        report(study, known)
+        tell(study, known)
+    searching.suggest("")
+    tell(study, trial(6, "completed", 0.5))  # its size was not measured
+    assert study.metric_names == ["eval_loss", "trainable_parameters"]
+    assert pareto(study) == ["0001", "0002", "0000", "0005"]
+    assert {f"{t.number:04d}" for t in study.best_trials} == set(pareto(study))
+    assert states(study)[6] == "FAIL"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "reason"),
+    [
+        (["search.objectives=[eval_loss,training_seconds]"], "set scheduler=none (got asha)"),
+        (["search.objectives=[training_seconds]"], "must contain eval_loss"),
+        (["search.objectives=[]"], "must contain eval_loss"),
+        (["search.objectives=[eval_loss,eval_loss]", "scheduler=none"], "names one twice"),
+    ],
+)
+def test_objectives_that_do_not_go_together_are_refused(overrides: list[str], reason: str) -> None:
+    (problem,) = validate.problems(compose(["experiment=tiny", *overrides]))
+    assert problem.startswith("search.objectives")
+    assert reason in problem
+
+
+# -------------------------------------------------------------------------------------------------------- the database
+
+
+def search_twice(folder: Path, cfg: SweepConfig, storage: str) -> list[str]:
+    """A search that is opened again, and another one in the same database."""
+    other = folder / "elsewhere" / "sweep"
+    for path in (folder / "sweep", other):
+        path.mkdir(parents=True)
+    own = SearchConfig(storage=storage)
+    first = searcher(open_study(folder / "sweep", own), cfg).suggest("")
+    tell(open_study(folder / "sweep", own), trial(0, "completed", 1.5, params=first["params"], curve=list(CURVE)))
+    assert searcher(open_study(other, own), cfg).suggest("")["params"] == first["params"]
+    again = open_study(folder / "sweep", own)
+    assert reconcile(again, Record()) == []
+    assert [t.value for t in again.trials] == [1.5]
+    assert again.trials[0].intermediate_values == {16: 2.0}
+    assert searcher(again, cfg).suggest("")["trial_id"] == "0001"
+    return [again.study_name, open_study(other, own).study_name]
+
+
+@pytest.mark.parametrize("url", ["sqlite:///{}/shared.db", "journal://{}/shared.log"])
+def test_sweeps_share_a_database(url: str, tmp_path: Path, cfg: SweepConfig) -> None:
+    own, other = search_twice(tmp_path, cfg, url.format(tmp_path))
+    assert own != other
+    assert own.startswith("sweep-")
+
+
+def test_a_folder_that_was_deleted_and_made_again_has_another_study(tmp_path: Path) -> None:
+    own = SearchConfig(storage=f"journal://{tmp_path}/shared.log")
+    names = []
+    for _ in range(2):
+        (tmp_path / "sweep").mkdir()
+        names.append(open_study(tmp_path / "sweep", own).study_name)
+        shutil.rmtree(tmp_path / "sweep")
+    assert names[0] != names[1]
+
+
+@pytest.fixture
+def postgres() -> Iterator[str]:
+    """The URL of a server of its own, on a socket."""
+    found = [shutil.which("initdb"), *map(str, Path("/usr/lib/postgresql").glob("*/bin/initdb"))]
+    programs = Path(next((path for path in found if path), "")).resolve().parent
+    if not any(found):
+        pytest.skip("PostgreSQL is not installed (apt-get install postgresql)")
+    user = "postgres" if os.geteuid() == 0 else None  # it does not run as root
+    with tempfile.TemporaryDirectory(prefix="pg") as folder:
+        if user:
+            shutil.chown(folder, user)
+        common: Any = {"user": user, "cwd": folder, "stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+        made = [programs / "initdb", "-D", f"{folder}/data", "-A", "trust", "-U", "tester", "-N"]
+        subprocess.run(made, check=True, **common)
+        settings = ["-c", "listen_addresses=", "-c", "fsync=off", "-k", folder]
+        server = subprocess.Popen([programs / "postgres", "-D", f"{folder}/data", *settings], **common)
+        try:
+            deadline = time.monotonic() + 60
+            ready = [programs / "pg_isready", "-h", folder]
+            while subprocess.run(ready, **common).returncode and time.monotonic() < deadline:
+                time.sleep(0.05)
+            yield f"postgresql+psycopg2://tester@/postgres?host={folder}"
+        finally:
+            server.send_signal(signal.SIGINT)
+            server.wait(60)
+
+
+def test_a_postgresql_server_keeps_the_studies(postgres: str, tmp_path: Path, cfg: SweepConfig) -> None:
+    own, other = search_twice(tmp_path, cfg, postgres)
+    assert own != other
+    assert problems_with(storage=postgres) == []
+
+
+def problems_with(**settings: Any) -> list[str]:
+    changed = compose(["experiment=tiny"])
+    for key, value in settings.items():
+        setattr(changed.search, key, value)
+    return search_problems(changed)
+
+
+@pytest.mark.parametrize(
+    ("url", "reason"),
+    [
+        ("sqlite:///study.db", "must name an absolute path"),
+        ("journal://study.log", "must name an absolute path"),
+        ("journal:///nowhere/study.log", "there is no folder /nowhere; make it"),
+        ("oracledb2://x", "there is no database 'oracledb2'; write sqlite:////path.db"),
+        ("secret", "search.storage is no URL of a database; write sqlite:////path.db"),
+        ("postgresql+psycopg2://u:secret@h/d", "needs the driver psycopg2: pip install psycopg2-binary, and write"),
+        ("mysql+pymysql://u:secret@h/d", "needs the driver pymysql: pip install pymysql"),
+    ],
+)
+def test_a_database_that_cannot_be_used_is_refused(url: str, reason: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for driver in ("psycopg2", "pymysql"):
+        monkeypatch.setitem(sys.modules, driver, None)
+    (problem,) = problems_with(storage=url)
+    assert reason in problem
+    assert "secret" not in problem
+
+
+def test_a_server_that_does_not_answer_is_named_without_its_password(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="cannot be reached") as caught:
+        open_study(tmp_path, SearchConfig(storage=f"postgresql+psycopg2://u:secret@/d?host={tmp_path}"))
+    assert "secret" not in str(caught.value)
+
+
+def test_optuna_dashboard_shows_the_study(study: optuna.Study, cfg: SweepConfig, tmp_path: Path) -> None:
+    searcher(study, cfg).suggest("")
+    tell(study, trial(0, "completed", 1.5))
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    program = Path(sys.executable).with_name("optuna-dashboard")
+    command = [program, f"sqlite:///{tmp_path}/study.db", "--host", "127.0.0.1", "--port", str(port)]
+    shown = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        deadline = time.monotonic() + 60
+        while True:
+            try:
+                with urllib.request.urlopen(f"http://127.0.0.1:{port}/api/studies") as answer:
+                    found = json.load(answer)["study_summaries"]
+                break
+            except OSError:
+                assert time.monotonic() < deadline
+                time.sleep(0.05)
+    finally:
+        shown.terminate()
+        shown.wait(60)
+    assert [(each["study_name"], each["directions"]) for each in found] == [("sweep", ["minimize"])]
+
+
+# --------------------------------------------------------------------------------------------------------- a warm start
+
+
+@pytest.fixture
+def earlier(tmp_path: Path, cfg: SweepConfig) -> Path:
+    """A sweep of six trials: two completed, one stopped, one without memory, one failed, one of another space."""
+    folder = tmp_path / "earlier"
+    folder.mkdir()
+    study = open_study(folder, SearchConfig())
+    searching = searcher(study, cfg)
+    for number, status in enumerate(("completed", "completed", "stopped", "oom", "failed")):
+        tell(study, trial(number, status, 1.0 + number, params=searching.suggest("")["params"], curve=list(CURVE)))
+    study.ask({"training.seed": optuna.distributions.IntDistribution(0, 9)})
+    study.tell(5, 0.1)
+    return folder
+
+
+def test_a_warm_start_gives_the_study_what_fits_and_the_sweep_its_own_trials(
+    earlier: Path, tmp_path: Path, cfg: SweepConfig
+) -> None:
+    changed = copy.deepcopy(cfg)
+    changed.search.warm_start = [str(earlier)]
+    assert search_problems(changed) == []
+    before = (earlier / "study.db").read_bytes()
+    study = open_study(tmp_path, changed.search)
+    first = searcher(study, changed).suggest("")
+    assert first == {"trial_id": "0003", "params": {d.key: lookup(cfg, d.key) for d in cfg.space.values()}}
+    assert states(study) == ["COMPLETE", "COMPLETE", "PRUNED", "RUNNING"]
+    assert [t.user_attrs["warm_start"] for t in study.trials[:3]] == [f"{earlier}#000{n}" for n in range(3)]
+    assert [t.value for t in study.trials[:2]] == [1.0, 2.0]
+    assert study.trials[2].intermediate_values == {16: 2.0}
+    assert (earlier / "study.db").read_bytes() == before
+
+    ended = trial(3, "completed", 1.5, params=first["params"])
+    study = open_study(tmp_path, changed.search)
+    assert reconcile(study, record(ended)) == []
+    assert searcher(study, changed).suggest("")["trial_id"] == "0004"
+    tell(study, trial(4, "completed", 0.5))
+    assert states(study) == ["COMPLETE", "COMPLETE", "PRUNED", "COMPLETE", "COMPLETE"]
+    assert pareto(study) == ["0004"]
+    assert warm_start(study, changed.space, changed) == 3
+
+
+def test_a_warm_start_that_was_cut_short_is_made_whole(earlier: Path, tmp_path: Path, cfg: SweepConfig) -> None:
+    changed = copy.deepcopy(cfg)
+    changed.search.warm_start = [str(earlier)]
+    study = open_study(tmp_path, changed.search)
+    study.add_trial(optuna.trial.create_trial(value=1.0, user_attrs={"warm_start": f"{earlier}#0000"}))
+    assert searcher(study, changed).suggest("")["trial_id"] == "0003"
+
+
+def test_a_folder_that_teaches_nothing_is_refused(earlier: Path, tmp_path: Path, cfg: SweepConfig) -> None:
+    changed = copy.deepcopy(cfg)
+    changed.search.warm_start = [str(tmp_path / "nowhere"), str(earlier)]
+    changed.space["rank"].low = changed.space["rank"].high = 3
+    nothing, outside = search_problems(changed)
+    assert nothing == f"search.warm_start: {tmp_path}/nowhere holds no study; name the folder of an earlier sweep"
+    assert outside.startswith(f"search.warm_start: no trial of {earlier} lies in this space")
+    (earlier / "study.db").write_bytes(b"not a database, but a text that is long enough to be looked at" * 20)
+    assert "cannot be read" in search_problems(changed)[1]
+    assert not (tmp_path / "nowhere").exists()
+
+
+def test_a_sweep_in_a_shared_database_is_a_warm_start_too(tmp_path: Path) -> None:
+    cfg = compose(["experiment=tiny", f"search.storage=journal://{tmp_path}/shared.log"])
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "config.yaml").write_text(dump(cfg))
+    study = open_study(tmp_path / "a", cfg.search)
+    tell(study, trial(0, "completed", 1.0, params=searcher(study, cfg).suggest("")["params"]))
+    cfg.search.warm_start = [str(tmp_path / "a")]
+    (tmp_path / "b").mkdir()
+    study = open_study(tmp_path / "b", cfg.search)
+    assert searcher(study, cfg).suggest("")["trial_id"] == "0001"
 
 
 # --------------------------------------------------------------------------------------------------------- after a kill
@@ -184,92 +432,3 @@ def test_a_finished_study_stays_as_it_is(tmp_path: Path, cfg: SweepConfig) -> No
     assert states(study) == ["COMPLETE"]
     assert searching.suggest("b")["trial_id"] == "0001"
     assert study.trials[0].state is TrialState.COMPLETE
-
-
-# -------------------------------------------------------------------------------------------------------- the scheduler
-
-
-def asha(*trials: Trial, total: int = 64, **settings: Any) -> TrialScheduler:
-    cfg = SchedulerConfig(**{"reduction": 2.0, **settings})
-    return build(cfg, total=total, every=16, record=record(*trials))
-
-
-def decide(scheduler: TrialScheduler, name: str, samples_seen: int, loss: float) -> str:
-    live: Any = SimpleNamespace(trial_id=name)
-    none: Any = None
-    scheduler.on_trial_add(none, live)
-    return scheduler.on_trial_result(none, live, {"samples_seen": samples_seen, "eval_loss": loss})
-
-
-def ended(number: int, *losses: float) -> Trial:
-    points = [{"samples_seen": 16.0 * n, "eval_loss": loss, "train_loss": 0.0} for n, loss in enumerate(losses, 1)]
-    return trial(number, "completed", min(losses), curve=points)
-
-
-def test_a_bad_trial_stops_at_a_rung_and_a_good_one_goes_on() -> None:
-    scheduler = asha()
-    assert [decide(scheduler, str(n), 16, loss) for n, loss in enumerate([2.0, 1.0, 3.0, 0.5])] == [
-        TrialScheduler.CONTINUE,
-        TrialScheduler.CONTINUE,
-        TrialScheduler.STOP,
-        TrialScheduler.CONTINUE,
-    ]
-    assert decide(scheduler, "whole", 64, 0.1) == TrialScheduler.STOP
-
-
-def test_what_earlier_trials_reached_counts_after_a_kill() -> None:
-    past = [ended(0, 2.0, 1.5, 1.2, 1.0), ended(1, 1.0, 0.8, 0.7, 0.6)]
-    assert decide(asha(*past), "0", 16, 3.0) == TrialScheduler.STOP
-    assert decide(asha(*past), "0", 16, 0.9) == TrialScheduler.CONTINUE
-    assert decide(asha(*past), "0", 32, 3.0) == TrialScheduler.STOP
-    assert decide(asha(), "0", 16, 3.0) == TrialScheduler.CONTINUE
-
-
-def test_a_replay_leaves_the_scheduler_as_the_trials_did() -> None:
-    losses = [(2.0, 1.5), (1.0, 0.8), (1.4, 1.3)]
-    lived = asha()
-    for number, both in enumerate(losses):
-        for rung, loss in zip((16, 32), both, strict=True):
-            decide(lived, str(number), rung, loss)
-    replayed = asha(*(ended(number, *both) for number, both in enumerate(losses)))
-    assert isinstance(lived, Asha)
-    assert isinstance(replayed, Asha)
-    values = [[(rung, sorted(seen.values())) for rung, seen in each._brackets[0]._rungs] for each in (lived, replayed)]
-    assert values[0] == values[1]
-
-
-def test_a_trial_that_still_runs_is_not_replayed() -> None:
-    running = trial(0, "running", 0.1, curve=[{"samples_seen": 16.0, "eval_loss": 0.1, "train_loss": 0.1}])
-    assert decide(asha(running), "0", 16, 3.0) == TrialScheduler.CONTINUE
-
-
-def test_a_grace_longer_than_a_trial_stops_none() -> None:
-    scheduler = asha(grace=1000)
-    assert [decide(scheduler, str(n), 48, float(n)) for n in range(4)] == [TrialScheduler.CONTINUE] * 4
-    assert rungs(SchedulerConfig(grace=1000), total=64, every=16) == []
-
-
-def test_no_scheduler_stops_none() -> None:
-    scheduler = asha(kind=Scheduler.none)
-    assert isinstance(scheduler, FIFOScheduler)
-    assert decide(scheduler, "0", 16, math.inf) == TrialScheduler.CONTINUE
-    assert rungs(SchedulerConfig(kind=Scheduler.none), total=64, every=16) == []
-
-
-@pytest.mark.parametrize(
-    ("grace", "reduction", "total", "expected"),
-    [
-        (None, 2.0, 64, [16, 32]),
-        (None, 2.0, 65, [16, 32, 64]),
-        (32, 3.0, 1000, [32, 96, 288, 864]),
-        (None, 2.5, 200, [16, 40, 100]),
-        (None, 3.0, 16, []),
-    ],
-)
-def test_the_rungs_are_those_that_the_scheduler_has(
-    grace: int | None, reduction: float, total: int, expected: list[int]
-) -> None:
-    scheduler = asha(total=total, grace=grace, reduction=reduction)
-    assert isinstance(scheduler, Asha)
-    own = sorted(rung for rung, _ in scheduler._brackets[0]._rungs if rung < total)
-    assert rungs(SchedulerConfig(grace=grace, reduction=reduction), total=total, every=16) == expected == own

@@ -10,13 +10,14 @@ from typing import Any
 import optuna
 import pytest
 
+from raytune_lora.config import validate
 from raytune_lora.config.compose import compose
 from raytune_lora.config.data import FakeDataConfig
 from raytune_lora.config.methods import LoraMethodConfig
-from raytune_lora.config.schema import SweepConfig, TinyModelConfig
+from raytune_lora.config.schema import Optimizer, Quantization, SweepConfig, TinyModelConfig
 from raytune_lora.config.search import DimensionConfig, DimensionKind
 from raytune_lora.tuning.preflight import _extremes
-from raytune_lora.tuning.space import apply, configured_point, lookup, problems, sample
+from raytune_lora.tuning.space import apply, configured_point, extremes, fitting, lookup, points, problems, sample
 
 INT, FLOAT, CATEGORICAL = DimensionKind.int, DimensionKind.float, DimensionKind.categorical
 
@@ -78,6 +79,11 @@ def test_a_good_space_has_no_problem() -> None:
         (dimension("workers", INT, low=1, high=2), "space.x.key", "cannot be searched"),
         (dimension("data.max_length", INT, low=8, high=16), "space.x.key", "cannot be searched"),
         (dimension("search.trials", INT, low=8, high=16), "space.x.key", "cannot be searched"),
+        (dimension("budget.patience", INT, low=8, high=16), "space.x.key", "cannot be searched"),
+        (dimension("tracking.project", CATEGORICAL, choices=["a"]), "space.x.key", "cannot be searched"),
+        (dimension("training.patience", CATEGORICAL, choices=[1, "x"]), "space.x", "cannot be 'x'"),
+        (dimension("method.r", CATEGORICAL, choices=[8, None]), "space.x", "cannot be None (int expected)"),
+        (dimension("training.optimizer", CATEGORICAL, choices=["adam"]), "space.x", "(one of adamw, adamw_8bit"),
         (dimension("method.r", low=1, high=8), "space.x.kind", "use kind: int"),
         (dimension("method.r", CATEGORICAL, choices=[8, "many"]), "space.x", "cannot be 'many' (int expected)"),
         (dimension("method.alpha", low=1, high=2, multiple_of="method.q"), "space.x.multiple_of", "no config key"),
@@ -144,6 +150,208 @@ def test_what_is_wrong_anyway_is_not_told_of_each_dimension() -> None:
     assert _extremes(cfg) == []
 
 
+# ---------------------------------------------------------------------------------------------- conditional dimensions
+
+
+def conditional_space() -> dict[str, DimensionConfig]:
+    """Weight decay, and a dropout below it, only where there is a schedule; named before what they depend on."""
+    return {
+        "dropout": dimension("method.dropout", low=0.0, high=0.1, when={"training.weight_decay": [0.1]}),
+        "decay": dimension(
+            "training.weight_decay", low=0.0, high=0.1, step=0.05, when={"training.lr_scheduler": ["cosine"]}
+        ),
+        "schedule": dimension("training.lr_scheduler", CATEGORICAL, choices=["constant", "cosine"]),
+    }
+
+
+def test_a_conditional_dimension_is_drawn_where_it_exists_and_absent_elsewhere() -> None:
+    cfg = config(**conditional_space())
+    assert problems(cfg.space, cfg) == []
+    drawn = samples(cfg, 80)
+    for values in drawn:
+        assert ("training.weight_decay" in values) == (values["training.lr_scheduler"] == "cosine")
+        assert ("method.dropout" in values) == (values.get("training.weight_decay") == 0.1)
+    assert {tuple(values) for values in drawn} == {
+        ("training.lr_scheduler",),
+        ("training.weight_decay", "training.lr_scheduler"),
+        ("method.dropout", "training.weight_decay", "training.lr_scheduler"),
+    }
+
+
+def test_what_does_not_exist_stays_as_the_config_has_it() -> None:
+    cfg = config(**conditional_space())
+    without = next(values for values in samples(cfg) if len(values) == 1)
+    changed = apply(cfg, without)
+    assert changed.training.lr_scheduler == "constant"
+    assert (changed.training.weight_decay, changed.method.dropout) == (0.01, 0.05)
+
+
+def test_a_condition_may_be_on_what_is_the_same_for_all_trials() -> None:
+    cfg = config(
+        rank=dimension("method.r", INT, low=8, high=16, when={"quantization.kind": ["nf4", "fp4"]}),
+        decay=dimension("training.weight_decay", low=0.0, high=0.1),
+    )
+    assert problems(cfg.space, cfg) == []
+    assert list(samples(cfg, 1)[0]) == ["training.weight_decay"]
+    cfg.quantization.kind = Quantization.nf4
+    assert list(samples(cfg, 1)[0]) == ["method.r", "training.weight_decay"]
+
+
+def test_a_parameter_of_another_method_may_be_named_under_its_condition() -> None:
+    other = dimension("method.target_r", INT, low=4, high=8, when={"method.kind": ["adalora"]})
+    cfg = config(other=other, rank=dimension("method.r", INT, low=8, high=16))
+    assert problems(cfg.space, cfg) == []
+    assert list(samples(cfg, 1)[0]) == ["method.r"]
+    other.when = {"method.kind": ["lora"]}
+    assert "no config key 'method.target_r'" in problems(cfg.space, cfg)[0]
+
+
+def test_a_multiple_of_what_does_not_exist_is_a_multiple_of_the_configs() -> None:
+    cfg = config(
+        alpha=dimension("method.alpha", CATEGORICAL, choices=[3], multiple_of="method.r"),
+        rank=dimension("method.r", INT, low=4, high=8, when={"training.lr_scheduler": ["cosine"]}),
+        schedule=dimension("training.lr_scheduler", CATEGORICAL, choices=["constant", "cosine"]),
+    )
+    for values in samples(cfg, 10):
+        assert values["method.alpha"] == 3 * values.get("method.r", 16)
+
+
+@pytest.mark.parametrize(
+    ("when", "reason"),
+    [
+        ({"training.lr": [1]}, "there is no config key 'training.lr'"),
+        ({"training": [1]}, "training is a section"),
+        ({"training.lr_scheduler": []}, "training.lr_scheduler has no value listed"),
+        ({"training.lr_scheduler": ["linear"]}, "is never 'linear' (space.schedule is of ['constant', 'cosine'])"),
+        ({"training.lr_scheduler": [3]}, "training.lr_scheduler cannot be 3 (str expected)"),
+        ({"method.r": [9]}, "method.r is never 9 (space.rank is from 8.0 to 16.0)"),
+        ({"training.warmup": [0.05]}, "space.warmup is continuous and takes no value exactly"),
+        ({"training.optimizer": ["sgd"]}, "cannot be 'sgd' (one of adamw, adamw_8bit, paged_adamw_8bit expected)"),
+        ({"method.kind": ["lroa"]}, "method.kind cannot be 'lroa' (one of full, adapter"),
+        ({"method.alpha": [32.0]}, "space.alpha is a multiple of method.r, and nothing can depend on it"),
+    ],
+)
+def test_a_condition_that_cannot_hold_is_refused(when: dict[str, list[Any]], reason: str) -> None:
+    cfg = config(
+        schedule=dimension("training.lr_scheduler", CATEGORICAL, choices=["constant", "cosine"]),
+        rank=dimension("method.r", INT, low=8.0, high=16.0, step=8),
+        alpha=dimension("method.alpha", CATEGORICAL, choices=[2], multiple_of="method.r"),
+        warmup=dimension("training.warmup", low=0.0, high=0.1),
+        x=dimension("training.weight_decay", low=0.0, high=0.1, when=when),
+    )
+    (problem,) = problems(cfg.space, cfg)
+    assert problem.startswith("space.x.when: ")
+    assert reason in problem
+
+
+def test_the_configs_own_value_is_one_that_a_conditional_key_has() -> None:
+    cfg = config(**conditional_space())
+    cfg.space["dropout"].when = {"training.weight_decay": [0.01]}
+    assert problems(cfg.space, cfg) == []
+    assert all(("method.dropout" in v) == (v["training.lr_scheduler"] == "constant") for v in samples(cfg))
+
+
+def test_dimensions_do_not_depend_on_each_other_in_a_circle() -> None:
+    cfg = config(
+        a=dimension("training.lr_scheduler", CATEGORICAL, choices=["cosine"], when={"training.packing": [True]}),
+        b=dimension("training.packing", CATEGORICAL, choices=[True], when={"training.lr_scheduler": ["cosine"]}),
+    )
+    (problem,) = problems(cfg.space, cfg)
+    assert problem.endswith("depend on each other in a circle, by when or multiple_of; break it")
+    assert "space.a" in problem
+    assert "space.b" in problem
+
+
+def test_a_space_whose_dimensions_never_exist_is_refused() -> None:
+    cfg = config(rank=dimension("method.r", INT, low=8, high=16, when={"quantization.kind": ["nf4"]}))
+    (problem,) = problems(cfg.space, cfg)
+    assert problem.startswith("space: no dimension exists with this config")
+
+
+def test_the_first_trial_is_the_config_also_with_conditions() -> None:
+    cfg = config(**conditional_space())
+    cfg.training.weight_decay = 0.05
+    study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0))
+    study.enqueue_trial(configured_point(cfg.space, cfg))
+    first = sample(study.ask(), cfg.space, cfg)
+    assert first == {"training.weight_decay": 0.05, "training.lr_scheduler": "cosine"}
+    assert apply(cfg, first) == cfg
+
+
+def test_bounds_are_looked_at_under_their_conditions() -> None:
+    cfg = config(**conditional_space())
+    found = list(extremes(cfg.space, cfg))
+    assert ("dropout", {"training.weight_decay": 0.1, "method.dropout": 0.0}) in found
+    assert ("decay", {"training.weight_decay": 0.1}) in found  # the config's schedule is the one it needs
+    assert ("schedule", {"training.lr_scheduler": "constant"}) in found
+    assert len(found) == 6
+
+
+def test_the_points_of_a_space_are_counted_with_its_conditions() -> None:
+    space = conditional_space()
+    space["dropout"].step = 0.05
+    cfg = config(**space)
+    found = list(points(cfg.space, cfg))
+    assert len(found) == 1 + 2 + 3  # constant; cosine with a decay of 0 or 0.05; cosine with 0.1 and three dropouts
+    assert {"training.lr_scheduler": "cosine", "training.weight_decay": 0.1, "method.dropout": 0.05} in found
+
+
+def test_a_point_fits_where_its_keys_are_the_spaces_and_its_values_within() -> None:
+    cfg = config(**conditional_space())
+    cosine = {"training.lr_scheduler": "cosine", "training.weight_decay": 0.05}
+    assert set(fitting(cfg.space, cfg, cosine)) == set(cosine)
+    assert set(fitting(cfg.space, cfg, {"training.lr_scheduler": "constant"})) == {"training.lr_scheduler"}
+    for wrong in (
+        {},
+        {"training.lr_scheduler": "cosine"},
+        {"training.lr_scheduler": "linear"},
+        cosine | {"training.weight_decay": 0.15},
+        cosine | {"training.weight_decay": "0.05"},
+        cosine | {"method.r": 8},
+        {"training.lr_scheduler": "constant", "training.weight_decay": 0.05},
+    ):
+        assert fitting(cfg.space, cfg, wrong) == {}
+
+
+# -------------------------------------------------------------------------------------------------------------- presets
+
+
+def preset(name: str, *overrides: str) -> SweepConfig:
+    return compose(["model=tiny", "data=fake", f"space={name}", *overrides])
+
+
+@pytest.mark.parametrize(
+    ("name", "low", "high"), [("simple", 4, 8), ("medium", 16, 32), ("complex", 64, 128), ("qlora", 32, 64)]
+)
+def test_the_presets_have_the_guides_ranks(name: str, low: int, high: int) -> None:
+    cfg = preset(name)
+    assert problems(cfg.space, cfg) == []
+    assert _extremes(cfg) == []
+    first = configured_point(cfg.space, cfg)
+    assert first["method.r"] == min(max(16, low), high)
+    assert first["method.alpha / method.r"] == 2
+    assert all(low <= values["method.r"] <= high for values in samples(cfg, 20))
+
+
+def test_the_wide_preset_has_the_guides_bounds() -> None:
+    cfg = preset("wide")
+    assert problems(cfg.space, cfg) == []
+    assert _extremes(cfg) == []
+    bounds = {d.key: (d.low, d.high) for d in cfg.space.values() if d.low is not None}
+    assert bounds == {
+        "method.r": (8, 64),
+        "training.learning_rate": (1e-4, 3e-4),
+        "training.global_batch": (32, 128),
+        "training.warmup": (0.03, 0.1),
+        "training.weight_decay": (0.01, 0.1),
+        "training.max_grad_norm": (0.3, 1.0),
+        "method.dropout": (0.05, 0.1),
+    }
+    first = samples(cfg, 1)[0] | configured_point(cfg.space, cfg)
+    assert first["training.global_batch"] == 32
+    assert "training.max_steps=null" in validate.problems(preset("wide", "training.max_steps=8"))[0]
+
+
 # ------------------------------------------------------------------------------------------------------------- sampling
 
 
@@ -189,20 +397,31 @@ def test_the_first_trial_is_the_config_itself() -> None:
 
 
 @pytest.mark.parametrize(
-    ("left_out", "key", "value"),
+    ("name", "nearest", "key", "value"),
     [
-        ("method.r", "method.r", 128),
-        ("training.learning_rate", "training.learning_rate", 1.0),
-        ("training.lr_scheduler", "training.lr_scheduler", "constant"),
-        ("method.alpha / method.r", "method.alpha", 24.0),
+        ("method.r", 64, "method.r", 128),
+        ("method.r", 8, "method.r", 4),
+        ("training.learning_rate", 3e-4, "training.learning_rate", 1.0),
+        ("method.dropout", 0.05, "method.dropout", 0.06),
+        ("method.alpha / method.r", 4, "method.alpha", 1000.0),
     ],
 )
-def test_a_value_outside_the_space_is_left_to_the_sampler(left_out: str, key: str, value: Any) -> None:
+def test_a_number_outside_the_space_begins_at_the_nearest(name: str, nearest: float, key: str, value: Any) -> None:
     cfg = config(**lora_space())
-    inside = configured_point(cfg.space, cfg)
-    outside = configured_point(cfg.space, apply(cfg, {key: value}))
-    assert left_out in inside
-    assert left_out not in outside
+    assert configured_point(cfg.space, apply(cfg, {key: value}))[name] == nearest
+
+
+def test_alpha_follows_a_rank_that_was_moved() -> None:
+    cfg = config(**lora_space() | {"rank": dimension("method.r", INT, low=4, high=8)})
+    point = configured_point(cfg.space, cfg)
+    assert (point["method.r"], point["method.alpha / method.r"]) == (8, 2)
+
+
+def test_a_name_outside_the_space_is_left_to_the_sampler() -> None:
+    cfg = config(**lora_space())
+    assert "training.lr_scheduler" in configured_point(cfg.space, cfg)
+    cfg.training.lr_scheduler = "constant"
+    assert "training.lr_scheduler" not in configured_point(cfg.space, cfg)
 
 
 def test_a_key_without_a_value_is_left_to_the_sampler() -> None:
@@ -238,6 +457,9 @@ def test_apply_sets_a_copy() -> None:
         ("training.gradient_checkpointing", True, True),
         ("training.lr_scheduler", "linear", "linear"),
         ("training.max_steps", 4, 4),
+        ("training.patience", None, None),
+        ("training.optimizer", "adamw_8bit", Optimizer.adamw_8bit),
+        ("quantization.kind", "nf4", Quantization.nf4),
     ],
 )
 def test_apply_keeps_the_type_of_the_key(key: str, given: Any, kept: Any) -> None:

@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import json
 import math
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from raytune_lora.config.compose import compose
+from raytune_lora.errors import UserError
+from raytune_lora.tuning.folder import SweepFolder, create
 from raytune_lora.tuning.trials import ENDED_BADLY, MEASURED, Journal, Record, Trial, trial_name
 
 PARAMS = {"method.r": 8, "training.learning_rate": 1e-3}
@@ -148,6 +153,34 @@ def test_text_of_any_kind_is_kept(path: Path) -> None:
     error = "줄\n바꿈 \u2028 \x85 \r \ud83d"
     journal.append("trial_ended", trial_id="0000", status="failed", error=error, seconds=0.0)
     assert Journal(path).record.trials["0000"].error == error
+
+
+def test_a_folder_is_one_process_s_until_that_ends_however_it_does(tmp_path: Path) -> None:
+    """Also where it is killed, and cannot give the lock back."""
+    folder = SweepFolder(tmp_path)
+    imports = "import time; from pathlib import Path; from raytune_lora.tuning.folder import SweepFolder"
+    hold = f"lock = SweepFolder(Path({str(tmp_path)!r})).lock(); print('held', flush=True); time.sleep(60)"
+    with subprocess.Popen([sys.executable, "-c", f"{imports}; {hold}"], stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout is not None
+        assert other.stdout.readline() == "held\n"
+        with pytest.raises(UserError, match="another process is working"):
+            folder.lock()
+        other.kill()
+    folder.lock().release()
+
+
+def test_of_two_that_make_the_same_folder_one_is_refused(tmp_path: Path) -> None:
+    cfg = compose(["experiment=tiny"])
+    folder = create(tmp_path / "sweep", cfg, "sweep")
+    written = folder.config.read_bytes()
+    with pytest.raises(UserError, match="holds a sweep"):
+        create(tmp_path / "sweep", compose(["experiment=quickstart"]), "sweep")
+    assert folder.config.read_bytes() == written
+    (tmp_path / "begun").mkdir()
+    held = SweepFolder(tmp_path / "begun").lock()  # the other has not written its config yet
+    with pytest.raises(UserError, match="another process is working"):
+        create(tmp_path / "begun", cfg, "sweep")
+    held.release()
 
 
 # ------------------------------------------------------------------------------------------------------------- the best
