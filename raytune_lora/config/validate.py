@@ -93,6 +93,7 @@ _RANGES: dict[str, _Rule] = {
     "search.concurrent": _COUNT,
     "search.startup_trials": _NOT_NEGATIVE,
     "search.seed": _NOT_NEGATIVE,
+    "search.stalled": _POSITIVE,
     "scheduler.grace": _COUNT,
     "scheduler.reduction": (lambda v: v > 1, "> 1"),
     "budget.hours": _POSITIVE,
