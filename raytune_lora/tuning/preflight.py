@@ -13,7 +13,7 @@ from raytune_lora.errors import UserError
 from raytune_lora.models import sources as model_sources
 from raytune_lora.models.methods.fit import problems as method_problems
 from raytune_lora.training import tracking
-from raytune_lora.tuning import folder, space
+from raytune_lora.tuning import folder, search, space
 
 
 def check(cfg: SweepConfig, *, searching: bool, fresh: bool) -> None:
@@ -29,7 +29,7 @@ def check(cfg: SweepConfig, *, searching: bool, fresh: bool) -> None:
     """
     found = validate.problems(cfg)
     if searching:
-        found += space.problems(cfg.space, cfg) or _extremes(cfg)
+        found += space.problems(cfg.space, cfg) or _extremes(cfg) or search.problems(cfg)
     found += method_problems(cfg) + tracking.problems(cfg.tracking) + _input_problems(cfg)
     if fresh:
         found += folder.problems(output_path(cfg))
@@ -76,12 +76,9 @@ def _extremes(cfg: SweepConfig) -> list[str]:
     """What goes wrong at the bounds of each dimension, where it goes well at the configured value."""
     base = set(validate.problems(cfg))
     found: list[str] = []
-    for name, dimension in cfg.space.items():
-        factor = space.lookup(cfg, dimension.multiple_of) if dimension.multiple_of else 1
-        for value in dimension.choices or [dimension.low, dimension.high]:
-            value = value * factor if dimension.multiple_of else value
-            new = [p for p in validate.problems(space.apply(cfg, {dimension.key: value})) if p not in base]
-            found += [f"space.{name}: {problem}" for problem in new]
+    for name, params in space.extremes(cfg.space, cfg):
+        new = [p for p in validate.problems(space.apply(cfg, params)) if p not in base]
+        found += [f"space.{name}: {problem}" for problem in new]
     return list(dict.fromkeys(found))
 
 
