@@ -29,6 +29,7 @@ from raytune_lora.errors import UserError
 VERSION = 2  # of what becomes of a row: a change of that makes older stores stale
 _STRETCH = 1000  # records a part
 _PARTS = "parts"
+TOGETHER = "keep together"  # what is done about rows that would leak if each were put into a split by itself
 REPORT = "data_report.json"
 KEPT = ("input_ids", "labels", "prompt_length", "answer")  # columns of the store
 
@@ -168,6 +169,8 @@ def _report(
     found = {name: findings.report(name) | {"action": action.value} for name, action in on.items()}
     kinds = {kind: action for kind, action in pii_actions(cfg.pii).items() if action is not Action.off}
     personal = {kind: findings.report(f"pii.{kind}") | {"action": action.value} for kind, action in kinds.items()}
+    if "leakage" in found and not split.leaks:
+        found["leakage"]["action"] = TOGETHER
     for finding in (*found.values(), *personal.values()):
         for example in finding["examples"]:  # a report is passed on more easily than the data
             example["text"] = pii.hidden(example["text"], pii.find(example["text"]))
