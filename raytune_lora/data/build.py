@@ -99,8 +99,8 @@ def _processed(settings: Settings, folder: Path) -> Iterator[Processed]:
                 yield waiting.popleft().result()
         except BrokenProcessPool as error:
             raise UserError(
-                f"data: one of {processes} processes that prepare the rows was ended from outside, as happens where memory "
-                "is short; take fewer (data.processes=1)"
+                f"data: one of {processes} processes that prepare the rows was ended from outside, as happens where "
+                "memory is short; take fewer (data.processes=1)"
             ) from error
 
 
