@@ -83,8 +83,8 @@ def _quantizing_in_slices() -> Iterator[None]:
 def _stay_trainable(model: Any) -> None:
     """Keep 4-bit layers from changing for good at the first forward pass in evaluation mode.
 
-    On CPUs with AVX512-BF16, bitsandbytes then packs the weights for a kernel that computes in bf16, without a gradient:
-    after the first validation, the training would go on without the gradients of all but the last layers.
+    On CPUs with AVX512-BF16, bitsandbytes then packs the weights for a kernel that computes in bf16 and has no
+    gradient: after the first validation, the training would go on without that of all but the last layers.
     """
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
