@@ -11,6 +11,8 @@ import os
 from collections import Counter, deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +21,7 @@ import numpy as np
 from raytune_lora.config.data import Action, DataConfig
 from raytune_lora.data import pii, statistics
 from raytune_lora.data.findings import Findings
-from raytune_lora.data.process import Part, Processor, Settings, pii_actions
+from raytune_lora.data.process import Part, Processed, Processor, Settings, pii_actions
 from raytune_lora.data.rows import Record
 from raytune_lora.data.sources import MAIN, TEST, VALIDATION, Source
 from raytune_lora.data.splits import OUT, SPLITS, Split
@@ -29,6 +31,7 @@ from raytune_lora.errors import UserError
 VERSION = 2  # of what becomes of a row: a change of that makes older stores stale
 _STRETCH = 1000  # records a part
 _PARTS = "parts"
+TOGETHER = "keep together"  # what is done about rows that would leak if each were put into a split by itself
 REPORT = "data_report.json"
 KEPT = ("input_ids", "labels", "prompt_length", "answer")  # columns of the store
 
@@ -57,11 +60,11 @@ def survey(cfg: DataConfig, sources: Sequence[Source], tokenizer: Any, work: Pat
         DataRefused: no row is left, a split has no row, or a gate is closed.
     """
     (work / _PARTS).mkdir()
-    parts = list(_processed(Settings(cfg, tokenizer, tuple(sources)), work / _PARTS))
-    findings, figures = Findings(), Statistics()
-    for part in parts:
-        findings.merge(part.findings)
-        figures.merge(part.statistics)
+    parts, findings, figures = list[Part](), Findings(), Statistics()
+    for part, found, seen in _processed(Settings(cfg, tokenizer, tuple(sources)), work / _PARTS):
+        parts.append(part)
+        findings.merge(found)
+        figures.merge(seen)
     split = Split(cfg, sources, parts, figures.outlier_bounds())
     findings.merge(split.findings)
     rows = {name: int((split.of == number).sum()) for number, name in enumerate(SPLITS)}
@@ -74,30 +77,31 @@ def survey(cfg: DataConfig, sources: Sequence[Source], tokenizer: Any, work: Pat
     return report
 
 
-def _processed(settings: Settings, folder: Path) -> Iterator[Part]:
+def _processed(settings: Settings, folder: Path) -> Iterator[Processed]:
     """The parts, in order; a pool of processes where there is enough to do."""
     stretches = enumerate(_stretches(settings.sources))
-    first = [stretch for _, stretch in zip(range(2), stretches, strict=False)]
+    first = list(islice(stretches, 2))
     processes = settings.cfg.processes or len(os.sched_getaffinity(0))
     if len(first) < 2 or processes == 1:
         process = Processor(settings)
-        for number, stretch in [*first, *stretches]:
+        for number, stretch in chain(first, stretches):
             yield process(folder / f"{number:06}.arrow", stretch)
         return
     context = multiprocessing.get_context("fork")  # what is imported here need not be imported there
     with ProcessPoolExecutor(processes, context, _start, (settings,)) as pool:
-        waiting: deque[Future[Part]] = deque()
-        for number, stretch in _chained(first, stretches):
-            waiting.append(pool.submit(_process, folder / f"{number:06}.arrow", stretch))
-            if len(waiting) > 2 * processes:
+        waiting: deque[Future[Processed]] = deque()
+        try:
+            for number, stretch in chain(first, stretches):
+                waiting.append(pool.submit(_process, folder / f"{number:06}.arrow", stretch))
+                if len(waiting) > 2 * processes:
+                    yield waiting.popleft().result()
+            while waiting:
                 yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
-
-
-def _chained(first: list[Any], rest: Iterator[Any]) -> Iterator[Any]:
-    yield from first
-    yield from rest
+        except BrokenProcessPool as error:
+            raise UserError(
+                f"data: one of {processes} processes that prepare the rows was ended from outside, as happens where "
+                "memory is short; take fewer (data.processes=1)"
+            ) from error
 
 
 _processor: Processor
@@ -109,7 +113,7 @@ def _start(settings: Settings) -> None:
     _processor = Processor(settings)
 
 
-def _process(path: Path, stretch: list[tuple[int, Record]]) -> Part:
+def _process(path: Path, stretch: list[tuple[int, Record]]) -> Processed:
     return _processor(path, stretch)
 
 
@@ -168,6 +172,8 @@ def _report(
     found = {name: findings.report(name) | {"action": action.value} for name, action in on.items()}
     kinds = {kind: action for kind, action in pii_actions(cfg.pii).items() if action is not Action.off}
     personal = {kind: findings.report(f"pii.{kind}") | {"action": action.value} for kind, action in kinds.items()}
+    if "leakage" in found and not split.leaks:
+        found["leakage"]["action"] = TOGETHER
     for finding in (*found.values(), *personal.values()):
         for example in finding["examples"]:  # a report is passed on more easily than the data
             example["text"] = pii.hidden(example["text"], pii.find(example["text"]))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import string
 
 _STOP_WORDS = {
     "en": "the of and to in is that for it with as on are this be was by what from have you how an or your not can its"
@@ -43,23 +44,24 @@ def _page(high: int) -> str:
 
 
 _PAGES = "".join(map(_page, range(256))).encode()
-_SIGN_BYTES = bytes(byte for byte in range(128) if not chr(byte).isalpha())  # of ASCII, that are no letters
-_FEW, _SHARE = 6, 0.15  # letters of Hangul, kana or Han that make a text theirs, and their share of all letters
+_ASCII_LETTERS = string.ascii_letters.encode()
 _CJK_SIGNS = "\u3000\u3001\u3002\u300a\u300b\u300c\u300d\u3010\u3011"  # in kana's block, and in Chinese
-_BY_SCRIPT: dict[str, tuple[str, re.Pattern[str] | None]] = {  # the language, and letters that are only in others
-    "K": ("ko", None),
-    "R": ("ru", re.compile("[\u0454\u0456-\u045c\u0452\u04d9\u049b]")),  # Ukrainian, Serbian, Kazakh
-    "A": ("ar", re.compile("[\u067e\u0686\u0698\u06a9\u06af\u06cc\u06d2]")),  # Persian, Urdu
-    "H": ("hi", re.compile("[\u0980-\u09ff]|ळ|आह|आणि|च्या|हरू|गर्न|लाई|छन्")),  # Bengali, Marathi, Nepali
-    "O": ("other", None),
+_HANGUL, _HAN, _KANA, _LATIN = b"KZJL"
+_BY_SCRIPT: dict[int, tuple[str, re.Pattern[str] | None]] = {  # the language, and letters that are only in others
+    _HANGUL: ("ko", None),
+    ord("R"): ("ru", re.compile("[\u0454\u0456-\u045c\u0452\u04d9\u049b]")),  # Ukrainian, Serbian, Kazakh
+    ord("A"): ("ar", re.compile("[\u067e\u0686\u0698\u06a9\u06af\u06cc\u06d2]")),  # Persian, Urdu
+    ord("H"): ("hi", re.compile("[\u0980-\u09ff]|ळ|आह|आणि|च्या|हरू|गर्न|लाई|छन्")),  # Bengali, Marathi, Nepali
+    ord("O"): ("other", None),
 }
+_FEWEST, _LEAST_SHARE = 6, 0.15  # letters of Korean, Japanese or Chinese amid Latin, and their share of all letters
 
 
 def language(text: str) -> str:
     """The language of a text: ``en ko ja zh de fr es it pt ru ar hi``; ``other`` where it is none of them or unclear.
 
     By script where one character of it comes on four of Latin or fewer; for Korean, Japanese and Chinese also where
-    six letters or more are 15 % of all, as in an answer in JSON with English keys. Else by words that are frequent in it.
+    six letters or more are 15 % of all, as in JSON with English keys. Else by words that are frequent in it.
     """
     signs = ""
     if not text.isascii():
@@ -75,22 +77,24 @@ def language(text: str) -> str:
 
 
 def _by_script(text: str, pages: bytes) -> str | None:
-    latin = pages.count(b"L")  # with the spaces, digits and signs of ASCII
-    if (len(pages) - latin) * 4 < latin and len(pages) - latin < _FEW:
+    """The language of the most frequent script but Latin, if there is enough of it."""
+    latin = pages.count(_LATIN)  # with the spaces, digits and signs of ASCII
+    others = len(pages) - latin
+    if others * 4 < latin and others < _FEWEST:
         return None
-    kana = pages.count(b"J")
-    counts = {b"K": pages.count(b"K"), b"Z": pages.count(b"Z") + kana, b"R": pages.count(b"R"), b"A": pages.count(b"A")}
-    counts |= {b"H": pages.count(b"H"), b"O": pages.count(b"O")}
+    kana = pages.count(_KANA)  # with signs of their block that Chinese uses too
+    counts = {script: pages.count(script) for script in _BY_SCRIPT}
+    counts[_HAN] = pages.count(_HAN) + kana
     script = max(counts, key=counts.__getitem__)
     count = counts[script]
     if not count or count * 4 < latin:
-        if script not in (b"K", b"Z") or count < _FEW:
+        if script not in (_HANGUL, _HAN) or count < _FEWEST:
             return None
-        letters = len(text.encode("ascii", "ignore").translate(None, _SIGN_BYTES))
-        if count < _SHARE * letters:
+        signs = len(text.encode("ascii", "ignore").translate(None, _ASCII_LETTERS))
+        if count < _LEAST_SHARE * (latin - signs + sum(counts.values())):
             return None
-    if script == b"Z":
-        if kana * 5 >= count:  # else there are no signs to be told from kana
+    if script == _HAN:
+        if kana * 5 >= count:
             kana -= sum(map(text.count, _CJK_SIGNS))
         return "ja" if kana * 5 >= count else "zh"
     name, foreign = _BY_SCRIPT[script]

@@ -43,8 +43,6 @@ class Part:
     read: Counter[int]  # records, by the index of their source
     too_long: int
     cut: int  # rows that were shortened
-    findings: Findings
-    statistics: Statistics
     source: NDArray[np.uint8]  # (N,) index into the sources
     row: NDArray[np.uint64]  # (N,) digests of the whole rows
     prompt: NDArray[np.uint64]  # (N,) digests of what comes before the last answer; 0 where nothing does
@@ -58,6 +56,9 @@ class Part:
         """The file's rows, memory-mapped."""
         with pa.memory_map(str(self.path)) as source:
             return pa.ipc.open_file(source).read_all()
+
+
+Processed = tuple[Part, Findings, Statistics]
 
 
 @dataclass
@@ -83,7 +84,7 @@ class Processor:
             self._words = load_words(cfg.quality.harmful_words)
         self._alike = any(self._actions[name] is not Action.off for name in ("near_duplicates", "leakage"))
 
-    def __call__(self, path: Path, records: Sequence[tuple[int, Record]]) -> Part:
+    def __call__(self, path: Path, records: Sequence[tuple[int, Record]]) -> Processed:
         """Process a stretch.
 
         Args:
@@ -106,13 +107,11 @@ class Processor:
                 statistics.add(usable.row, tokens, trained[number] if ids else None, usable.format)
         texts = ["\n".join(usable.row.texts()) for usable in kept]
         self._write(path, kept, texts, ids)
-        return Part(
+        part = Part(
             path=path,
             read=Counter(source for source, _ in records),
             too_long=len(rows) - len(kept),
             cut=sum(one.cut for one in ids),
-            findings=findings,
-            statistics=statistics,
             source=np.array([usable.source for usable in kept], np.uint8),
             row=np.array([duplicates.row_digest(usable.row) for usable in kept], np.uint64),
             prompt=np.array([duplicates.prompt_digest(usable.row.prompt) for usable in kept], np.uint64),
@@ -122,6 +121,7 @@ class Processor:
             stratum=[usable.row.stratum for usable in kept],
             format=[usable.format for usable in kept],
         )
+        return part, findings, statistics
 
     def _encoded(self, rows: list[_Usable], findings: Findings) -> tuple[list[_Usable], list[Encoded | None]]:
         """The rows and their tokens, without those that a chat template refuses; to refuse all of them is an error."""

@@ -105,10 +105,21 @@ _RANK_BITS = 64 - _INDEX_BITS
 SKETCH_ERROR = 1.04 / math.sqrt(2**_INDEX_BITS)  # relative standard error
 _LONGEST = 20_000  # characters of a text whose n-grams are counted
 _PENDING = 16_384  # characters that are gathered before they are counted
-_BUFFER = 2**18  # bytes: holds the two together, at up to four bytes a character
+_BUFFER = 2**17  # units of UTF-16: holds the two together, at up to two units a character
 _BASE = 0x9E3779B97F4A7C15  # odd, so that no power of it vanishes
-_SEPARATORS = {byte: 32 for byte in range(1, 128) if not (chr(byte).isalnum() or chr(byte) == "'")}
-_LOWER = bytes(_SEPARATORS.get(byte, byte + 32 if 65 <= byte <= 90 else byte) for byte in range(256))
+_SPACE = 32  # this code and smaller ones separate words
+
+
+def _lowered() -> NDArray[np.uint16]:
+    """What each unit of UTF-16 counts as: a capital of ASCII as its small letter, punctuation of ASCII as a space."""
+    units = np.arange(2**16, dtype=np.uint16)
+    for code in range(1, 128):
+        sign = chr(code)
+        units[code] = ord(sign.lower()) if sign.isalnum() or sign == "'" else _SPACE
+    return units
+
+
+_LOWERED = _lowered()
 
 
 @dataclass
@@ -145,7 +156,9 @@ class Distinct:
             self.totals[order] += len(kept)
             rest = (kept & np.uint64(2**_RANK_BITS - 1)).astype(np.float64)  # exact: fewer than 53 bits
             ranks = (_RANK_BITS + 1 - np.frexp(rest)[1]).astype(np.uint8)  # 1 + leading zeros
-            np.maximum.at(self.registers[order], (kept >> np.uint64(_RANK_BITS)).astype(np.intp), ranks)
+            registers, index = self.registers[order], (kept >> np.uint64(_RANK_BITS)).astype(np.intp)
+            higher = ranks > registers[index]  # soon few are
+            np.maximum.at(registers, index[higher], ranks[higher])
 
     def merge(self, other: Distinct) -> None:
         self.flush()
@@ -170,11 +183,12 @@ def _words(text: str) -> tuple[Words, NDArray[np.int64]]:
 
     The hash is polynomial, from prefix sums, so that no loop runs over words; it is the same in every process.
     """
-    data = np.frombuffer(text.encode("utf-8", "surrogatepass").translate(_LOWER), dtype=np.uint8)
-    space = data <= 32
-    wide = (data >= 0xE3) & (data <= 0xE9)  # first of the three bytes of kana and Han characters
+    units = np.frombuffer(text.encode("utf-16-le", "surrogatepass"), dtype="<u2")
+    data = _LOWERED.take(units, mode="clip")  # without a look at each whether it is in the table: all are
+    space = data <= _SPACE
+    wide = data - np.uint16(0x3000) < 0x7000  # kana and Han characters
     begins = wide.copy()
-    begins[3:] |= wide[:-3]
+    begins[1:] |= wide[:-1]
     begins[1:] |= space[:-1]
     begins[0] = True
     begins &= ~space
@@ -184,7 +198,8 @@ def _words(text: str) -> tuple[Words, NDArray[np.int64]]:
     sums = np.zeros(len(data) + 1, dtype=np.uint64)
     np.cumsum(data * powers[: len(data)], out=sums[1:])
     hashes = (sums[ends] - sums[starts]) * powers[_BUFFER - starts]  # as if all began at one place
-    return _mixed(hashes), np.cumsum(data == 0)[starts]
+    before = np.searchsorted(starts, np.flatnonzero(data == 0))  # words before each text's end
+    return _mixed(hashes), np.repeat(np.arange(len(before)), np.diff(before, prepend=0))
 
 
 @cache

@@ -24,6 +24,7 @@ from raytune_lora.data.sources import BENCHMARK, MAIN, MIX, TEST, VALIDATION, So
 SPLITS = ("train", "validation", "test")
 OUT = -1  # in no split
 _TRAIN, _VALIDATION, _TEST = range(3)
+_COMMON = 20  # rows, and a tenth of all: a prompt of more rows than that keeps none of them together
 
 Mask = NDArray[np.bool_]
 
@@ -100,7 +101,11 @@ class Split:
                 earlier, later = int(distinct[a]), int(distinct[b])
                 self._clusters.join(earlier, later)
                 near_to.setdefault(later, earlier)
-        for keys in (self.row, self.prompt):
+        self._asking = self.prompt.copy()
+        for members in duplicates.groups(self.prompt):
+            if len(members) > max(_COMMON, len(self.prompt) // 10):
+                self._asking[members] = 0
+        for keys in (self.row, self._asking):
             for members in duplicates.groups(keys):
                 if keys[members[0]] != 0:
                     for member in members[1:]:
@@ -133,7 +138,7 @@ class Split:
     def _divide(self) -> None:
         """By the position, in 0 to 1, of each cluster's earliest row."""
         root = self._clusters.roots()
-        key = np.where(self.prompt != 0, self.prompt, self.row)
+        key = np.where(self._asking != 0, self._asking, self.row)
         self._root, self._position = root, key.astype(np.float64) / 2**64
         main = self._role(MAIN)
         shares = self._shares()
@@ -167,6 +172,7 @@ class Split:
 
     def _leakage(self) -> None:
         """Training rows that are nearly, or ask the same as, a row of another split or of a benchmark."""
+        self.leaks = False
         if not self._on("leakage"):
             return
         held: dict[int, int] = {}
@@ -177,6 +183,7 @@ class Split:
         leaked[[i for i in train if int(self._root[i]) in held]] = True
         alone = self._role(MAIN) & (self.of != OUT) & (self.of != self._alone) & (self._root != np.arange(len(self.of)))
         moved = np.zeros_like(alone) if self.cfg.stratify else alone
+        self.leaks = bool(leaked.any())
         self._find(
             "leakage",
             leaked | moved,

@@ -39,6 +39,8 @@ def load_model(
         model = AutoModelForCausalLM.from_pretrained(
             folder, dtype=precision(cfg.precision), trust_remote_code=trusted(cfg), **settings
         )
+    if quantized:
+        _stay_trainable(model)
     model.config.use_cache = False
     divided = any(hasattr(p, "ds_id") for p in model.parameters())  # DeepSpeed's engine decides their precision
     if quantized and not divided:
@@ -76,6 +78,17 @@ def _quantizing_in_slices() -> Iterator[None]:
         yield
     finally:
         operator.default = original
+
+
+def _stay_trainable(model: Any) -> None:
+    """Keep 4-bit layers from changing for good at the first forward pass in evaluation mode.
+
+    On CPUs with AVX512-BF16, bitsandbytes then packs the weights for a kernel that computes in bf16 and has no
+    gradient: after the first validation, the training would go on without that of all but the last layers.
+    """
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
 
 
 def _bitsandbytes(cfg: QuantizationConfig, dtype: torch.dtype) -> BitsAndBytesConfig:

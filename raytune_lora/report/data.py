@@ -92,6 +92,7 @@ _ACTIONS = {  # action, in the order of what matters: how it reads, the class of
     "drop": ("left out", "warn"),
     "mask": ("masked", "warn"),
     "report": ("kept", "quiet"),
+    "keep together": ("kept, in one split", "quiet"),
 }
 _ROLES = {
     "data": "training data",

@@ -27,7 +27,8 @@ def deepspeed_config(cfg: RunConfig, plan: Plan, *, bf16: bool) -> dict[str, Any
     if not cfg.deepspeed.enabled:
         return None
     return {
-        "train_batch_size": plan.global_batch,
+        # the three must agree; with packing, a forward pass has other numbers of rows, of which DeepSpeed knows nothing
+        "train_batch_size": plan.micro_batch * plan.accumulation * plan.workers,
         "train_micro_batch_size_per_gpu": plan.micro_batch,
         "gradient_accumulation_steps": plan.accumulation,
         "gradient_clipping": cfg.training.max_grad_norm,

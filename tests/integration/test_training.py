@@ -92,7 +92,13 @@ def test_packed_rows_give_the_losses_of_padded_ones(
 ) -> None:
     """In fewer forward passes a step, on each worker."""
     pool: Pool = request.getfixturevalue("single" if workers == 1 else "pair")
-    cfg = configure(NO_DROPOUT, "training.packing=true", f"workers={workers}", f"training.micro_batch={micro_batch}")
+    cfg = configure(
+        NO_DROPOUT,
+        "training.packing=true",
+        "data.max_length=256",
+        f"workers={workers}",
+        f"training.micro_batch={micro_batch}",
+    )
     assert plan_run(cfg, store.rows["train"]).accumulation == 8 // (workers * micro_batch) > passes
     assert plan_run(cfg, store.rows["train"], store.lengths("train")).accumulation == passes
     run(pool, store, tmp_path / "trial", cfg)

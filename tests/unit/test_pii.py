@@ -15,7 +15,8 @@ import pytest
 from faker import Faker
 
 from raytune_lora.config.data import PiiConfig
-from raytune_lora.data.pii import KINDS, Match, find, hidden, mask
+from raytune_lora.data.pii import KINDS, find, hidden, mask
+from raytune_lora.data.pii_context import Match
 
 POSITIVES = 240  # of each kind
 NEGATIVES = 100  # of each of the hard kinds below

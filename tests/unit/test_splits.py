@@ -111,6 +111,7 @@ def test_near_duplicates_stay_together(prepared: Prepare, tmp_path: Path) -> Non
     found = findings(store)
     assert found["near_duplicates"]["count"] == 150
     assert 50 < found["leakage"]["count"] < 120, "as many would have been apart by chance: 1 - 0.6² - 2 * 0.2²"
+    assert found["leakage"]["action"] == "keep together"
     assert sum(store.rows.values()) == 300
     cfg = mine(tmp_path, content + copies)
     cfg.quality.near_duplicates = Action.drop
@@ -126,6 +127,11 @@ def test_rows_that_ask_the_same_stay_together_and_are_told(prepared: Prepare, tm
     found = findings(store)
     assert (found["contradictions"]["count"], found["near_duplicates"]["count"]) == (9, 0)
     assert "answers otherwise than" in found["contradictions"]["examples"][0]["detail"]
+
+
+def test_rows_that_all_ask_the_same_are_divided_by_their_answers(prepared: Prepare, tmp_path: Path) -> None:
+    store = prepared(mine(tmp_path, [{"instruction": "Tell a joke.", "output": row["input"]} for row in rows(500)]))
+    assert store.rows["validation"] / 500 == pytest.approx(0.2, abs=0.06)
 
 
 def test_nothing_is_looked_for_where_it_is_off(prepared: Prepare, tmp_path: Path) -> None:

@@ -10,8 +10,10 @@ import random
 import numpy as np
 import pytest
 
+from raytune_lora.data.language import language
 from raytune_lora.data.rows import ASSISTANT, SYSTEM, USER, Row, Turn
-from raytune_lora.data.statistics import KEPT, MOST_TURNS, SKETCH_ERROR, Distinct, Lengths, Statistics, advice, language
+from raytune_lora.data.sketches import SKETCH_ERROR, Distinct, Lengths
+from raytune_lora.data.statistics import KEPT, MOST_TURNS, Statistics, advice
 
 
 def row(instruction: str, answer: str, about: str = "") -> Row:
@@ -135,15 +137,29 @@ SENTENCES = {
         "Gradient descent is an algorithm that finds a minimum.",
         'Extract the record as JSON. Invoice of $300 for Smith, due May 2. {"name": "Smith"}',
         "Write a function that sorts a list: def f(x): return sorted(x)",
+        "The word 안녕하세요 is what people say.",  # five letters of Hangul
+        "What does the sign 서울특별시청 in front of the large building on the main square of the city mean?",
+        "What do ありがとう and 谢谢 mean in the book that you gave me, and how are the two of them pronounced?",
     ],
     "ko": [
         "다음 글을 요약하세요.",
         "서울은 한국의 수도이다.",
         'JSON으로 추출하세요. {"이름": "김", "total": 30, "city": "서울"}',
+        'JSON으로 추출하세요. {"name": "김하늘", "company": "한빛", "email": null, "address": null, "amount": 12000}',
         "ㅋㅋㅋ 그래",
     ],
-    "ja": ["次の文章を要約してください。", "東京は日本の首都です。", "データの品質が重要だ。"],
-    "zh": ["请总结下面的文章。", "北京是中国的首都。", "數據的質量很重要、「對吧」。"],
+    "ja": [
+        "次の文章を要約してください。",
+        "東京は日本の首都です。",
+        "データの品質が重要だ。",
+        'JSONで抽出してください。 {"name": "田中", "company": null, "email": null, "address": null, "amount": 12000}',
+    ],
+    "zh": [
+        "请总结下面的文章。",
+        "北京是中国的首都。",
+        "數據的質量很重要、「對吧」。",
+        '请提取为JSON。 {"name": "王小明", "company": "春风电子", "city": "北京", "amount": 12000}',
+    ],
     "de": [
         "Fasse den folgenden Text zusammen.",
         "Was ist die Hauptstadt von Frankreich?",
@@ -194,6 +210,11 @@ SENTENCES = {
 @pytest.mark.parametrize(("name", "text"), [(name, text) for name, texts in SENTENCES.items() for text in texts])
 def test_the_language_of_a_sentence_is_told(name: str, text: str) -> None:
     assert language(text) == name
+
+
+def test_an_answer_in_json_with_english_keys_does_not_hide_the_language() -> None:
+    answer = '{"name": "김하늘", "company": "한빛전자", "city": "서울", "date": "2024-03-01", "amount": 12000}'
+    assert gathered([row("JSON으로 추출하세요.", answer)]).languages == {"ko": 1}
 
 
 def test_the_share_of_rows_of_each_language_is_reported() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import resource
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -173,6 +174,23 @@ def test_a_full_disk_leaves_no_store_and_says_so(tmp_path: Path) -> None:
     assert not list((tmp_path / "cache" / "tokens").glob(".*"))
     assert not whole_stores(tmp_path)
     assert resource.getrlimit(resource.RLIMIT_FSIZE)[0] != 40_000
+
+
+class Dying:
+    """A tokenizer whose process is ended, as the system does where memory is short."""
+
+    eos_token_id = pad_token_id = 1
+    is_fast = True
+    bos_token_id = chat_template = None
+
+    def __call__(self, *_: Any, **__: Any) -> Any:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_process_that_is_ended_is_told(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"was ended from outside.*data\.processes=1"):
+        prepare(replace(file(tmp_path, rows(2500)), processes=2), Dying(), "dying", tmp_path / "cache")
+    assert not whole_stores(tmp_path)
 
 
 # ----------------------------------------------------------------------------------------------------- when it is built
