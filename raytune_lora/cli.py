@@ -34,8 +34,11 @@ _FOLDERS = (
     "  output=<folder>   where everything of it goes; it must be new",
     "  resume=<folder>   go on with one that was interrupted",
 )
-# what may change when a sweep or run goes on: it alters where and how it is computed, and not what
-_WHERE = r"workers|[cg]pus_per_worker|training\.micro_batch|search\.concurrent|search\.stalled|(deepspeed|cluster|tracking|budget)(\..*)?"
+# what may change when a sweep or run goes on: where and how it is computed and when it ends, and not what
+_WHERE = (
+    r"workers|[cg]pus_per_worker|training\.micro_batch|search\.concurrent|search\.stalled"
+    r"|(deepspeed|cluster|tracking|budget)(\..*)?"
+)
 _SEARCH_ONLY = ("search", "scheduler", "space", "budget", "confirm")
 
 
@@ -87,8 +90,9 @@ def _run(verb: str, arguments: list[str]) -> int:
     if cfg.resume is not None and (fixed := [key for key in moved if not re.fullmatch(_WHERE, key)]):
         raise UserError(
             f"resume: a sweep or run goes on with the config in its folder; leave {', '.join(fixed)} out (what can be "
-            "changed is where it runs and when it ends: workers, cpus_per_worker, gpus_per_worker, training.micro_batch, "
-            "search.concurrent, search.stalled, and the groups deepspeed, cluster, tracking and budget)"
+            "changed is where it runs and when it ends: workers, cpus_per_worker, gpus_per_worker, "
+            "training.micro_batch, search.concurrent, search.stalled, and the groups deepspeed, cluster, tracking and "
+            "budget)"
         )
     if only_config:
         print(dump(cfg), end="")

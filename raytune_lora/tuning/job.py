@@ -48,7 +48,7 @@ class Job:
     store: TokenStore
     model_folder: Path
     pool: Pool = field(init=False)  # while it is at work
-    importance: dict[str, float] = field(default_factory=dict)
+    learned: dict[str, Any] = field(default_factory=dict)  # what the study says: ``importance`` and ``pareto``
 
     @property
     def plan(self) -> Plan:
@@ -88,7 +88,7 @@ class Job:
     def write_results(self) -> dict[str, Any]:
         """``results.json`` and ``report.html``."""
         record = self.journal.record
-        return write_results(self.folder, self.cfg, self.store, record, kind=self.kind, importance=self.importance)
+        return write_results(self.folder, self.cfg, self.store, record, kind=self.kind, learned=self.learned)
 
     def _measure(self, cfg: SweepConfig, name: str, adapter: str | None) -> dict[str, Any]:
         folder = self.folder.phase(name)

@@ -18,7 +18,8 @@ Schema, version 1. Null stands for what was not measured.
   (completed, stopped, failed, diverged, oom, or running where interrupted), ``params``, ``eval_loss`` (the lowest),
   ``samples_seen``, ``seconds``, ``training_seconds``, ``parameters``, ``error``, ``log``, ``curve``,
   ``peak_memory_bytes`` (of the first worker), ``micro_batch`` (smaller than the config's where memory ran out)
-- ``examples``: ``prompt``, ``expected``, ``base``, ``tuned``; ``importance`` by parameter
+- ``examples``: ``prompt``, ``expected``, ``base``, ``tuned``; ``importance`` by parameter;
+  ``pareto``: with several objectives, the trials that none beats in all of them, the lowest loss first
 - ``seconds``: ``total`` and each phase
 """
 
@@ -50,10 +51,10 @@ BASELINE = "baseline"  # a phase
 
 
 def write_results(
-    folder: SweepFolder, cfg: SweepConfig, store: TokenStore, record: Record, *, kind: str, importance: dict[str, float]
+    folder: SweepFolder, cfg: SweepConfig, store: TokenStore, record: Record, *, kind: str, learned: dict[str, Any]
 ) -> dict[str, Any]:
     """Write both files and return what ``results.json`` says."""
-    results = _results(folder, cfg, store, record, kind, importance)
+    results = _results(folder, cfg, store, record, kind, learned)
     write_json(folder.results, results)
     page = folder.report.with_suffix(".tmp")
     page.write_text(render(results), encoding="utf-8", errors="backslashreplace")
@@ -62,7 +63,7 @@ def write_results(
 
 
 def _results(
-    folder: SweepFolder, cfg: SweepConfig, store: TokenStore, record: Record, kind: str, importance: dict[str, float]
+    folder: SweepFolder, cfg: SweepConfig, store: TokenStore, record: Record, kind: str, learned: dict[str, Any]
 ) -> dict[str, Any]:
     phases = {name: phase["seconds"] for name, phase in record.phases.items()}
     search = {
@@ -92,7 +93,8 @@ def _results(
         "ended_by": record.ended_by and {**record.ended_by, "remedy": remedy(record.ended_by["budget"])},
         "confirmation": verdict(record, cfg.training.seed),
         "trials": [_trial(folder, record.trials[name]) for name in sorted(record.trials)],
-        "importance": importance,
+        "importance": learned.get("importance", {}),
+        "pareto": learned.get("pareto", []),
         "examples": _examples(folder, cfg.evaluation.examples),
         "seconds": {"total": sum(phases.values()), **phases},
     }

@@ -23,7 +23,7 @@ from raytune_lora.tuning.isolated import run_trial
 from raytune_lora.tuning.job import SWEEP, Job, open_job, plain_run
 from raytune_lora.tuning.results import TRIALS
 from raytune_lora.tuning.scheduler import build
-from raytune_lora.tuning.search import StudySearcher, open_study, reconcile, report, tell
+from raytune_lora.tuning.search import StudySearcher, open_study, pareto, reconcile, report, tell
 from raytune_lora.tuning.trials import COMPLETED, CONFIRM, MEASURED, Journal, Trial
 
 _ENOUGH = 10  # completed trials before parameter importance says anything
@@ -59,7 +59,8 @@ def _sweep(job: Job) -> None:
         with job.phase(TRIALS, "running trials"):
             if record.ended < job.cfg.search.trials and not budget.spent():
                 _tune(job, study, interrupted, budget)
-    job.importance = _importance(study)
+    several = len(job.cfg.search.objectives) > 1
+    job.learned = {"importance": _importance(study), "pareto": pareto(study) if several else []}
     _confirm(job)
     job.finish()
 
@@ -195,4 +196,6 @@ def _importance(study: optuna.Study) -> dict[str, float]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         evaluator = optuna.importance.PedAnovaImportanceEvaluator()
-        return dict(optuna.importance.get_param_importances(study, evaluator=evaluator))
+        return dict(
+            optuna.importance.get_param_importances(study, evaluator=evaluator, target=lambda trial: trial.values[0])
+        )
