@@ -158,6 +158,9 @@ class TimedTraining:
     def __setstate__(self, state: Any) -> None:
         self.received = time.time()
 
+    def keep(self, measured: Measured, place: Any) -> None:
+        """Called when the training has returned or failed; what a trial that was stopped reports, nobody hears."""
+
     def __call__(self, cfg: Any, store: Any, place: Any) -> None:
         import torch
 
@@ -167,12 +170,17 @@ class TimedTraining:
         measured = Measured({"received": self.received, "function": time.time()}, [], [])
         marks = measured.marks
         train, begin = trainer.PlannedTrainer.train, trainer.Reporter.on_step_begin
+        build = trainer.PlannedTrainer.__init__
 
         def timed_load(*arguments: Any, **options: Any) -> Any:
             marks["load"] = time.time()
             model = load_model(*arguments, **options)
             marks["loaded"] = time.time()
             return model
+
+        def timed_build(*arguments: Any, **options: Any) -> None:
+            marks["adapted"] = time.time()
+            build(*arguments, **options)
 
         def timed_train(*arguments: Any, **options: Any) -> Any:
             marks["train"] = time.time()
@@ -192,10 +200,15 @@ class TimedTraining:
 
         with (
             patch.object(worker, "load_model", timed_load),
+            patch.object(trainer.PlannedTrainer, "__init__", timed_build),
             patch.object(trainer.PlannedTrainer, "train", timed_train),
             patch.object(trainer.Reporter, "on_step_begin", timed_begin),
         ):
-            worker.train(cfg, store, replace(place, stopped=timed_stopped))
+            try:
+                worker.train(cfg, store, replace(place, stopped=timed_stopped))
+            finally:
+                marks["returned"] = time.time()
+                self.keep(measured, place)
         place.report({"measured": asdict(measured)})
 
 
