@@ -82,7 +82,7 @@ class QualityConfig:
     leakage: Action = Action.drop
     harmful: Action = Action.report
     outliers: Action = Action.report
-    similarity: float = 0.8  # share of common word triples (Jaccard) from which rows are near duplicates
+    similarity: float = 0.7  # share of common pairs of words (Jaccard) from which rows are near duplicates
     max_dropped: float = 0.5  # share of the rows that may be left out before the job stops
     harmful_words: str | None = None  # YAML of words by language, instead of the list that comes with the package
 

@@ -1,6 +1,6 @@
 """Rows that say the same: exactly, nearly, or with another answer. N: rows, P: permutations.
 
-Near duplicates are found by MinHash over word triples and banding (Broder 1997; Leskovec, Rajaraman and Ullman, Mining
+Near duplicates are found by MinHash over pairs of words and banding (Broder 1997; Leskovec, Rajaraman and Ullman, Mining
 of Massive Datasets, chapter 3), in arrays of a fixed size a row, and each candidate pair is then compared exactly.
 """
 
@@ -19,8 +19,8 @@ from numpy.typing import NDArray
 from raytune_lora.data.rows import Row, Turn
 
 PERMUTATIONS = 64  # of a signature
-_BANDS = 16  # of four permutations each: pairs that share 0.8 of their shingles meet with a probability of 0.9998
-_WORDS = 3  # a shingle
+_BANDS = 16  # of four permutations each: rows that share 0.7 of their shingles meet with a probability of 0.988
+_WORDS = 2  # a shingle; with three, one word changed in a row of twenty would be a third of it
 _CHARACTERS = 5  # a shingle of a script that has no spaces between words
 _WORD = re.compile(r"\w+")
 _LONGEST_WORD = 24  # characters; what is longer on average is written without spaces
@@ -46,7 +46,7 @@ def _digest(text: str) -> int:
 
 
 def shingles(text: str) -> set[bytes]:
-    """The word triples of a text, case and punctuation aside; groups of characters where words are not set apart."""
+    """The pairs of words of a text, case and punctuation aside; groups of characters where words are not set apart."""
     words = _WORD.findall(text.lower())
     width, between = _WORDS, " "
     if not words or sum(map(len, words)) > _LONGEST_WORD * len(words):
