@@ -59,8 +59,14 @@ def test_digests_tell_rows_and_prompts_apart() -> None:
 
 
 def test_one_word_changed_in_a_short_row_is_found() -> None:
-    first = "Summarize the text. The quick brown fox jumps over the lazy dog near the river bank. A fox jumps over a dog."
-    lines = [first, first.replace("brown fox jumps", "brown fox leaps"), "Say something else about the weather of today."]
+    first = (
+        "Summarize the text. The quick brown fox jumps over the lazy dog near the river bank. A fox jumps over a dog."
+    )
+    lines = [
+        first,
+        first.replace("brown fox jumps", "brown fox leaps"),
+        "Say something else about the weather of today.",
+    ]
     assert list(near_pairs(signatures(lines), lines.__getitem__, 0.7)) == [(0, 1)]
 
 
