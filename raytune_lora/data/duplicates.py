@@ -1,7 +1,8 @@
 """Rows that say the same: exactly, nearly, or with another answer. N: rows, P: permutations.
 
-Near duplicates are found by MinHash over pairs of words and banding (Broder 1997; Leskovec, Rajaraman and Ullman, Mining
-of Massive Datasets, chapter 3), in arrays of a fixed size a row, and each candidate pair is then compared exactly.
+Near duplicates are found by MinHash over pairs of words and banding (Broder 1997; Leskovec, Rajaraman and Ullman,
+Mining of Massive Datasets, chapter 3), in arrays of a fixed size a row, and each candidate pair is then compared
+exactly.
 """
 
 from __future__ import annotations
