@@ -21,7 +21,7 @@ import numpy as np
 from raytune_lora.config.data import Action, DataConfig
 from raytune_lora.data import pii, statistics
 from raytune_lora.data.findings import Findings
-from raytune_lora.data.process import Part, Processed, Processor, Settings, pii_actions
+from raytune_lora.data.process import Part, Processed, Processor, Settings, pii_actions, quality_actions
 from raytune_lora.data.rows import Record
 from raytune_lora.data.sources import MAIN, TEST, VALIDATION, Source
 from raytune_lora.data.splits import OUT, SPLITS, Split
@@ -167,8 +167,7 @@ def _report(
     own = [i for i, source in enumerate(sources) if source.role in (MAIN, VALIDATION, TEST)]
     tokens = {name: int(split.tokens[split.of == number].sum()) for number, name in enumerate(SPLITS)}
     trained = {name: int(split.trained[split.of == number].sum()) for number, name in enumerate(SPLITS)}
-    actions = {name: action for name, action in vars(cfg.quality).items() if isinstance(action, Action)}
-    on = {name: action for name, action in actions.items() if action is not Action.off}
+    on = {name: action for name, action in quality_actions(cfg.quality).items() if action is not Action.off}
     found = {name: findings.report(name) | {"action": action.value} for name, action in on.items()}
     kinds = {kind: action for kind, action in pii_actions(cfg.pii).items() if action is not Action.off}
     personal = {kind: findings.report(f"pii.{kind}") | {"action": action.value} for kind, action in kinds.items()}

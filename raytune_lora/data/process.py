@@ -15,7 +15,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from raytune_lora.config.data import Action, DataConfig, PiiConfig
+from raytune_lora.config.data import Action, DataConfig, PiiConfig, QualityConfig
 from raytune_lora.data import duplicates, formats, pii, quality
 from raytune_lora.data.encode import Encoded, encode
 from raytune_lora.data.findings import Findings
@@ -75,7 +75,7 @@ class Processor:
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
         cfg = settings.cfg
-        self._actions = {name: value for name, value in vars(cfg.quality).items() if isinstance(value, Action)}
+        self._actions = quality_actions(cfg.quality)
         self._checks = [name for name in quality.CHECKS if self._actions[name] is not Action.off]
         self._pii = pii_actions(cfg.pii)
         self._kinds = [kind for kind, action in self._pii.items() if action is not Action.off]
@@ -195,6 +195,11 @@ class Processor:
         table = pa.table(columns)
         with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, table.schema) as writer:
             writer.write_table(table)
+
+
+def quality_actions(cfg: QualityConfig) -> dict[str, Action]:
+    """What is done about each finding."""
+    return {name: value for name, value in vars(cfg).items() if isinstance(value, Action)}
 
 
 def pii_actions(cfg: PiiConfig) -> dict[str, Action]:

@@ -47,7 +47,7 @@ class Split:
         self.trained = self._joined("trained", np.int32)
         self._starts = np.cumsum([0, *(len(part.row) for part in self.parts)])
         self.of = np.full(len(self.row), OUT, np.int8)
-        self._mine = np.isin(self.source, [i for i, s in enumerate(self.sources) if s.role != BENCHMARK])
+        self._mine = ~self._role(BENCHMARK)
         self._duplicates()
         self._contradictions()
         self._near_duplicates()
@@ -179,7 +179,9 @@ class Split:
         for i in np.flatnonzero((self.of > _TRAIN) | ~self._mine):
             held.setdefault(int(self._root[i]), int(i))
         leaked = np.zeros(len(self.row), bool)
-        train = np.flatnonzero((self.of == _TRAIN) | (self._role_starts(MIX) & ~self._dropped))
+        train = np.flatnonzero(
+            (self.of == _TRAIN) | (self._role(*(MIX + name for name in self.cfg.mix)) & ~self._dropped)
+        )
         leaked[[i for i in train if int(self._root[i]) in held]] = True
         alone = self._role(MAIN) & (self.of != OUT) & (self.of != self._alone) & (self._root != np.arange(len(self.of)))
         moved = np.zeros_like(alone) if self.cfg.stratify else alone
@@ -230,14 +232,8 @@ class Split:
     def _roles(self) -> Iterator[str]:
         return iter(dict.fromkeys(source.role for source in self.sources))
 
-    def _role(self, role: str) -> Mask:
-        mask: Mask = np.isin(self.source, [i for i, source in enumerate(self.sources) if source.role == role])
-        return mask
-
-    def _role_starts(self, prefix: str) -> Mask:
-        mask: Mask = np.isin(
-            self.source, [i for i, source in enumerate(self.sources) if source.role.startswith(prefix)]
-        )
+    def _role(self, *roles: str) -> Mask:
+        mask: Mask = np.isin(self.source, [i for i, source in enumerate(self.sources) if source.role in roles])
         return mask
 
     def _role_of(self, row: int) -> str:

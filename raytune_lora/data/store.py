@@ -46,10 +46,15 @@ class TokenStore:
 
     def lengths(self, name: str) -> NDArray[np.int64]:
         """Tokens of each row of a split, (N,)."""
-        import pyarrow.compute as pc
+        return row_lengths(self.split(name))
 
-        lengths: NDArray[np.int64] = pc.list_value_length(self.split(name).data.column("input_ids")).to_numpy()
-        return lengths.astype(np.int64)
+
+def row_lengths(split: Any) -> NDArray[np.int64]:
+    """Tokens of each row of a split as ``TokenStore.split`` gives it, (N,)."""
+    import pyarrow.compute as pc
+
+    lengths: NDArray[np.int64] = pc.list_value_length(split.data.column("input_ids")).to_numpy()
+    return lengths.astype(np.int64)
 
 
 def prepare(cfg: DataConfig, tokenizer: Any, tokenizer_id: str, cache: Path) -> TokenStore:

@@ -17,11 +17,11 @@ import time
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from transformers import TrainerCallback, TrainingArguments
 
 from raytune_lora.config.schema import RunConfig
+from raytune_lora.data.store import row_lengths
 from raytune_lora.models.loading import precision
 from raytune_lora.training.place import Place
 from raytune_lora.training.plan import Plan
@@ -126,8 +126,7 @@ class StepTokens:
     """
 
     def __init__(self, split: Any, plan: Plan) -> None:
-        offsets = (chunk.offsets.to_numpy() for chunk in split.data.column("input_ids").chunks)
-        self._lengths = np.concatenate([np.diff(o) for o in offsets])
+        self._lengths = row_lengths(split)
         self._plan = plan
 
     def __call__(self, step: int) -> int:
