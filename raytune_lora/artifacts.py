@@ -6,6 +6,7 @@ that an interrupted build is never taken for a whole one, and a lock beside it k
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -76,9 +77,34 @@ def write_json(path: Path, value: Any) -> None:
     """Write atomically: a reader sees the old file or the new one, also after a power cut."""
     text = json.dumps(value, ensure_ascii=False, indent=2) + "\n"
     descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    with os.fdopen(descriptor, "w", encoding="utf-8", errors="backslashreplace") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.chmod(name, 0o644)
-    os.replace(name, path)
+    try:
+        with os.fdopen(descriptor, "w", encoding="utf-8", errors="backslashreplace") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(name, 0o644)
+        os.replace(name, path)
+    except BaseException:
+        os.unlink(name)
+        raise
+
+
+def remove_folder(folder: Path) -> None:
+    """Delete a folder so that nobody who looks for its name finds half of it."""
+    doomed = folder.with_name(f".{folder.name}.removed")
+    try:
+        shutil.rmtree(doomed, ignore_errors=True)
+        os.replace(folder, doomed)
+    except FileNotFoundError:  # another was faster
+        return
+    shutil.rmtree(doomed, ignore_errors=True)
+
+
+def folder_bytes(folder: Path) -> int:
+    """Size of all files in a folder, those that are deleted meanwhile aside."""
+    total = 0
+    for root, _, names in os.walk(folder):
+        for name in names:
+            with contextlib.suppress(FileNotFoundError):
+                total += os.lstat(os.path.join(root, name)).st_size
+    return total

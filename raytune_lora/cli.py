@@ -37,7 +37,7 @@ _FOLDERS = (
 # what may change when a sweep or run goes on: where and how it is computed and when it ends, and not what
 _WHERE = (
     r"workers|[cg]pus_per_worker|training\.micro_batch|search\.concurrent|search\.stalled"
-    r"|(deepspeed|cluster|tracking|budget)(\..*)?"
+    r"|(deepspeed|cluster|disk|tracking|budget)(\..*)?"
 )
 _SEARCH_ONLY = ("search", "scheduler", "space", "budget", "confirm")
 
@@ -77,7 +77,7 @@ def job(verb: str, overrides: Sequence[str] | None = None, program: str | None =
 
 def _run(verb: str, arguments: list[str]) -> int:
     from raytune_lora.config.compose import compose, dump
-    from raytune_lora.errors import UserError
+    from raytune_lora.errors import JobFailed, UserError
 
     only_config = _take_cfg(arguments)
     cfg = compose(arguments)
@@ -91,8 +91,8 @@ def _run(verb: str, arguments: list[str]) -> int:
         raise UserError(
             f"resume: a sweep or run goes on with the config in its folder; leave {', '.join(fixed)} out (what can be "
             "changed is where it runs and when it ends: workers, cpus_per_worker, gpus_per_worker, "
-            "training.micro_batch, search.concurrent, search.stalled, and the groups deepspeed, cluster, tracking and "
-            "budget)"
+            "training.micro_batch, search.concurrent, search.stalled, and the groups deepspeed, cluster, disk, "
+            "tracking and budget)"
         )
     if only_config:
         print(dump(cfg), end="")
@@ -106,7 +106,6 @@ def _run(verb: str, arguments: list[str]) -> int:
 
         show_data(cfg)
         return 0
-    from raytune_lora.tuning.job import JobFailed
     from raytune_lora.tuning.run import run_once
     from raytune_lora.tuning.sweep import run_sweep
 

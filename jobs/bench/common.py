@@ -190,7 +190,7 @@ class TimedTraining:
             marks.setdefault("begin", time.time())
             begin(*arguments, **options)
 
-        def timed_stopped() -> bool:  # asked for at the end of each step
+        def timed_stopped() -> int:  # asked for at the end of each step
             if torch.cuda.is_available():
                 torch.cuda.synchronize()
             measured.ends.append(time.time())

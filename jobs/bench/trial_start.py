@@ -25,7 +25,9 @@ import ray
 from common import Measured, TimedTraining
 from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 
-from raytune_lora.training.driver import Board, Pool, Task, TaskFailed, stream
+from raytune_lora.training.board import Board
+from raytune_lora.training.driver import Pool, Task, TaskFailed, stream
+from raytune_lora.training.place import STOP
 from raytune_lora.tuning import job, sweep
 from raytune_lora.tuning.space import apply
 
@@ -82,9 +84,9 @@ class TimedBoard(Board):
         if group in self._last:
             self._times[self._last[group]].setdefault("free", time.time())
 
-    async def stop(self, name: str) -> None:
+    async def stop(self, name: str, how: int = STOP) -> None:
         self._times.setdefault(name, {}).setdefault("told", time.time())
-        await super().stop(name)
+        await super().stop(name, how)
 
     async def times(self) -> dict[str, dict[str, float]]:
         """Unix times, by task."""

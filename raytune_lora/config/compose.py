@@ -41,6 +41,7 @@ _PLAIN_GROUPS = {
     "budget": search.BudgetConfig,
     "confirm": search.ConfirmConfig,
     "cluster": schema.ClusterConfig,
+    "disk": schema.DiskConfig,
     "tracking": schema.TrackingConfig,
 }
 

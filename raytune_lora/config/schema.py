@@ -168,6 +168,17 @@ class ClusterConfig:
     object_store_mb: int = 128  # of the local one
     dashboard: bool = False  # of the local one
     reuse_workers: bool = True  # a worker group takes one trial after the other; false starts a new one for each
+    retries: int = 3  # of a trial whose worker or machine was lost: each goes on from its last checkpoint
+    autoscaler: bool = False  # machines are added when they are asked for: trials that do not fit now wait for them
+
+
+@dataclass
+class DiskConfig:
+    """How much room checkpoints may take; GB are 10^9 bytes."""
+
+    trial_gb: float | None = None  # of one trial's folder; a trial that needs more ends as `quota`
+    sweep_gb: float | None = None  # of all trials' checkpoints; those of trials that ended go first
+    keep_best: int = 3  # trials whose best checkpoint is never deleted for sweep_gb
 
 
 @dataclass
@@ -192,6 +203,7 @@ class RunConfig:
     deepspeed: DeepSpeedConfig = field(default_factory=DeepSpeedConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
+    disk: DiskConfig = field(default_factory=DiskConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
     workers: int = 1  # processes that train one model together
     cpus_per_worker: int = 1

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from raytune_lora.artifacts import MANIFEST, read_manifest, write_json
+from raytune_lora.artifacts import MANIFEST, read_manifest, remove_folder, write_json
 from raytune_lora.models.export import ADAPTER
 from raytune_lora.models.methods import Method
 from raytune_lora.training import state
@@ -36,7 +36,7 @@ class Checkpoint:
         self.path = path
         self.step: int = manifest["step"]  # optimizer steps done
         self.progress: dict[str, Any] = manifest["progress"]  # of the reporter
-        self.report: dict[str, Any] = manifest["report"] | {"checkpoint": str(path)}
+        self.report: dict[str, Any] = manifest["report"] | {"checkpoint": str(path)}  # no loss where none was measured
 
     @property
     def weights(self) -> state.Saved:
@@ -61,6 +61,15 @@ def latest(folder: Path) -> Checkpoint | None:
         if manifest is not None and not damaged:
             return Checkpoint(path, manifest)
         _logger.warning("%s is damaged (%s): the run goes on from the one before it", path, ", ".join(damaged))
+    return None
+
+
+def last_report(newest: Checkpoint) -> dict[str, Any] | None:
+    """What a trial measured last, as far as its checkpoints up to the newest whole one tell."""
+    for path in sorted(newest.path.parent.glob(f"{_PREFIX}*"), reverse=True):
+        manifest = read_manifest(path) if path.name <= newest.path.name else None
+        if manifest is not None and manifest["report"]["eval_loss"] is not None:
+            return Checkpoint(path, manifest).report
     return None
 
 
@@ -97,7 +106,8 @@ def commit(parts: Path, folder: Path, step: int, report: dict[str, Any], progres
         parts: what ``write_parts`` wrote.
         folder: of the trial.
         step: optimizer steps done.
-        report: that goes with it; its ``eval_loss`` decides which checkpoint is the best.
+        report: that goes with it; its ``eval_loss`` decides which checkpoint is the best, and is None where the run
+            was saved between two validations.
         progress: what the reporter needs to go on.
         keep: how many of the newest stay.
     """
@@ -133,7 +143,8 @@ def _forget_others(folder: Path, keep: int) -> None:
     found: dict[Path, dict[str, Any]] = {
         path: manifest for path in sorted(folder.glob(f"{_PREFIX}*")) if (manifest := read_manifest(path)) is not None
     }
-    best = min(found, key=lambda path: (found[path]["report"]["eval_loss"], -found[path]["step"]))
+    measured = [path for path in found if found[path]["report"]["eval_loss"] is not None]
+    best = min(measured, key=lambda path: (found[path]["report"]["eval_loss"], -found[path]["step"]), default=None)
     for path in list(found)[:-keep]:
         if path != best:
-            shutil.rmtree(path)
+            remove_folder(path)

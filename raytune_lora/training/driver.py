@@ -7,12 +7,11 @@ there, whichever group takes it.
 
 from __future__ import annotations
 
-import asyncio
+import contextlib
 import gc
 import logging
 import os
 import threading
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
@@ -21,23 +20,25 @@ from typing import Any
 
 import ray
 import ray.train
+from ray._private.state import state as ray_state
+from ray.exceptions import RayActorError
 from ray.train import FailureConfig, ScalingConfig
 from ray.train import RunConfig as RayRunConfig
+from ray.util import placement_group_table
 
 from raytune_lora.config.schema import RunConfig
 from raytune_lora.data.store import TokenStore
+from raytune_lora.training.board import Board, Report
 from raytune_lora.training.deepspeed import without_mlflow
-from raytune_lora.training.failures import FAILED, OOM, STOPPED, Ended, classify
+from raytune_lora.training.failures import FAILED, LOST, OOM, Ended, classify
 from raytune_lora.training.output import output_to
 from raytune_lora.training.place import Place
 
 LOGS = "logs"
-_FAILED_STARTS = 2  # in a row, before a pool goes on with a group less
-_WATCHES = 10  # looks at the groups in the time that a task may be without a step
+_MORE_STARTS = 1  # after one that failed in a group's own code, before a pool goes on with a group less
+_WATCH = 1.0  # seconds between two looks at the groups
+_PATIENCE = 15.0  # seconds that a group waits for room before that is said
 _QUIET = {"TQDM_DISABLE": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1", "TRANSFORMERS_VERBOSITY": "error"}
-
-Report = dict[str, Any]
-Key = tuple[str, int]  # name and attempt of a task
 
 
 @dataclass(frozen=True)
@@ -60,130 +61,20 @@ class Task:
         return self.name, self.attempt
 
 
-class Board:
-    """Tasks wait here for a group, and reports for their reader. An asyncio actor: each method yields to the others."""
-
-    def __init__(self) -> None:
-        self._waiting: asyncio.Queue[Task | None] = asyncio.Queue()
-        self._taken: dict[str, list[Task | None]] = {}
-        self._locks: dict[str, asyncio.Lock] = {}
-        self._streams: dict[Key, asyncio.Queue[Report | Ended]] = {}
-        self._ended: set[Key] = set()
-        self._stopped: set[str] = set()
-        self._dead: set[str] = set()
-        self._idle: set[str] = set()  # groups that wait for a task
-        self._workers: dict[str, list[Any]] = {}  # of each group
-        self._signs: dict[str, float] = {}  # when a task last showed that it lives, by name
-        self._broken: Ended | None = None
-
-    async def submit(self, task: Task) -> None:
-        """Let a group have the task.
-
-        Raises:
-            ValueError: a task of that name and attempt was there before.
-        """
-        if task.key in self._streams:
-            raise ValueError(f"there was a task {task.key} before: its reports would be mixed up")
-        self._streams[task.key] = asyncio.Queue()
-        if self._broken is not None:
-            await self.end(task.key, self._broken)
-        elif task.name in self._stopped:
-            await self.end(task.key, Ended(STOPPED))
-        else:
-            await self._waiting.put(task)
-
-    async def join(self, group: str, worker: Any) -> None:
-        """Make a group's worker, an actor, known."""
-        self._workers.setdefault(group, []).append(worker)
-
-    async def take(self, group: str, number: int) -> Task | None:
-        """The group's task of that number, the same for each of its workers; None sends the group home."""
-        taken = self._taken.setdefault(group, [])
-        async with self._locks.setdefault(group, asyncio.Lock()):
-            if number == len(taken):
-                self._idle.add(group)
-                task = await self._waiting.get()
-                if group in self._dead:  # it died while it waited: the task is for another
-                    await self._waiting.put(task)
-                    return None
-                if task is not None:
-                    self._idle.discard(group)
-                    self._signs[task.name] = time.monotonic()
-                taken.append(task)
-        return taken[number]
-
-    async def post(self, key: Key, report: Report) -> None:
-        """Add to a task's stream."""
-        if key not in self._ended:
-            await self._streams[key].put(report)
-
-    async def end(self, key: Key, ended: Ended) -> None:
-        """Close a task's stream; the first to close it says how it ended."""
-        if key not in self._ended:
-            self._ended.add(key)
-            await self._streams[key].put(ended)
-
-    async def next(self, key: Key) -> Report | Ended:
-        """The next item of a task's stream."""
-        return await self._streams[key].get()
-
-    async def stop(self, name: str) -> None:
-        """Ask for the end of a task, all attempts at it; its reader need not wait for it."""
-        self._stopped.add(name)
-        for key in [key for key in self._streams if key[0] == name]:
-            await self.end(key, Ended(STOPPED))
-
-    async def is_stopped(self, name: str) -> bool:
-        """Whether the task's end was asked for; the asking is a sign of life."""
-        self._signs[name] = time.monotonic()
-        return name in self._stopped
-
-    async def end_stalled(self, seconds: float) -> list[Any]:
-        """End the tasks that have finished no step for that long.
-
-        Returns:
-            The workers of the groups that were at them, which are good for nothing more.
-        """
-        found: list[Any] = []
-        for group, taken in self._taken.items():
-            task = taken[-1] if taken and group not in self._idle else None
-            if task is not None and task.steps and time.monotonic() - self._signs[task.name] > seconds:
-                await self.end(task.key, Ended(FAILED, f"no progress for {seconds:g} s"))
-                found += self._workers.pop(group, [])
-        return found
-
-    async def group_failed(self, group: str, ended: Ended) -> bool:
-        """End what the group was at; whether it had got as far as a task."""
-        self._dead.add(group)
-        self._workers.pop(group, None)
-        taken = [task for task in self._taken.pop(group, []) if task is not None]
-        if taken:
-            await self.end(taken[-1].key, ended)
-        return bool(taken)
-
-    async def close(self, groups: int) -> None:
-        """Stop what is at work and send that many groups home."""
-        for name, _ in list(self._streams):
-            await self.stop(name)
-        for _ in range(groups):
-            await self._waiting.put(None)
-
-    async def give_up(self, ended: Ended) -> None:
-        """No group can be started: end all that waits, and all that will."""
-        self._broken = ended
-        while not self._waiting.empty():
-            task = self._waiting.get_nowait()
-            if task is not None:
-                await self.end(task.key, ended)
-
-
 class Pool:
     """Worker groups of one size, each taking one task after the other.
 
     Use it as a context manager. Groups start when it is entered; a group that fails is replaced.
     """
 
-    def __init__(self, cfg: RunConfig, folder: Path, groups: int, stalled: float | None = None) -> None:
+    def __init__(
+        self,
+        cfg: RunConfig,
+        folder: Path,
+        groups: int,
+        stalled: float | None = None,
+        tell: Callable[[str], None] = lambda _line: None,
+    ) -> None:
         """
         Args:
             cfg: says how many workers a group has and what each needs.
@@ -191,14 +82,16 @@ class Pool:
             groups: how many.
             stalled: seconds without a step after which a task that has steps fails and its group is replaced; None
                 waits for ever.
+            tell: called with what people should know: that groups wait for room, or leave a machine.
         """
         self._cfg = cfg
         self._folder = folder
-        self.board: Any = ray.remote(num_cpus=0)(Board).remote()
+        self.board: Any = ray.remote(num_cpus=0, label_selector=this_node())(Board).remote()
         self._closing, self._closed = threading.Event(), threading.Event()
         self._lock = threading.Lock()
         self._groups = groups
         self._stalled = stalled
+        self._tell = tell
         self._watcher = threading.Thread(target=self._watch, daemon=True)
         self._threads = [threading.Thread(target=self._keep, args=(n,), daemon=True) for n in range(groups)]
 
@@ -211,10 +104,15 @@ class Pool:
 
     def __exit__(self, *_: object) -> None:
         self._closing.set()
-        ray.get(self.board.close.remote(len(self._threads)))
-        for thread in self._threads:
-            thread.join()
-        self._closed.set()
+        try:
+            ray.get(self.board.close.remote())
+            while any(thread.is_alive() for thread in self._threads):
+                for controller, _ in ray.get(self.board.unplaced.remote()).values():
+                    ray.kill(controller)  # it would wait for room until there is some
+                self._threads[0].join(_WATCH)
+                self._threads.sort(key=threading.Thread.is_alive, reverse=True)
+        finally:
+            self._closed.set()
         self._watcher.join()
 
     def stream(self, task: Task) -> Iterator[Report]:
@@ -226,26 +124,56 @@ class Pool:
         return stream(self.board, task)
 
     def _keep(self, number: int) -> None:
-        """Keep one group at work until the pool closes."""
+        """Keep one group at work until the pool closes, or its board is gone: then whoever reads hears of it too."""
+        with contextlib.suppress(RayActorError):
+            self._keep_group(number)
+
+    def _keep_group(self, number: int) -> None:
         generation, failed_starts = 0, 0
         while not self._closing.is_set():
             group = f"group-{number}-{os.getpid()}-{generation}"
             generation += 1
             try:
                 self._run_group(group)
+                ray.get(self.board.gone.remote(group))
             except Exception as error:  # whatever ended it, the reader of its task must not wait for ever
                 ended = classify(error)
                 had_task = ray.get(self.board.group_failed.remote(group, ended))
                 failed_starts = 0 if had_task else failed_starts + 1
-                if failed_starts >= _FAILED_STARTS:
+                if failed_starts > (self._cfg.cluster.retries if ended.status == LOST else _MORE_STARTS):
                     self._abandon(Ended(FAILED, f"no worker group could start: {ended.error}"))
                     return
+                self._closing.wait(2.0**failed_starts - 1)
 
     def _watch(self) -> None:
-        """Kill the groups that hang: their workers' end is a failure like any other, and ``_keep`` replaces them."""
-        while self._stalled is not None and not self._closed.wait(self._stalled / _WATCHES):
-            for worker in ray.get(self.board.end_stalled.remote(self._stalled)):
-                ray.kill(worker)
+        with contextlib.suppress(RayActorError):
+            self._look_after_groups()
+
+    def _look_after_groups(self) -> None:
+        """Look after the groups until the pool is closed.
+
+        Those that hang are killed: their workers' end is a failure like any other, and ``_keep`` replaces them. Those
+        on a machine that is about to be taken away (Ray calls it draining) are asked to leave it.
+        """
+        said = _PATIENCE
+        while not self._closed.wait(_WATCH):
+            if self._stalled is not None:
+                for worker in ray.get(self.board.end_stalled.remote(self._stalled)):
+                    ray.kill(worker)
+            if draining := list(ray_state.get_draining_nodes()):
+                for group in ray.get(self.board.clear.remote(draining)):
+                    self._tell(f"{group} leaves a machine that is about to be taken away")
+            waiting = [seconds for _, seconds in ray.get(self.board.unplaced.remote()).values()]
+            if waiting and max(waiting) > said and _wait_for_room():
+                self._tell(f"waiting for {self._needs()} since {max(waiting):.0f} s, {len(waiting)} times: {_offer()}")
+                said *= 2
+            elif not waiting:
+                said = _PATIENCE
+
+    def _needs(self) -> str:
+        cfg = self._cfg
+        gpus = f", GPU: {cfg.gpus_per_worker}" if cfg.gpus_per_worker else ""
+        return f"{cfg.workers} x {{CPU: {cfg.cpus_per_worker}{gpus}}}"
 
     def _abandon(self, ended: Ended) -> None:
         """Go on with a group less; without any, end all tasks."""
@@ -257,18 +185,13 @@ class Pool:
     def _run_group(self, group: str) -> None:
         from ray.train.torch import TorchConfig  # here: it brings torch
 
-        from raytune_lora.training.group import GroupTrainer
+        from raytune_lora.training.group import GroupTrainer, Whereabouts
 
         cfg = self._cfg
         gpus = {"GPU": float(cfg.gpus_per_worker)} if cfg.gpus_per_worker else {}
         GroupTrainer(
             _workers,
-            train_loop_config={
-                "board": self.board,
-                "group": group,
-                "once": not cfg.cluster.reuse_workers,
-                "watched": self._stalled is not None,
-            },
+            train_loop_config={"board": self.board, "group": group, "once": not cfg.cluster.reuse_workers},
             torch_config=TorchConfig(backend="nccl" if cfg.gpus_per_worker else "gloo"),
             scaling_config=ScalingConfig(
                 num_workers=cfg.workers,
@@ -276,9 +199,29 @@ class Pool:
                 resources_per_worker={"CPU": float(cfg.cpus_per_worker), **gpus},
             ),
             run_config=RayRunConfig(
-                name=group, storage_path=str(self._folder), failure_config=FailureConfig(max_failures=0)
+                name=group,
+                storage_path=str(self._folder),
+                failure_config=FailureConfig(max_failures=0),
+                callbacks=[Whereabouts(self.board, group)],  # type: ignore[list-item]  # Ray takes its own kinds too
             ),
         ).fit()
+
+
+def this_node() -> dict[str, str]:
+    """Selects the machine of this process, so that no other takes along what is put there when it goes."""
+    return {"ray.io/node-id": ray.get_runtime_context().get_node_id()}
+
+
+def _wait_for_room() -> bool:
+    """Whether Ray knows of something that it has no room for."""
+    return any(group["state"] in ("PENDING", "RESCHEDULING") for group in placement_group_table().values())
+
+
+def _offer() -> str:
+    """What the machines have, and how much of it is free."""
+    there, free = ray.cluster_resources(), ray.available_resources()
+    parts = [f"{free.get(key, 0):g} of {there[key]:g} {key}s free" for key in ("CPU", "GPU") if key in there]
+    return f"the cluster has {' and '.join(parts) or 'no CPU'}"
 
 
 class TaskFailed(Exception):
@@ -311,17 +254,15 @@ def _workers(config: dict[str, Any]) -> None:
     logging.getLogger("ray.train").setLevel(logging.ERROR)
     board, group = config["board"], config["group"]
     context = ray.train.get_context()
-    if config["watched"]:
-        ray.get(board.join.remote(group, ray.get_runtime_context().current_actor))
     number = 0
     while (task := ray.get(board.take.remote(group, number))) is not None:
-        _do(task, board, context.get_world_rank(), context.get_world_size())
+        _do(task, board, group, context.get_world_rank(), context.get_world_size())
         number += 1
         if config["once"]:
             return
 
 
-def _do(task: Task, board: Any, rank: int, workers: int) -> None:
+def _do(task: Task, board: Any, group: str, rank: int, workers: int) -> None:
     """Do a task.
 
     A failure that all workers have at the same step ends the task, and so does the want of memory where there is one
@@ -336,7 +277,7 @@ def _do(task: Task, board: Any, rank: int, workers: int) -> None:
 
     log = task.folder / LOGS / f"worker-{rank}.log"
     log.parent.mkdir(parents=True, exist_ok=True)
-    place = Place(rank, workers, task.folder, report, partial(_is_stopped, board, task.name))
+    place = Place(rank, workers, task.folder, report, partial(_asked, board, task.name, group))
     ended = Ended()
     with output_to(log):
         set_up(task.cpus or task.cfg.cpus_per_worker)
@@ -364,5 +305,5 @@ def _collect_garbage() -> None:
         gc.freeze()
 
 
-def _is_stopped(board: Any, name: str) -> bool:
-    return bool(ray.get(board.is_stopped.remote(name)))
+def _asked(board: Any, name: str, group: str) -> int:
+    return int(ray.get(board.asked.remote(name, group)))

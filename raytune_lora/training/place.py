@@ -7,6 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+# what a worker can be asked to do at its next step, the more urgent the higher
+GO_ON, STOP, SAVE_AND_STOP = 0, 1, 2
+
 
 @dataclass(frozen=True)
 class Place:
@@ -16,4 +19,4 @@ class Place:
     workers: int
     folder: Path  # of the task: checkpoints and logs
     report: Callable[[dict[str, Any]], None]  # heard from the first worker only
-    stopped: Callable[[], bool]  # whether the task's end was asked for
+    stopped: Callable[[], int]  # whether the task's end was asked for, and how

@@ -17,15 +17,19 @@ import torch
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
-from raytune_lora.config.schema import RunConfig, TrainingConfig
-from raytune_lora.errors import DivergedError
+from raytune_lora.artifacts import folder_bytes
+from raytune_lora.config.schema import RunConfig
+from raytune_lora.errors import DivergedError, QuotaError
 from raytune_lora.models.methods import Method
 from raytune_lora.training.batches import training_loader
 from raytune_lora.training.checkpoint import Checkpoint, commit, write_parts
 from raytune_lora.training.metrics import validation_loss
-from raytune_lora.training.place import Place
+from raytune_lora.training.place import GO_ON, SAVE_AND_STOP, Place
 from raytune_lora.training.plan import Plan, stream
 from raytune_lora.training.state import put_optimizer
+
+_OVER_QUOTA = 3  # beside what a place can ask for
+_STATE_BYTES = 16  # of a trained parameter in a checkpoint: fp32, as the adapter has it, and AdamW's two states
 
 
 class PlannedTrainer(Trainer):
@@ -138,7 +142,7 @@ class Reporter(TrainerCallback):
 
     def __init__(
         self,
-        cfg: TrainingConfig,
+        cfg: RunConfig,
         plan: Plan,
         place: Place,
         method: Method[Any],
@@ -147,7 +151,7 @@ class Reporter(TrainerCallback):
     ) -> None:
         """
         Args:
-            cfg: says when to give up, and how many checkpoints to keep.
+            cfg: says when to give up, how many checkpoints to keep and how much room they may take.
             plan: of the run.
             place: of this worker.
             method: whose model trains.
@@ -161,10 +165,12 @@ class Reporter(TrainerCallback):
         self._facts = facts
         self._began = 0.0
         self._training_seconds: float = checkpoint.report["training_seconds"] if checkpoint else 0.0
-        self._losses: list[float] = []
+        self._losses: list[float] = checkpoint.progress.get("losses", []) if checkpoint else []  # since the validation
         self._eval_loss = math.nan
         self._lowest: float = checkpoint.progress["lowest"] if checkpoint else math.inf
         self._in_vain: int = checkpoint.progress["in_vain"] if checkpoint else 0  # evaluations since the lowest loss
+        self._size = _STATE_BYTES * facts["trainable_parameters"]  # of a checkpoint
+        self.left = False  # it was saved to go on elsewhere
 
     def on_step_begin(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
         self._began = time.perf_counter()
@@ -172,8 +178,12 @@ class Reporter(TrainerCallback):
     def on_step_end(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
         self._training_seconds += time.perf_counter() - self._began
         control.should_log = True
-        control.should_evaluate = control.should_save = self._plan.evaluates_after(state.global_step)
-        control.should_training_stop |= self._stopped()
+        due = self._plan.evaluates_after(state.global_step)
+        asked = self._asked(due)
+        self.left = asked == SAVE_AND_STOP and state.global_step < self._plan.steps
+        control.should_evaluate = due
+        control.should_save = due or self.left
+        control.should_training_stop |= asked != GO_ON
 
     def on_optimizer_step(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
         self._method.after_step(kwargs["model"], state.global_step + 1)
@@ -201,28 +211,48 @@ class Reporter(TrainerCallback):
         step, parts = state.global_step, Path(str(args.output_dir))
         report = self._facts | {
             "samples_seen": self._plan.samples_seen(step),
-            "eval_loss": self._eval_loss,
+            "eval_loss": self._eval_loss if self._plan.evaluates_after(step) else None,
             "train_loss": sum(self._losses) / max(1, len(self._losses)),
             "training_seconds": self._training_seconds,
             "peak_memory_bytes": peak_memory(),
             "last": step == self._plan.steps or self._gave_up(),
         }
-        self._losses.clear()
-        progress = {"lowest": self._lowest, "in_vain": self._in_vain}
-        checkpoint = commit(parts, self._place.folder, step, report, progress, self._cfg.keep_checkpoints)
-        self._place.report(report | {"checkpoint": str(checkpoint)})
+        measured = report["eval_loss"] is not None
+        if measured:
+            self._losses.clear()
+        progress = {"lowest": self._lowest, "in_vain": self._in_vain, "losses": self._losses}
+        checkpoint = commit(parts, self._place.folder, step, report, progress, self._cfg.training.keep_checkpoints)
+        self._size = folder_bytes(checkpoint)
+        if measured:
+            self._place.report(report | {"checkpoint": str(checkpoint)})
 
     def _gave_up(self) -> bool:
-        return self._cfg.patience is not None and self._in_vain >= self._cfg.patience
+        patience = self._cfg.training.patience
+        return patience is not None and self._in_vain >= patience
 
-    def _stopped(self) -> bool:
-        """Whether the first worker was told to stop: the others follow it, or they would wait for it for ever."""
-        stopped = self._place.rank == 0 and self._place.stopped()
-        if self._place.workers == 1:
-            return stopped
-        flag = torch.tensor([int(stopped)], device="cuda" if torch.cuda.is_available() else "cpu")
-        torch.distributed.broadcast(flag, src=0)
-        return bool(flag.item())
+    def _asked(self, saves: bool) -> int:
+        """What the first worker was asked to do: the others follow it, or they would wait for it for ever.
+
+        Raises:
+            QuotaError: a checkpoint is due and there is no room for it; on every worker.
+        """
+        asked = 0
+        if self._place.rank == 0:
+            asked = _OVER_QUOTA if saves and self._over_quota() else int(self._place.stopped())
+        if self._place.workers > 1:
+            flag = torch.tensor([asked], device="cuda" if torch.cuda.is_available() else "cpu")
+            torch.distributed.broadcast(flag, src=0)
+            asked = int(flag.item())
+        if asked == _OVER_QUOTA:
+            raise QuotaError(
+                f"with its next checkpoint, of about {self._size / 1e9:.3g} GB, its folder would take more than "
+                f"disk.trial_gb={self._cfg.disk.trial_gb:g}; raise it, or lower training.keep_checkpoints"
+            )
+        return asked
+
+    def _over_quota(self) -> bool:
+        quota = self._cfg.disk.trial_gb
+        return quota is not None and folder_bytes(self._place.folder) + self._size > quota * 1e9
 
 
 def peak_memory() -> int:

@@ -21,12 +21,13 @@ from raytune_lora.artifacts import fingerprint
 from raytune_lora.config.compose import to_plain
 from raytune_lora.config.schema import Optimizer, Quantization, RunConfig
 from raytune_lora.data.store import TokenStore
+from raytune_lora.errors import MovedError
 from raytune_lora.models.loading import load_model, precision
 from raytune_lora.models.methods import Start, method_for
 from raytune_lora.models.sources import materialize
 from raytune_lora.models.tokenizer import load_tokenizer
 from raytune_lora.training.batches import Samples, collate
-from raytune_lora.training.checkpoint import SAVING, Checkpoint, latest
+from raytune_lora.training.checkpoint import SAVING, Checkpoint, last_report, latest
 from raytune_lora.training.deepspeed import deepspeed_config, release
 from raytune_lora.training.place import Place
 from raytune_lora.training.plan import Plan, plan_run, stream
@@ -48,31 +49,36 @@ def train(cfg: RunConfig, store: TokenStore, place: Place) -> None:
 
     Raises:
         DivergedError: the loss or the gradient is no longer a number; on every worker at the same step.
+        MovedError: it was asked to leave its workers, and is saved; likewise.
+        QuotaError: its checkpoints take more room than the config gives it; likewise.
         RuntimeError: the worker group is not what the config says.
     """
     plan = plan_run(cfg, store.rows["train"], store.lengths("train"))
     _join_group(cfg)
     _same_everywhere(cfg, place)
     checkpoint = _agreed_checkpoint(place)
-    if checkpoint is not None:  # whoever reads the reports may have been killed before it read this one
-        place.report(checkpoint.report)
-        if checkpoint.report["last"]:
-            return
-    trainer, watching = _trainer(cfg, plan, store, place, checkpoint)
+    known = last_report(checkpoint) if checkpoint is not None and place.rank == 0 else None
+    if known is not None:  # whoever reads the reports may have been killed before it read this one
+        place.report(known)
+    if checkpoint is not None and checkpoint.report["last"]:
+        return
+    trainer, watching, reporter = _trainer(cfg, plan, store, place, checkpoint)
     try:
         trainer.train()
     finally:
         for watcher in watching:
             watcher.close()
         _release(trainer)
-    if place.rank == 0:
-        shutil.rmtree(place.folder / SAVING, ignore_errors=True)
+        if place.rank == 0:
+            shutil.rmtree(place.folder / SAVING, ignore_errors=True)
+    if reporter.left:
+        raise MovedError(f"saved at step {trainer.state.global_step} to go on elsewhere")
 
 
 def _trainer(
     cfg: RunConfig, plan: Plan, store: TokenStore, place: Place, checkpoint: Checkpoint | None
-) -> tuple[PlannedTrainer, list[Any]]:
-    """All that trains, and those who watch it."""
+) -> tuple[PlannedTrainer, list[Any], Reporter]:
+    """All that trains, those who watch it, and who reports."""
     folder = materialize(cfg.model, cache_dir(cfg))
     tokenizer = load_tokenizer(folder, cfg.model)
     args = _arguments(cfg, plan, place.folder / SAVING)
@@ -89,6 +95,7 @@ def _trainer(
         model._hf_peft_config_loaded = True  # transformers trains on a quantized base only what PEFT has seen
     rows = store.split("train")
     watching = watchers(cfg, plan, place, rows, model)
+    reporter = Reporter(cfg, plan, place, method, _facts(model, plan), checkpoint)
     trainer = PlannedTrainer(
         cfg=cfg,
         plan=plan,
@@ -99,7 +106,7 @@ def _trainer(
         checkpoint=checkpoint,
         model=model,
         args=args,
-        callbacks=[*watching, Reporter(cfg.training, plan, place, method, _facts(model, plan), checkpoint)],
+        callbacks=[*watching, reporter],
     )
     trainer.remove_callback(PrinterCallback)
     if (trainer.accelerator.num_processes, args.process_index) != (place.workers, place.rank):
@@ -107,7 +114,7 @@ def _trainer(
             f"accelerate sees {trainer.accelerator.num_processes} processes and rank {args.process_index}; "
             f"the group has {place.workers} workers and this is rank {place.rank}"
         )
-    return trainer, watching
+    return trainer, watching, reporter
 
 
 def _same_everywhere(cfg: RunConfig, place: Place) -> None:

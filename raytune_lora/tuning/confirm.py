@@ -20,8 +20,11 @@ import ray
 from raytune_lora.config.schema import RunConfig
 from raytune_lora.config.search import ConfirmConfig
 from raytune_lora.data.store import TokenStore
-from raytune_lora.training.driver import Report, TaskFailed
-from raytune_lora.training.failures import Ended, classify
+from raytune_lora.errors import StorageError
+from raytune_lora.training.board import Report
+from raytune_lora.training.driver import TaskFailed
+from raytune_lora.training.failures import DISK, Ended, classify
+from raytune_lora.training.place import SAVE_AND_STOP, STOP
 from raytune_lora.tuning.isolated import train
 from raytune_lora.tuning.space import apply
 from raytune_lora.tuning.trials import COMPLETED, CONFIRM, Journal, Record, Trial
@@ -93,9 +96,10 @@ def train_runs(
             followers.submit(follow, run)
         try:
             _record(news, len(runs), journal, cfg.workers * cfg.gpus_per_worker)
-        except BaseException:  # interrupted: they go on when the sweep does
+        except BaseException as error:  # interrupted: they go on when the sweep does
             followers.shutdown(wait=False, cancel_futures=True)
-            ray.get([board.stop.remote(run.trial_id) for run in runs])
+            how = SAVE_AND_STOP if isinstance(error, KeyboardInterrupt) else STOP
+            ray.get([board.stop.remote(run.trial_id, how) for run in runs])
             raise
 
 
@@ -108,11 +112,13 @@ def _record(news: queue.SimpleQueue[Any], running: int, journal: Journal, gpus: 
             began[name] = time.monotonic()
             journal.append("trial_started", trial_id=name, params=run.params, confirms=run.confirms, gpus=gpus)
         elif isinstance(what, Ended):
+            if what.status == DISK:
+                raise StorageError(what.error)
             running -= 1
             seconds = round(time.monotonic() - began[name], 3)
             journal.append("trial_ended", trial_id=name, status=what.status, error=what.error, seconds=seconds)
         else:
-            journal.append("trial_result", trial_id=name, **what)
+            journal.report(name, what)
 
 
 # -------------------------------------------------------------------------------------------------------- the verdict

@@ -76,6 +76,8 @@ class SweepFolder:
             raise UserError(
                 f"output: another process is working in {self.path}; wait for it, or use another folder"
             ) from error
+        except OSError as error:
+            raise UserError(f"output: {self.path} cannot be written ({error.strerror})") from error
         return lock
 
 

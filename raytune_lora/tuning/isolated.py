@@ -11,8 +11,9 @@ from ray import tune
 
 from raytune_lora.config.schema import RunConfig
 from raytune_lora.data.store import TokenStore
-from raytune_lora.training.driver import Report, Task, TaskFailed, stream
-from raytune_lora.training.failures import OOM
+from raytune_lora.training.board import Report
+from raytune_lora.training.driver import Task, TaskFailed, stream
+from raytune_lora.training.failures import LOST, MOVED, OOM, Ended
 from raytune_lora.training.plan import smaller_micro_batch
 from raytune_lora.tuning.space import apply
 
@@ -38,23 +39,36 @@ def train(board: Any, trial_id: str, cfg: RunConfig, store: TokenStore, trials: 
     """Have one trial trained in its folder, from its last checkpoint on if it has one, and yield its reports.
 
     Where memory runs out it goes on from its last checkpoint with half the micro batch, and as many more of them a
-    step; each report says which micro batch it was.
+    step; each report says which micro batch it was. Where a worker or its machine is lost, or about to be, it goes on
+    as it was on another group. A new attempt is a report of its own: ``attempt``, ``kind`` and ``error``.
 
     Raises:
-        TaskFailed: it did not end well; out of memory only where a micro batch of one was too much.
+        TaskFailed: it did not end well; out of memory only where a micro batch of one was too much, and lost only
+            where that came ``cluster.retries`` times before.
     """
-    task = Task(trial_id, _train, cfg, store, trials / trial_id, steps=True)
-    while True:
+    task: Task | None = Task(trial_id, _train, cfg, store, trials / trial_id, steps=True)
+    losses = 0
+    while task is not None:
         try:
             yield from stream(board, task)
-        except TaskFailed as failure:
-            smaller = smaller_micro_batch(task.cfg) if failure.ended.status == OOM else None
-            if smaller is None:
-                raise
-            training = replace(task.cfg.training, micro_batch=smaller)
-            task = replace(task, cfg=replace(task.cfg, training=training), attempt=task.attempt + 1)
-        else:
             return
+        except TaskFailed as failure:
+            ended = failure.ended
+            losses += ended.status == LOST
+            task = _again(task, ended, losses)
+            if task is None:
+                raise
+        yield {"attempt": task.attempt, "kind": ended.status, "error": ended.error}
+
+
+def _again(task: Task, ended: Ended, losses: int) -> Task | None:
+    """The next attempt at a task, by the kind of its failure; None where there is to be none."""
+    cfg = task.cfg
+    if ended.status == OOM and (smaller := smaller_micro_batch(cfg)) is not None:
+        cfg = replace(cfg, training=replace(cfg.training, micro_batch=smaller))
+    elif ended.status != MOVED and (ended.status != LOST or losses > cfg.cluster.retries):
+        return None
+    return replace(task, cfg=cfg, attempt=task.attempt + 1)
 
 
 def _train(*arguments: Any) -> None:

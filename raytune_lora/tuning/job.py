@@ -11,22 +11,29 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from ray.exceptions import RayActorError
+
 from raytune_lora.artifacts import write_json
 from raytune_lora.cluster.connect import connected
 from raytune_lora.config.compose import dump, to_plain
 from raytune_lora.config.schema import HubModelConfig, RunConfig, SweepConfig
 from raytune_lora.data.build import REPORT, in_short
 from raytune_lora.data.store import TokenStore, prepare
-from raytune_lora.errors import UserError
+from raytune_lora.errors import JobFailed, StorageError, UserError
 from raytune_lora.models.export import ADAPTER, export_adapter
+from raytune_lora.models.methods import method_for
 from raytune_lora.models.methods.fit import model_problems
 from raytune_lora.models.shape import shape_of_folder
 from raytune_lora.models.sources import materialize
 from raytune_lora.models.tokenizer import load_tokenizer, tokenizer_identity
 from raytune_lora.training.driver import LOGS, Pool, Task, TaskFailed
+from raytune_lora.training.failures import DISK
 from raytune_lora.training.plan import Plan, plan_run
 from raytune_lora.tuning.budget import reopen as reopen_search
+from raytune_lora.tuning.disk import explained
+from raytune_lora.tuning.disk import problems as disk_problems
 from raytune_lora.tuning.folder import SweepFolder, create, reopen
+from raytune_lora.tuning.interrupt import Interrupts
 from raytune_lora.tuning.preflight import check, output_path
 from raytune_lora.tuning.progress import Progress
 from raytune_lora.tuning.results import BASELINE, BEST, write_results
@@ -47,6 +54,7 @@ class Job:
     progress: Progress
     store: TokenStore
     model_folder: Path
+    interrupts: Interrupts
     pool: Pool = field(init=False)  # while it is at work
     learned: dict[str, Any] = field(default_factory=dict)  # what the study says: ``importance`` and ``pareto``
 
@@ -97,6 +105,8 @@ class Job:
         try:
             return list(self.pool.stream(task))[-1]
         except TaskFailed as error:
+            if error.ended.status == DISK:
+                raise StorageError(error.ended.error) from error
             raise JobFailed(f"measuring failed: {error}; log: {folder / LOGS}") from error
 
 
@@ -110,10 +120,6 @@ def _measure(*arguments: Any, **extra: Any) -> None:
 def plain_run(cfg: SweepConfig) -> RunConfig:
     """The run in a sweep's config."""
     return RunConfig(**{f.name: getattr(cfg, f.name) for f in fields(RunConfig)})
-
-
-class JobFailed(Exception):
-    """The job could not go on; the message says why and names a log."""
 
 
 def open_job(kind: str, cfg: SweepConfig, moved: Sequence[str], run: Callable[[Job], None]) -> dict[str, Any]:
@@ -130,7 +136,7 @@ def open_job(kind: str, cfg: SweepConfig, moved: Sequence[str], run: Callable[[J
 
     Raises:
         UserError: the config cannot work; nothing was started.
-        JobFailed: a phase around the trials failed.
+        JobFailed: a phase around the trials failed, or storage is full or cannot be written.
     """
     fresh, changes = cfg.resume is None, dict[str, Any]()
     if fresh:
@@ -147,17 +153,21 @@ def open_job(kind: str, cfg: SweepConfig, moved: Sequence[str], run: Callable[[J
         if not fresh:
             held.callback(folder.lock().release)
         held.enter_context(progress.shown())
+        interrupts = held.enter_context(Interrupts(progress.note))
         began = time.monotonic()
-        with progress.doing("preparing the model and the data"):
+        cache = Path(cfg.cache).expanduser().absolute()
+        with progress.doing("preparing the model and the data"), explained(cache, "start it again"):
             model_folder, store = prepare_inputs(cfg)
         if fresh:
+            _room(cfg, model_folder, folder.path, kind)
             held.callback(create(folder.path, cfg, kind).lock().release)
+        held.enter_context(explained(folder.path, f"go on with resume={folder.path}"))
         journal = Journal(folder.journal, progress.watch, began)
         if changes:
             journal.append("moved", changes=to_plain(changes))
             folder.rewrite(cfg)
             reopen_search(journal, cfg.budget, cfg.search.trials)
-        job = Job(kind, cfg, folder, journal, progress, store, model_folder)
+        job = Job(kind, cfg, folder, journal, progress, store, model_folder, interrupts)
         progress.know(job.plan.total, journal.record)
         if BEST in journal.record.phases:
             return job.write_results()
@@ -168,17 +178,35 @@ def open_job(kind: str, cfg: SweepConfig, moved: Sequence[str], run: Callable[[J
 
 
 def _work(job: Job, run: Callable[[Job], None]) -> dict[str, Any]:
-    groups = job.cfg.search.concurrent if job.kind == SWEEP else 1
-    with (
-        connected(job.cfg.cluster),
-        Pool(plain_run(job.cfg), job.folder.groups, groups, job.cfg.search.stalled) as pool,
-    ):
-        job.pool = pool
+    cfg = job.cfg
+    groups = cfg.search.concurrent if job.kind == SWEEP else 1
+    with connected(cfg.cluster):
+        pool = Pool(plain_run(cfg), job.folder.groups, groups, cfg.search.stalled, job.progress.note)
         try:
-            run(job)
-        finally:
-            results = job.write_results()
-    return results
+            with pool:
+                job.pool = pool
+                run(job)
+        except BaseException as error:
+            with contextlib.suppress(OSError):  # where storage is full, that is said once
+                job.write_results()
+            if isinstance(error, RayActorError):
+                raise JobFailed(
+                    f"a process of Ray that the job needs has ended ({str(error).splitlines()[0]}); "
+                    f"go on with resume={job.folder.path}"
+                ) from error
+            raise
+        return job.write_results()
+
+
+def _room(cfg: SweepConfig, model_folder: Path, output: Path, kind: str) -> None:
+    """Refuse a job whose checkpoints will not fit.
+
+    Raises:
+        UserError: with the numbers.
+    """
+    trainable = method_for(cfg.method).count(shape_of_folder(model_folder, cfg.model))
+    if found := disk_problems(cfg, trainable, output, trials=cfg.search.trials if kind == SWEEP else 1):
+        raise UserError(found)
 
 
 def prepare_inputs(cfg: SweepConfig) -> tuple[Path, TokenStore]:

@@ -132,6 +132,8 @@ def _line(event: dict[str, Any], record: Record) -> str:
     if event["event"] == "trial_started":
         values = ", ".join(f"{key.rpartition('.')[2]}={_short(value)}" for key, value in trial.params.items())
         return f"trial {trial.trial_id} started: {values}"
+    if event["event"] == "trial_retried":
+        return f"trial {trial.trial_id} goes on ({event['kind']}): {event['error']}"
     if event["event"] == "trial_result":
         return f"trial {trial.trial_id}: validation loss {event['eval_loss']:.4f} after {event['samples_seen']} samples"
     why = f": {trial.error}" if trial.error else ""

@@ -5,8 +5,8 @@ from __future__ import annotations
 import logging
 import time
 import warnings
-from collections.abc import Sequence
-from functools import partial
+from collections.abc import Callable, Sequence
+from functools import partial, wraps
 from typing import Any
 
 import optuna
@@ -16,18 +16,23 @@ from ray.tune import Callback, TuneConfig, Tuner
 from ray.tune import RunConfig as TuneRunConfig
 
 from raytune_lora.config.schema import SweepConfig
-from raytune_lora.training.failures import FAILED, STOPPED
+from raytune_lora.errors import StorageError
+from raytune_lora.training.driver import this_node
+from raytune_lora.training.failures import DISK, FAILED, STOPPED
+from raytune_lora.training.place import SAVE_AND_STOP, STOP
 from raytune_lora.tuning.budget import Budget
 from raytune_lora.tuning.confirm import best_configurations, planned, ranked, train_runs
+from raytune_lora.tuning.disk import Quota
+from raytune_lora.tuning.interrupt import Interrupts
 from raytune_lora.tuning.isolated import run_trial
 from raytune_lora.tuning.job import SWEEP, Job, open_job, plain_run
 from raytune_lora.tuning.results import TRIALS
 from raytune_lora.tuning.scheduler import build
 from raytune_lora.tuning.search import StudySearcher, open_study, pareto, reconcile, report, tell
-from raytune_lora.tuning.trials import COMPLETED, CONFIRM, MEASURED, Journal, Trial
+from raytune_lora.tuning.trials import COMPLETED, CONFIRM, Journal, Trial
 
 _ENOUGH = 10  # completed trials before parameter importance says anything
-_RESOURCES: dict[str, float] = {"memory": 1}  # a byte: a Tune trial only waits for its workers, and zero is refused
+_RESOURCES = {"memory": 1.0}  # a byte: a Tune trial only waits for its workers, and zero is refused
 
 
 def run_sweep(cfg: SweepConfig, moved: Sequence[str] = ()) -> dict[str, Any]:
@@ -85,11 +90,46 @@ def _confirm(job: Job) -> None:
         facts |= {"confirmed": chosen, "winner": next(ranked(record, chosen))}
 
 
+class _Halt:
+    """Why a search cannot go on for now: its trials are told to stop, and are not recorded as ended."""
+
+    def __init__(self, interrupts: Interrupts) -> None:
+        self._interrupts = interrupts
+        self._why: BaseException | None = None
+
+    @property
+    def why(self) -> BaseException | None:
+        if self._why is None and self._interrupts.asked:
+            self._why = KeyboardInterrupt()
+        return self._why
+
+    def because(self, error: BaseException) -> None:
+        """Halt; the first reason counts."""
+        self._why = self.why or error
+
+
+def _halting(method: Callable[..., Any]) -> Callable[..., Any]:
+    """Tune would drop its trials as they are where one of its callbacks fails; here that halts the search."""
+
+    @wraps(method)
+    def guarded(self: Any, *arguments: Any, **settings: Any) -> Any:
+        if self.halt.why is None:
+            try:
+                return method(self, *arguments, **settings)
+            except Exception as error:
+                self.halt.because(error)
+        return getattr(self, "FINISHED", None)
+
+    return guarded
+
+
 class _Searcher(StudySearcher):
     """Proposes nothing more once the budget is spent."""
 
     budget: Budget
+    halt: _Halt
 
+    @_halting
     def suggest(self, trial_id: str) -> Any:
         return self.FINISHED if self.budget.spent() else super().suggest(trial_id)
 
@@ -99,10 +139,11 @@ def _tune(job: Job, study: optuna.Study, interrupted: list[Trial], budget: Budge
     cfg = job.cfg
     board = job.pool.board
     searcher = _Searcher(study, cfg.space, cfg, interrupted)
-    searcher.budget = budget
+    halt = _Halt(job.interrupts)
+    searcher.budget, searcher.halt = budget, halt
     trainable = partial(run_trial, board=board, cfg=plain_run(cfg), store=job.store, trials=job.folder.trials)
     tuner = Tuner(
-        tune.with_resources(trainable, _RESOURCES),
+        tune.with_resources(trainable, _on_this_node()),
         tune_config=TuneConfig(
             search_alg=searcher,
             scheduler=build(cfg.scheduler, total=job.plan.total, every=job.plan.every, record=job.journal.record),
@@ -113,16 +154,24 @@ def _tune(job: Job, study: optuna.Study, interrupted: list[Trial], budget: Budge
         run_config=TuneRunConfig(
             name="tune",
             storage_path=str(job.folder.path),
-            callbacks=[_Recorder(job.journal, study, board, budget, gpus=cfg.workers * cfg.gpus_per_worker)],
+            callbacks=[_Recorder(job, study, budget, halt)],
             verbose=0,
         ),
     )
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        tuner.fit()
-    record = job.journal.record
-    if not all(trial.ended for trial in record.searched) or not (record.ended_by or record.ended >= cfg.search.trials):
-        raise KeyboardInterrupt  # Tune ends in order at the first Ctrl-C and says nothing of it
+    job.interrupts.awaited = True
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            tuner.fit()
+    finally:
+        job.interrupts.awaited = False
+    if halt.why is not None:
+        raise halt.why
+
+
+def _on_this_node() -> tune.PlacementGroupFactory:
+    """What a Tune trial asks for: a place beside the driver, so that no other machine takes it along when it goes."""
+    return tune.PlacementGroupFactory([_RESOURCES], bundle_label_selector=[this_node()])
 
 
 class _Recorder(Callback):
@@ -132,12 +181,14 @@ class _Recorder(Callback):
     experiment, Tune tells nobody how its trials ended, and where it stops each trial, that waits for its next report.
     """
 
-    def __init__(self, journal: Journal, study: optuna.Study, board: Any, budget: Budget, gpus: int) -> None:
-        self._journal = journal
+    def __init__(self, job: Job, study: optuna.Study, budget: Budget, halt: _Halt) -> None:
+        self.halt = halt
+        self._journal = job.journal
         self._study = study
-        self._board = board
+        self._board = job.pool.board
         self._budget = budget
-        self._gpus = gpus  # of a trial
+        self._quota = Quota(job.cfg.disk, job.folder.trials)
+        self._gpus = job.cfg.workers * job.cfg.gpus_per_worker  # of a trial
         self._began: dict[str, float] = {}
         self._told: set[str] = set()  # trials that were asked to end
 
@@ -145,35 +196,47 @@ class _Recorder(Callback):
         """Nothing for Tune's own snapshots: a sweep goes on from the journal."""
         return {}
 
+    @_halting
     def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:
         name = trial.config["trial_id"]
         self._began[name] = time.monotonic()
         self._journal.append("trial_started", trial_id=name, params=trial.config["params"], gpus=self._gpus)
 
+    @_halting
     def on_trial_result(self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **_: Any) -> None:
-        if "samples_seen" not in result or "status" in result:
+        if "status" in result or not ("samples_seen" in result or "attempt" in result):
             return
-        name, measured = trial.config["trial_id"], {key: result[key] for key in MEASURED}
-        self._journal.append("trial_result", trial_id=name, **measured)
+        name = trial.config["trial_id"]
+        self._journal.report(name, result)
         report(self._study, self._journal.record.trials[name])
+        self._quota.keep(self._journal.record)
 
+    @_halting
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:
         known = self._journal.record.trials[trial.config["trial_id"]]
         status = trial.last_result.get("status", STOPPED)
+        if status == DISK:
+            raise StorageError(trial.last_result["error"])
         if status == STOPPED and known.last:  # it had come to its end when it was told to stop
             status = COMPLETED
         self._end(trial, status, trial.last_result.get("error"))
 
     def on_step_end(self, iteration: int, trials: list[Any], **_: Any) -> None:
-        self._journal.keep_time()
-        if not self._budget.spent():
+        why = self.halt.why
+        if why is None and not self._spent():
             return
         for trial in trials:
             name = trial.config["trial_id"]
             if not trial.is_finished() and name not in self._told:
                 self._told.add(name)
-                ray.get(self._board.stop.remote(name))
+                self._board.stop.remote(name, SAVE_AND_STOP if isinstance(why, KeyboardInterrupt) else STOP)
 
+    @_halting
+    def _spent(self) -> bool:
+        self._journal.keep_time()
+        return self._budget.spent()
+
+    @_halting
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:
         error = trial.get_pickled_error() or trial.get_error()
         self._end(trial, FAILED, str(error).strip().splitlines()[-1] if error else "the trial's process ended")

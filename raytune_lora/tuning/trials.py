@@ -6,6 +6,7 @@ the fold of its journal, so a sweep that was killed knows all that it knew.
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
@@ -15,10 +16,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from raytune_lora.training.failures import DIVERGED, FAILED, OOM
+from raytune_lora.training.failures import DIVERGED, FAILED, LOST, OOM, QUOTA
 
 COMPLETED = "completed"
-ENDED_BADLY = (FAILED, DIVERGED, OOM)
+ENDED_BADLY = (FAILED, DIVERGED, OOM, LOST, QUOTA)
 TRIALS, CONFIRM, BEST = "trials", "confirm", "best"  # phases, in their order
 
 _SILENT = ("clock", "ended_by", "reopened")  # events that nobody watches
@@ -36,6 +37,8 @@ MEASURED = (
     "checkpoint",
     "last",
 )
+
+RETRIED = ("attempt", "kind", "error")
 
 
 @dataclass
@@ -58,6 +61,7 @@ class Trial:
     curve: list[dict[str, float]] = field(default_factory=list)  # samples_seen, eval_loss, train_loss
     confirms: str | None = None  # the trial whose parameters it runs again with another seed
     gpus: int = 0  # of all its workers
+    retries: int = 0  # new attempts: after memory ran out, or a worker or machine was lost
 
     @property
     def ended(self) -> bool:
@@ -87,6 +91,8 @@ class Record:
             self.phases[event["name"]] = event
         elif kind == "trial_started":
             self._started(event)
+        elif kind == "trial_retried":
+            self.trials[event["trial_id"]].retries += 1
         elif kind == "trial_result":
             self._result(self.trials[event["trial_id"]], event)
         elif kind == "trial_ended":
@@ -202,13 +208,27 @@ class Journal:
         """Record one event durably."""
         entry = {"time": time.time(), "clock": round(self.clock, 3), "event": event, **values}
         line = json.dumps(entry, ensure_ascii=False) + "\n"
-        with self._path.open("ab") as file:
-            file.write(line.encode(errors="backslashreplace"))  # a lone surrogate becomes JSON's own escape
-            file.flush()
-            os.fsync(file.fileno())
+        self._write(line.encode(errors="backslashreplace"))  # a lone surrogate becomes JSON's own escape
         self.record.add(entry)
         if event not in _SILENT:
             self._watch(entry, self.record)
+
+    def report(self, trial_id: str, report: dict[str, Any]) -> None:
+        """Record what a trial says while it runs: a measure, or that it was tried again."""
+        event, keys = ("trial_retried", RETRIED) if "attempt" in report else ("trial_result", MEASURED)
+        self.append(event, trial_id=trial_id, **{key: report[key] for key in keys})
+
+    def _write(self, line: bytes) -> None:
+        """A line whole, or nothing: what follows half a line could not be read."""
+        with self._path.open("ab", buffering=0) as file:
+            whole = file.tell()
+            try:
+                if file.write(line) < len(line):
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self._path))
+                os.fsync(file.fileno())
+            except BaseException:
+                os.ftruncate(file.fileno(), whole)
+                raise
 
 
 def trial_name(number: int) -> str:

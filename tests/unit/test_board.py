@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 from collections.abc import Coroutine
 from pathlib import Path
 from typing import Any
@@ -11,8 +12,10 @@ import pytest
 
 from raytune_lora.config.schema import RunConfig
 from raytune_lora.data.store import TokenStore
-from raytune_lora.training.driver import Board, Task
-from raytune_lora.training.failures import DIVERGED, FAILED, OOM, STOPPED, Ended
+from raytune_lora.training.board import Board
+from raytune_lora.training.driver import Task
+from raytune_lora.training.failures import DIVERGED, FAILED, LOST, MOVED, OOM, STOPPED, Ended
+from raytune_lora.training.place import GO_ON, SAVE_AND_STOP, STOP
 
 
 def task(name: str, attempt: int = 0) -> Task:
@@ -55,9 +58,9 @@ def test_a_stopped_task_ends_for_its_reader_at_once() -> None:
     async def steps() -> None:
         board = Board()
         await board.submit(task("a"))
-        assert not await board.is_stopped("a")
+        assert await board.asked("a") == GO_ON
         await board.stop("a")
-        assert await board.is_stopped("a")
+        assert await board.asked("a") == STOP
         assert await board.next(("a", 0)) == Ended(STOPPED)
 
     run(steps())
@@ -98,9 +101,15 @@ def test_closing_stops_what_is_at_work_and_sends_the_groups_home() -> None:
         board = Board()
         await board.submit(task("a"))
         await board.take("one", 0)
-        await board.close(1)
-        assert await board.is_stopped("a")
+        waiting = asyncio.create_task(board.take("two", 0))
+        await asyncio.sleep(0)
+        await board.close()
+        assert await board.asked("a") == SAVE_AND_STOP
+        assert await board.next(("a", 0)) == Ended(STOPPED)
         assert await board.take("one", 1) is None
+        assert await waiting is None
+        await board.submit(task("late"))
+        assert await board.next(("late", 0)) == Ended(STOPPED)
 
     run(steps())
 
@@ -126,5 +135,80 @@ def test_what_is_late_from_a_failed_attempt_does_not_reach_the_next_and_a_stop_e
         assert await board.next(("a", 0)) == Ended(OOM, "full")
         await board.stop("a")
         assert [await board.next(("a", 1)) for _ in range(2)] == [{"step": 2}, Ended(STOPPED)]
+
+    run(steps())
+
+
+def test_a_group_on_a_machine_that_goes_saves_its_task_and_takes_no_other() -> None:
+    async def steps() -> None:
+        board = Board()
+        await board.placed("here", ["worker"], {"node"})
+        await board.placed("there", ["worker"], {"other"})
+        await board.submit(task("a"))
+        await board.take("here", 0)
+        assert await board.clear({"node"}) == ["here"]
+        assert await board.clear({"node"}) == [], "it is said once"
+        assert await board.asked("a", "here") == SAVE_AND_STOP
+        await board.submit(task("b"))
+        assert await board.take("here", 1) is None
+        assert await board.asked("b", "there") == GO_ON
+        taken = await board.take("there", 0)
+        assert taken is not None
+        assert taken.name == "b"
+
+    run(steps())
+
+
+def test_an_idle_group_on_a_machine_that_goes_is_sent_home_at_once() -> None:
+    async def steps() -> None:
+        board = Board()
+        await board.placed("here", ["worker"], {"node"})
+        waiting = asyncio.create_task(board.take("here", 0))
+        await asyncio.sleep(0)
+        await board.clear({"node"})
+        assert await waiting is None
+
+    run(steps())
+
+
+def test_what_dies_while_it_leaves_has_moved_and_an_error_of_its_own_is_one() -> None:
+    async def steps() -> None:
+        board = Board()
+        for name, ended in (("a", Ended(LOST, "gone")), ("b", Ended(FAILED, "bad"))):
+            await board.placed(name, ["worker"], {"node"})
+            await board.submit(task(name))
+            await board.take(name, 0)
+            await board.clear({"node"})
+            await board.group_failed(name, ended)
+        assert await board.next(("a", 0)) == Ended(MOVED, "gone")
+        assert await board.next(("b", 0)) == Ended(FAILED, "bad")
+
+    run(steps())
+
+
+def test_groups_wait_for_room_until_they_are_placed() -> None:
+    async def steps() -> None:
+        board = Board()
+        await board.begin("one", "controller")
+        assert [controller for controller, _ in (await board.unplaced()).values()] == ["controller"]
+        await board.placed("one", ["worker"], {"node"})
+        assert await board.unplaced() == {}
+        await board.begin("two", "controller")
+        await board.gone("two")
+        assert await board.unplaced() == {}
+
+    run(steps())
+
+
+def test_a_task_that_hangs_ends_and_its_workers_are_named() -> None:
+    async def steps() -> None:
+        board = Board()
+        await board.placed("one", ["worker"], {"node"})
+        await board.submit(dataclasses.replace(task("a"), steps=True))
+        await board.take("one", 0)
+        assert await board.end_stalled(60) == []
+        assert await board.end_stalled(-1) == ["worker"]
+        assert await board.next(("a", 0)) == Ended(FAILED, "no progress for -1 s")
+        assert await board.end_stalled(-1) == [], "it is at nothing now"
 
     run(steps())

@@ -1,0 +1,218 @@
+"""The board: tasks wait on it for a worker group, and reports for their reader.
+
+It runs as an actor, and knows nothing of Ray itself: what it is given of workers and controllers it only hands back.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import deque
+from collections.abc import Collection
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from raytune_lora.training.failures import FAILED, LOST, MOVED, STOPPED, Ended
+from raytune_lora.training.place import GO_ON, SAVE_AND_STOP, STOP
+
+if TYPE_CHECKING:
+    from raytune_lora.training.driver import Task
+
+Report = dict[str, Any]
+Key = tuple[str, int]  # name and attempt of a task
+
+
+@dataclass
+class _Group:
+    """What is known of a worker group."""
+
+    taken: list[Task | None] = field(default_factory=list)
+    lock: asyncio.Lock = field(default_factory=asyncio.Lock)
+    idle: bool = True  # it has no task
+    leaves: bool = False  # it is to take no other task
+    controller: Any = None
+    workers: list[Any] = field(default_factory=list)  # none before it is placed
+    nodes: set[str] = field(default_factory=set)  # where they are
+    asked: float = field(default_factory=time.monotonic)  # when it asked for room
+
+    @property
+    def task(self) -> Task | None:
+        """What it is at."""
+        return self.taken[-1] if self.taken and not self.idle else None
+
+
+class Board:
+    """Hands tasks to groups and reports to readers. An asyncio actor: each method yields to the others."""
+
+    def __init__(self) -> None:
+        self._waiting: deque[Task] = deque()
+        self._news = asyncio.Condition()  # a task to take, or a reason to take none
+        self._closed = False
+        self._groups: dict[str, _Group] = {}
+        self._streams: dict[Key, asyncio.Queue[Report | Ended]] = {}
+        self._ended: set[Key] = set()
+        self._stopped: dict[str, int] = {}  # by name: how
+        self._signs: dict[str, float] = {}  # when a task last showed that it lives, by name
+        self._broken: Ended | None = None
+
+    # ------------------------------------------------------------------------------------------- for readers of tasks
+
+    async def submit(self, task: Task) -> None:
+        """Let a group have the task.
+
+        Raises:
+            ValueError: a task of that name and attempt was there before.
+        """
+        if task.key in self._streams:
+            raise ValueError(f"there was a task {task.key} before: its reports would be mixed up")
+        self._streams[task.key] = asyncio.Queue()
+        if self._broken is not None:
+            await self.end(task.key, self._broken)
+        elif task.name in self._stopped or self._closed:
+            await self.end(task.key, Ended(STOPPED))
+        else:
+            self._waiting.append(task)
+            await self._tell_groups()
+
+    async def next(self, key: Key) -> Report | Ended:
+        """The next item of a task's stream."""
+        return await self._streams[key].get()
+
+    async def stop(self, name: str, how: int = STOP) -> None:
+        """Ask for the end of a task, all attempts at it; its reader need not wait for it."""
+        self._stopped.setdefault(name, how)
+        for key in [key for key in self._streams if key[0] == name]:
+            await self.end(key, Ended(STOPPED))
+
+    # --------------------------------------------------------------------------------------------- for groups at work
+
+    async def take(self, group: str, number: int) -> Task | None:
+        """The group's task of that number, the same for each of its workers; None sends the group home."""
+        state = self._group(group)
+        async with state.lock:
+            if number == len(state.taken):
+                state.idle = True
+                task = await self._next_task(state)
+                if task is not None:
+                    state.idle = False
+                    self._signs[task.name] = time.monotonic()
+                state.taken.append(task)
+        return state.taken[number]
+
+    async def post(self, key: Key, report: Report) -> None:
+        """Add to a task's stream."""
+        if key not in self._ended:
+            await self._streams[key].put(report)
+
+    async def end(self, key: Key, ended: Ended) -> None:
+        """Close a task's stream; the first to close it says how it ended."""
+        if key not in self._ended:
+            self._ended.add(key)
+            await self._streams[key].put(ended)
+
+    async def asked(self, name: str, group: str = "") -> int:
+        """What a task's workers are asked to do, as ``place`` has it; the asking is a sign of life."""
+        self._signs[name] = time.monotonic()
+        leaves = group in self._groups and self._groups[group].leaves
+        return max(self._stopped.get(name, GO_ON), SAVE_AND_STOP if leaves else GO_ON)
+
+    async def leave(self, group: str) -> None:
+        """Let a group take no other task; what it is at is saved, and goes on elsewhere."""
+        self._group(group).leaves = True
+        await self._tell_groups()
+
+    # ------------------------------------------------------------------------------------- for who keeps groups alive
+
+    async def begin(self, group: str, controller: Any) -> None:
+        """A group asks for room."""
+        state = self._group(group)
+        state.controller, state.asked = controller, time.monotonic()
+
+    async def placed(self, group: str, workers: list[Any], nodes: Collection[str]) -> None:
+        """A group has found room.
+
+        Args:
+            group: its name.
+            workers: actors.
+            nodes: where they are.
+        """
+        state = self._group(group)
+        state.workers, state.nodes = list(workers), set(nodes)
+
+    async def unplaced(self) -> dict[str, tuple[Any, float]]:
+        """The groups that wait for room: the controller of each, and for how many seconds."""
+        now = time.monotonic()
+        return {
+            name: (state.controller, now - state.asked)
+            for name, state in self._groups.items()
+            if state.controller is not None and not state.workers
+        }
+
+    async def clear(self, nodes: Collection[str]) -> list[str]:
+        """Let the groups that have workers on some nodes leave them.
+
+        Returns:
+            Those that did not know of it.
+        """
+        found = [name for name, state in self._groups.items() if not state.leaves and state.nodes.intersection(nodes)]
+        for name in found:
+            await self.leave(name)
+        return found
+
+    async def end_stalled(self, seconds: float) -> list[Any]:
+        """End the tasks that have finished no step for that long.
+
+        Returns:
+            The workers of the groups that were at them, which are good for nothing more.
+        """
+        found: list[Any] = []
+        for state in self._groups.values():
+            task = state.task
+            if task is not None and task.steps and time.monotonic() - self._signs[task.name] > seconds:
+                await self.end(task.key, Ended(FAILED, f"no progress for {seconds:g} s"))
+                state.idle = True
+                found += state.workers
+        return found
+
+    async def group_failed(self, group: str, ended: Ended) -> bool:
+        """End what the group was at; whether it had got as far as a task."""
+        state = self._group(group)
+        if state.task is not None:
+            left = state.leaves and ended.status == LOST  # it was leaving a machine that was about to go
+            await self.end(state.task.key, Ended(MOVED, ended.error) if left else ended)
+        await self.gone(group)
+        return any(task is not None for task in state.taken)
+
+    async def gone(self, group: str) -> None:
+        """A group has ended; a worker of it that still asks for a task gets none."""
+        state = self._group(group)
+        state.idle = state.leaves = True
+        state.controller, state.workers, state.nodes = None, [], set()
+        await self._tell_groups()
+
+    async def close(self) -> None:
+        """Have what is at work saved and stopped, and send all groups home."""
+        self._closed = True
+        for name, _ in list(self._streams):
+            await self.stop(name, SAVE_AND_STOP)
+        await self._tell_groups()
+
+    async def give_up(self, ended: Ended) -> None:
+        """No group can be started: end all that waits, and all that will."""
+        self._broken = ended
+        while self._waiting:
+            await self.end(self._waiting.popleft().key, ended)
+
+    # ----------------------------------------------------------------------------------------------------------------
+
+    def _group(self, name: str) -> _Group:
+        return self._groups.setdefault(name, _Group())
+
+    async def _next_task(self, state: _Group) -> Task | None:
+        async with self._news:
+            await self._news.wait_for(lambda: self._waiting or self._closed or state.leaves)
+            return None if state.leaves or not self._waiting else self._waiting.popleft()
+
+    async def _tell_groups(self) -> None:
+        async with self._news:
+            self._news.notify_all()

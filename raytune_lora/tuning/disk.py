@@ -1,0 +1,151 @@
+"""Room for checkpoints: how much there is, how much will be needed, and whose are deleted first."""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+from raytune_lora.artifacts import folder_bytes, read_manifest, remove_folder
+from raytune_lora.config.schema import DiskConfig, SweepConfig
+from raytune_lora.errors import JobFailed, StorageError, disk_trouble
+from raytune_lora.tuning.trials import ENDED_BADLY, Record, lowest
+
+GB = 1e9
+_CHECKPOINTS = "checkpoint-*"
+_PARAMETER = 16  # bytes of a trained parameter in a checkpoint: fp32, as the adapter has it, and AdamW's two states
+
+
+def free_bytes(path: Path) -> int:
+    """What can still be written where a path lies, or will lie."""
+    while not path.exists():
+        path = path.parent
+    return shutil.disk_usage(path).free
+
+
+@contextlib.contextmanager
+def explained(path: Path, remedy: str) -> Iterator[None]:
+    """Let a failure of storage end a job with one message.
+
+    Args:
+        path: on the storage.
+        remedy: what to do once there is room.
+
+    Raises:
+        JobFailed: storage is full, cannot be written or is gone.
+    """
+    try:
+        yield
+    except Exception as error:
+        trouble = disk_trouble(error)
+        if trouble is None and isinstance(error, OSError) and not path.exists():
+            trouble = f"{path} is gone"
+        if trouble is None:
+            raise
+        there = path if path.exists() else path.parent
+        raise JobFailed(
+            f"storage cannot be written ({trouble}); {free_bytes(there) / GB:.3g} GB are free in {there}. "
+            f"Nothing that was recorded is lost: make room or repair it, then {remedy}"
+        ) from error
+
+
+def problems(cfg: SweepConfig, trainable: int, output: Path, *, trials: int) -> list[str]:
+    """Whether the checkpoints of all trials fit on the disk and into the quotas.
+
+    An estimate from below: logs, the study and the data are left out.
+
+    Args:
+        cfg: of the sweep or run.
+        trainable: parameters that a trial trains.
+        output: its folder.
+        trials: that keep checkpoints.
+    """
+    one = _PARAMETER * trainable
+    kept = cfg.training.keep_checkpoints + 1  # of a trial: the newest, and the best
+    found = []
+    if cfg.disk.trial_gb is not None and 2 * one > cfg.disk.trial_gb * GB:
+        found.append(
+            f"disk.trial_gb={cfg.disk.trial_gb:g}: a checkpoint takes about {one / GB:.3g} GB and a trial has two "
+            f"while it writes one; raise it to {2.2 * one / GB:.2g} or more, or train fewer parameters"
+        )
+    fewest = cfg.search.concurrent * 2 + min(cfg.disk.keep_best, trials)  # that are never deleted
+    if cfg.disk.sweep_gb is not None:
+        needed, what = float(fewest * one), f"the {fewest} checkpoints that are never deleted"
+        room, where = cfg.disk.sweep_gb * GB, f"disk.sweep_gb={cfg.disk.sweep_gb:g}"
+        if needed > room:
+            found.append(f"{where}: {what} take about {needed / GB:.3g} GB; raise it, or lower disk.keep_best")
+        needed = room
+    else:
+        needed = (trials * kept + cfg.search.concurrent) * one
+    if (free := free_bytes(output)) < needed:
+        found.append(
+            f"output: checkpoints will take about {needed / GB:.3g} GB ({trials} trials, {kept} of {one / GB:.3g} GB "
+            f"each), and {free / GB:.3g} GB are free for {output}; name a folder elsewhere (output=…), or set a quota "
+            "(disk.sweep_gb), or lower search.trials or training.keep_checkpoints"
+        )
+    return found
+
+
+class Quota:
+    """Keeps the checkpoints of all trials of a sweep within ``disk.sweep_gb``."""
+
+    def __init__(self, cfg: DiskConfig, trials: Path) -> None:
+        """
+        Args:
+            cfg: how much, and how many trials keep their best checkpoint.
+            trials: the folder of all trials.
+        """
+        self._cfg = cfg
+        self._trials = trials
+
+    def keep(self, record: Record) -> None:
+        """Delete checkpoints until the rest fit.
+
+        Those of trials that ended badly go first, then of stopped and completed ones, then the older ones of trials
+        that run. The best checkpoint of the best trials stays, and the newest one of each trial that runs.
+
+        Raises:
+            StorageError: what must stay does not fit.
+        """
+        if self._cfg.sweep_gb is None:
+            return
+        sizes = {path: folder_bytes(path) for path in sorted(self._trials.glob(f"*/{_CHECKPOINTS}"))}
+        total = sum(sizes.values())
+        for path in _expendable(record, list(sizes), self._cfg.keep_best):
+            if total <= self._cfg.sweep_gb * GB:
+                return
+            remove_folder(path)
+            total -= sizes[path]
+        if total > self._cfg.sweep_gb * GB:
+            raise StorageError(
+                f"disk.sweep_gb={self._cfg.sweep_gb:g}, and the checkpoints that are never deleted take "
+                f"{total / GB:.3g} GB: raise it (disk.sweep_gb=<more> beside resume=)"
+            )
+
+
+def _expendable(record: Record, checkpoints: list[Path], keep_best: int) -> list[Path]:
+    """Checkpoints that may be deleted, those that are missed least first; what is not known of the sweep stays."""
+    best: set[str | None] = set()
+    able = list(record.trials.values())
+    for _ in range(keep_best):
+        if (trial := lowest(able)) is None:
+            break
+        best.add(trial.checkpoint)
+        able.remove(trial)
+    ranked: list[tuple[int, str, Path]] = []
+    for folder in {path.parent for path in checkpoints}:
+        trial = record.trials.get(folder.name)
+        if trial is None:
+            continue
+        own = sorted(path for path in checkpoints if path.parent == folder)
+        if trial.ended:
+            rank = 0 if trial.status in ENDED_BADLY else 1
+        else:
+            whole = [path for path in own if read_manifest(path) is not None]
+            own, rank = [path for path in own if path not in whole[-1:]], 2
+            own = [path for path in own if str(path) != trial.checkpoint] + [
+                path for path in own if str(path) == trial.checkpoint
+            ]
+        ranked += [(rank, f"{position:04d}", path) for position, path in enumerate(own) if str(path) not in best]
+    return [path for _, _, path in sorted(ranked)]
