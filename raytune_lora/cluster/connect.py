@@ -7,6 +7,7 @@ import logging
 import os
 import shutil
 import subprocess
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -79,18 +80,34 @@ def connected(cfg: ClusterConfig) -> Iterator[None]:
 
 
 def placement_problems(cfg: RunConfig, nodes: list[Node], *, concurrent: int = 1) -> list[str]:
-    """Whether the machines can ever hold ``concurrent`` trials at once."""
+    """Whether the machines can ever hold ``concurrent`` trials at once; a worker never spans two of them.
+
+    Where an autoscaler adds machines, too few of them are no problem: trials wait for them, and that is said.
+    """
     cpus, gpus = cfg.cpus_per_worker, cfg.gpus_per_worker
-    if gpus and not any(node.gpus for node in nodes):
-        return [f"gpus_per_worker={gpus}: this machine has no GPU; set gpus_per_worker=0 to train on the CPU"]
+    if gpus and not any(node.gpus for node in nodes) and not cfg.cluster.autoscaler:
+        where = "this machine" if len(nodes) == 1 else f"none of the {len(nodes)} machines"
+        return [
+            f"gpus_per_worker={gpus}: {where} has {'no' if len(nodes) == 1 else 'a'} GPU; "
+            "set gpus_per_worker=0 to train on the CPU"
+        ]
     room = sum(_fits(node, cpus, gpus) for node in nodes)
     wanted = cfg.workers * concurrent
-    if room >= wanted:
+    if room >= wanted or cfg.cluster.autoscaler:
         return []
-    offer = " + ".join(f"{node.cpus:g} CPUs" + (f" and {node.gpus:g} GPUs" if gpus else "") for node in nodes)
-    what = f"workers={cfg.workers}" + (f" in each of search.concurrent={concurrent} trials" if concurrent > 1 else "")
     each = f"{cpus} CPU" + (f" and {gpus} GPU" if gpus else "")
-    return [f"{what} with {each} each do not fit: the cluster has {offer}, enough for {room}; ask for fewer"]
+    if not room:
+        most = max(nodes, key=lambda node: (node.gpus, node.cpus), default=Node(0.0, 0.0))
+        return [
+            f"one trial needs workers={cfg.workers} x ({each}), and a worker never spans machines: the largest has "
+            f"{_offer(most, gpus)}; ask for fewer (cpus_per_worker, gpus_per_worker), or set cluster.autoscaler=true "
+            "where larger machines will be added"
+        ]
+    counts = Counter(_offer(node, gpus) for node in nodes)
+    offer = " + ".join(f"{count} x ({what})" if count > 1 else what for what, count in counts.items())
+    what = f"workers={cfg.workers}" + (f" in each of search.concurrent={concurrent} trials" if concurrent > 1 else "")
+    remedy = "ask for fewer, or set cluster.autoscaler=true where machines will be added"
+    return [f"{what} with {each} each do not fit: the cluster has {offer}, enough for {room}; {remedy}"]
 
 
 def nodes(cfg: ClusterConfig) -> list[Node]:
@@ -100,6 +117,10 @@ def nodes(cfg: ClusterConfig) -> list[Node]:
     with connected(cfg):
         alive = (node["Resources"] for node in ray.nodes() if node["Alive"])
         return [Node(r.get("CPU", 0.0), r.get("GPU", 0.0)) for r in alive]
+
+
+def _offer(node: Node, gpus: int) -> str:
+    return f"{node.cpus:g} CPUs" + (f" and {node.gpus:g} GPUs" if gpus else "")
 
 
 def local_node() -> Node:

@@ -150,8 +150,8 @@ def test_no_such_model(overrides: list[str], problem: str, refused: Refused) -> 
 def test_more_workers_than_the_machine_has(refused: Refused) -> None:
     many = ["workers=64", "training.global_batch=64", "training.micro_batch=1", "cpus_per_worker=64"]
     said = refused("train", *TINY, *many, "output=out")
-    assert said.startswith("error: workers=64 with 64 CPU each do not fit: the cluster has ")
-    assert said.endswith("ask for fewer\n")
+    assert said.startswith("error: one trial needs workers=64 x (64 CPU), and a worker never spans machines: ")
+    assert said.endswith("where larger machines will be added\n")
 
 
 def test_more_trials_at_once_than_the_machine_has(refused: Refused) -> None:

@@ -51,13 +51,9 @@ def test_what_ends_everywhere_leaves_the_group_at_work() -> None:
 
 
 def test_trouble_with_storage_is_found_behind_other_errors() -> None:
-    try:
-        try:
-            raise sqlite3.OperationalError("database or disk is full")
-        except sqlite3.Error as error:
-            raise RuntimeError("the study cannot be written") from error
-    except RuntimeError as error:
-        assert disk_trouble(error) == "database or disk is full"
+    wrapped = RuntimeError("the study cannot be written")
+    wrapped.__cause__ = sqlite3.OperationalError("database or disk is full")
+    assert disk_trouble(wrapped) == "database or disk is full"
     assert disk_trouble(FULL) == "No space left on device: /shared/trials/0000"
     assert disk_trouble(StorageError("full")) == "full"
     assert disk_trouble(ConnectionResetError(errno.ECONNRESET, "reset")) is None
