@@ -48,6 +48,8 @@ _STATUS = {  # status: how it reads, the class of its colour
     "failed": ("failed", "bad"),
     "diverged": ("diverged", "warn"),
     "oom": ("out of memory", "bad"),
+    "lost": ("its machines were lost", "bad"),
+    "quota": ("over its disk quota", "bad"),
 }
 _LEGEND = {  # class of a line: what it shows
     "best": "best",

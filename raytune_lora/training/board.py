@@ -54,6 +54,7 @@ class Board:
         self._stopped: dict[str, int] = {}  # by name: how
         self._signs: dict[str, float] = {}  # when a task last showed that it lives, by name
         self._broken: Ended | None = None
+        self._notes: list[str] = []
 
     # ------------------------------------------------------------------------------------------- for readers of tasks
 
@@ -116,10 +117,13 @@ class Board:
         leaves = group in self._groups and self._groups[group].leaves
         return max(self._stopped.get(name, GO_ON), SAVE_AND_STOP if leaves else GO_ON)
 
-    async def leave(self, group: str) -> None:
+    async def leave(self, group: str, why: str) -> None:
         """Let a group take no other task; what it is at is saved, and goes on elsewhere."""
-        self._group(group).leaves = True
-        await self._tell_groups()
+        state = self._group(group)
+        if not state.leaves:
+            state.leaves = True
+            self._notes.append(f"{group} {why}")
+            await self._tell_groups()
 
     # ------------------------------------------------------------------------------------- for who keeps groups alive
 
@@ -148,16 +152,16 @@ class Board:
             if state.controller is not None and not state.workers
         }
 
-    async def clear(self, nodes: Collection[str]) -> list[str]:
-        """Let the groups that have workers on some nodes leave them.
+    async def clear(self, nodes: Collection[str]) -> None:
+        """Let the groups that have workers on some nodes leave them."""
+        for name, state in self._groups.items():
+            if state.nodes.intersection(nodes):
+                await self.leave(name, "leaves a machine that is about to be taken away")
 
-        Returns:
-            Those that did not know of it.
-        """
-        found = [name for name, state in self._groups.items() if not state.leaves and state.nodes.intersection(nodes)]
-        for name in found:
-            await self.leave(name)
-        return found
+    async def notes(self) -> list[str]:
+        """What people should know and have not been told: once each."""
+        notes, self._notes = self._notes, []
+        return notes
 
     async def end_stalled(self, seconds: float) -> list[Any]:
         """End the tasks that have finished no step for that long.

@@ -37,6 +37,8 @@ from raytune_lora.training.place import Place
 LOGS = "logs"
 _MORE_STARTS = 1  # after one that failed in a group's own code, before a pool goes on with a group less
 _WATCH = 1.0  # seconds between two looks at the groups
+_LEFT_ON_GPU = 2**28  # bytes that a worker may hold between two tasks: cuBLAS keeps its workspaces
+_GROWTH = 2**30  # bytes of resident memory beyond twice those after the first task, without a GPU
 _PATIENCE = 15.0  # seconds that a group waits for room before that is said
 _QUIET = {"TQDM_DISABLE": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1", "TRANSFORMERS_VERBOSITY": "error"}
 
@@ -161,8 +163,9 @@ class Pool:
                 for worker in ray.get(self.board.end_stalled.remote(self._stalled)):
                     ray.kill(worker)
             if draining := list(ray_state.get_draining_nodes()):
-                for group in ray.get(self.board.clear.remote(draining)):
-                    self._tell(f"{group} leaves a machine that is about to be taken away")
+                ray.get(self.board.clear.remote(draining))
+            for note in ray.get(self.board.notes.remote()):
+                self._tell(note)
             waiting = [seconds for _, seconds in ray.get(self.board.unplaced.remote()).values()]
             if waiting and max(waiting) > said and _wait_for_room():
                 self._tell(f"waiting for {self._needs()} since {max(waiting):.0f} s, {len(waiting)} times: {_offer()}")
@@ -254,12 +257,13 @@ def _workers(config: dict[str, Any]) -> None:
     logging.getLogger("ray.train").setLevel(logging.ERROR)
     board, group = config["board"], config["group"]
     context = ray.train.get_context()
-    number = 0
+    number, held = 0, None
     while (task := ray.get(board.take.remote(group, number))) is not None:
         _do(task, board, group, context.get_world_rank(), context.get_world_size())
         number += 1
         if config["once"]:
             return
+        held = _keep_memory_free(board, group, held)
 
 
 def _do(task: Task, board: Any, group: str, rank: int, workers: int) -> None:
@@ -303,6 +307,27 @@ def _collect_garbage() -> None:
     gc.collect()
     if not gc.get_freeze_count():
         gc.freeze()
+
+
+def _keep_memory_free(board: Any, group: str, first: int | None) -> int:
+    """Have a group replaced whose worker does not let go of memory when a task is over.
+
+    Args:
+        board: of the pool.
+        group: that has done a task.
+        first: bytes that this worker held after its first task; None after that one.
+
+    Returns:
+        The same, known from now on.
+    """
+    from raytune_lora.training.worker import held_bytes  # here: it brings torch
+
+    held, on_gpu = held_bytes()
+    first = held if first is None else first
+    if held > (_LEFT_ON_GPU if on_gpu else 2 * first + _GROWTH):
+        where = "of GPU memory" if on_gpu else f"of memory, and {first / 1e9:.2f} GB after its first task"
+        ray.get(board.leave.remote(group, f"is replaced: a worker holds {held / 1e9:.2f} GB {where}"))
+    return first
 
 
 def _asked(board: Any, name: str, group: str) -> int:

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from accelerate import PartialState
 from accelerate.state import AcceleratorState
@@ -174,6 +175,13 @@ def clean_up() -> None:
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
+
+
+def held_bytes() -> tuple[int, bool]:
+    """What this process holds, and whether that is GPU memory; resident memory where there is no GPU."""
+    if torch.cuda.is_available():
+        return torch.cuda.memory_allocated(), True
+    return psutil.Process().memory_info().rss, False
 
 
 def cache_dir(cfg: RunConfig) -> Path:

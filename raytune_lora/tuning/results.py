@@ -15,9 +15,10 @@ Schema, version 1. Null stands for what was not measured.
   ``trial_id``, ``params``, ``mean`` and ``standard_deviation`` of the runs' losses, ``runs`` (``trial_id``, ``seed``,
   ``status``, ``eval_loss``); null where none was asked for or it is not done
 - ``trials``: ``trial_id``, ``confirms`` (the trial that it runs again with another seed, or null), ``status``
-  (completed, stopped, failed, diverged, oom, or running where interrupted), ``params``, ``eval_loss`` (the lowest),
-  ``samples_seen``, ``seconds``, ``training_seconds``, ``parameters``, ``error``, ``log``, ``curve``,
-  ``peak_memory_bytes`` (of the first worker), ``micro_batch`` (smaller than the config's where memory ran out)
+  (completed, stopped, failed, diverged, oom, lost, quota, or running where interrupted), ``params``, ``eval_loss`` (the
+  lowest), ``samples_seen``, ``seconds``, ``training_seconds``, ``parameters``, ``error``, ``log`` (folder relative to
+  the sweep's), ``curve``, ``peak_memory_bytes`` (of the first worker), ``micro_batch`` (smaller than the config's where
+  memory ran out), ``retries`` (new attempts, after memory ran out or a worker or machine was lost or about to be)
 - ``examples``: ``prompt``, ``expected``, ``base``, ``tuned``; ``importance`` by parameter;
   ``pareto``: with several objectives, the trials that none beats in all of them, the lowest loss first
 - ``seconds``: ``total`` and each phase
@@ -138,6 +139,7 @@ def _trial(folder: SweepFolder, trial: Trial) -> dict[str, Any]:
         "parameters": {"trainable": trial.trainable_parameters},
         "peak_memory_bytes": trial.peak_memory_bytes,
         "micro_batch": trial.micro_batch,
+        "retries": trial.retries,
     }
 
 

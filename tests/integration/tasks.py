@@ -19,6 +19,10 @@ def train(cfg: Any, store: Any, place: Any) -> None:
     worker.train(cfg, store, place)
 
 
+def nothing(cfg: Any, store: Any, place: Any) -> None:
+    """Do nothing, well."""
+
+
 def train_and_note_positions(cfg: Any, store: Any, place: Any) -> None:
     """Train, and write down which samples this worker read, in order."""
     from raytune_lora.training import batches

@@ -27,7 +27,7 @@ from tests.integration.running import losses
 pytestmark = [pytest.mark.slow, pytest.mark.e2e, pytest.mark.timeout(600)]
 
 ROOT = Path(__file__).resolve().parents[2]
-STATUSES = {"completed", "stopped", "failed", "diverged", "oom"}
+STATUSES = {"completed", "stopped", "failed", "diverged", "oom", "lost", "quota"}
 
 
 def start(job: str, *overrides: str) -> subprocess.Popen[str]:

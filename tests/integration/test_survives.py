@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
+import signal
+import subprocess
 import sys
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +21,8 @@ from raytune_lora.tuning import isolated
 from tests.integration import tasks
 from tests.integration.conftest import Configure
 from tests.integration.running import losses, run
+from tests.integration.running import steps as steps_of
+from tests.integration.test_jobs import ended, finish, nothing_left, start, trials_in, wait_for
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 
@@ -67,3 +75,206 @@ def test_a_killed_worker_costs_the_steps_since_the_checkpoint_and_changes_no_bit
     with pytest.raises(TaskFailed, match=r"a worker's process ended|lost each other") as caught:
         list(isolated.train(pair.board, "lost", never, store, tmp_path))
     assert caught.value.ended.status == "lost"
+
+
+# ------------------------------------------------------------------------------------------------ whole jobs, as typed
+
+SLOW = (  # trials of the tiny model that last long enough for something to happen to them
+    "experiment=tiny",
+    "scheduler=none",
+    "training.patience=null",
+    "training.global_batch=8",
+    "training.max_steps=240",
+    "evaluation.every=80",
+    "evaluation.loss_rows=4",
+    "evaluation.generate_rows=0",
+)
+
+
+def of_kind(folder: Path, kind: str) -> list[dict[str, Any]]:
+    return [event for event in trials_in(folder) if event["event"] == kind]
+
+
+def at_work(folder: Path, process: subprocess.Popen[str], trials: int = 1) -> None:
+    """Waits until so many trials have measured something."""
+    wait_for(
+        lambda: len({e["trial_id"] for e in of_kind(folder, "trial_result")}) >= trials or process.poll() is not None
+    )
+    assert process.poll() is None, process.communicate()
+
+
+def went_well(folder: Path, trials: int) -> dict[str, Any]:
+    """All trials came to their end, each once, whatever happened to the sweep."""
+    results: dict[str, Any] = json.loads((folder / "results.json").read_text())
+    assert [trial["status"] for trial in results["trials"]] == ["completed"] * trials
+    assert sorted(ended(folder)) == [trial["trial_id"] for trial in results["trials"]]
+    assert {trial["samples_seen"] for trial in results["trials"]} == {
+        trial["curve"][-1]["samples_seen"] for trial in results["trials"]
+    }
+    assert results["state"] == "finished"
+    return results
+
+
+@pytest.fixture
+def cluster() -> Iterator[Any]:
+    """A head without CPUs that notices in two seconds that a machine is gone, and a way to add machines."""
+    from ray.cluster_utils import Cluster
+
+    noticing = {
+        "health_check_initial_delay_ms": 0,
+        "health_check_period_ms": 500,
+        "health_check_failure_threshold": 3,
+        "health_check_timeout_ms": 1000,
+    }
+    memory = {"object_store_memory": 100 * 2**20}
+    head = {"num_cpus": 0, "include_dashboard": False, "_system_config": noticing, **memory}
+    found = Cluster(initialize_head=True, connect=False, head_node_args=head)
+    found.add_machine = lambda: found.add_node(num_cpus=2, **memory)
+    yield found
+    found.shutdown()
+
+
+def test_machines_that_die_come_or_are_about_to_go(cluster: Any, tmp_path: Path, cache: Path) -> None:
+    """The trial of a dead machine waits for room and goes on; that of one which is drained is saved and moves."""
+    folder, machines = tmp_path / "sweep", [cluster.add_machine() for _ in range(2)]
+    where = ("search.trials=3", "search.concurrent=2", "cpus_per_worker=2", f"cluster.address={cluster.address}")
+    process = start("sweep", *SLOW, *where, f"output={folder}", f"cache={cache}")
+    at_work(folder, process, 2)
+    cluster.remove_node(machines[0], allow_graceful=False)
+    wait_for(lambda: of_kind(folder, "trial_retried") or process.poll() is not None)
+    (lost,) = of_kind(folder, "trial_retried")
+    assert lost["kind"] == "lost"
+    machines[0] = cluster.add_machine()
+    known = len(trials_in(folder))
+    wait_for(
+        lambda: lost["trial_id"] in [e["trial_id"] for e in trials_in(folder)[known:]] or process.poll() is not None
+    )
+
+    drain = ("drain-node", "--address", cluster.address, "--node-id", machines[1].node_id)
+    reason = (
+        "--reason",
+        "DRAIN_NODE_REASON_PREEMPTION",
+        "--reason-message",
+        "spot",
+        "--deadline-remaining-seconds",
+        "90",
+    )
+    subprocess.run([sys.executable, "-m", "ray.scripts.scripts", *drain, *reason], check=True, capture_output=True)
+    wait_for(lambda: len(of_kind(folder, "trial_retried")) > 1 or process.poll() is not None)
+    assert of_kind(folder, "trial_retried")[1]["kind"] == "moved"
+    _, err = finish(process)
+    assert "leaves a machine that is about to be taken away" in err
+    went_well(folder, 3)
+
+
+def test_ctrl_c_once_saves_what_runs_and_twice_ends_at_once(tmp_path: Path, cache: Path) -> None:
+    folder = tmp_path / "sweep"
+    process = start("sweep", *SLOW, "search.trials=2", "budget.hours=1", f"output={folder}", f"cache={cache}")
+    at_work(folder, process)
+    process.send_signal(signal.SIGINT)
+    _, err = finish(process, status=130)
+    assert "ending in order" in err
+    assert f"resume={folder}" in err
+    nothing_left(process.pid)
+    steps = len(losses(folder / "trials" / "0000"))
+    newest = sorted((folder / "trials" / "0000").glob("checkpoint-*"))[-1]
+    assert newest.name == f"checkpoint-{steps:08d}", "saved at its last step"
+    assert json.loads((folder / "results.json").read_text())["trials"][0]["status"] == "running"
+    known = len(trials_in(folder))
+
+    process = start("sweep", f"resume={folder}")
+    wait_for(lambda: len(trials_in(folder)) > known + 2 or process.poll() is not None)
+    began = time.monotonic()
+    process.send_signal(signal.SIGINT)
+    time.sleep(0.2)
+    process.send_signal(signal.SIGINT)
+    finish(process, status=130)
+    assert time.monotonic() - began < 5
+    nothing_left(process.pid, seconds=10)
+
+    finish(start("sweep", f"resume={folder}"))
+    went_well(folder, 2)
+    numbers = [step["step"] for step in steps_of(folder / "trials" / "0000")]
+    assert sorted(set(numbers)) == list(range(1, 241))
+
+
+@contextlib.contextmanager
+def full_disk(path: Path) -> Iterator[Callable[[bool], None]]:
+    """A folder on a small disk, and a function that fills it or makes room; who cannot mount one has it read-only."""
+    path.mkdir()
+    mounted = not subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=48m", "tmpfs", path], capture_output=True
+    ).returncode
+
+    def fill(full: bool) -> None:
+        ballast = path / "ballast"
+        if not mounted:
+            for folder in (path, *path.rglob("*/")):
+                folder.chmod(0o500 if full else 0o700)
+        elif not full:
+            ballast.unlink()
+        else:
+            with contextlib.suppress(OSError), ballast.open("wb", buffering=0) as file:
+                while file.write(bytes(4096)):
+                    pass
+
+    try:
+        yield fill
+    finally:
+        if mounted:
+            subprocess.run(["umount", "-l", path], check=True)
+
+
+def test_a_full_disk_halts_a_sweep_that_goes_on_when_there_is_room(tmp_path: Path, cache: Path) -> None:
+    with full_disk(tmp_path / "disk") as fill:
+        folder = tmp_path / "disk" / "sweep"
+        process = start("sweep", *SLOW, "search.trials=2", "disk.trial_gb=1", f"output={folder}", f"cache={cache}")
+        at_work(folder, process)
+        fill(True)
+        _, err = finish(process, status=1)
+        assert err.count("error: ") == 1
+        assert "storage cannot be written" in err
+        assert f"GB are free in {folder}" in err
+        assert f"go on with resume={folder}" in err
+        assert "Traceback" not in err
+        nothing_left(process.pid)
+        assert not ended(folder)
+        _, err = finish(start("sweep", f"resume={folder}"), status=1)
+        assert f"go on with resume={folder}" in err
+        fill(False)
+        finish(start("sweep", f"resume={folder}"))
+        went_well(folder, 2)
+        assert not list(folder.rglob("saving"))
+        assert not list(folder.rglob(".*.json.*"))
+
+
+def test_a_trial_beyond_its_quota_ends_alone(
+    single: Pool, store: TokenStore, configure: Configure, tmp_path: Path
+) -> None:
+    cfg = configure(*RUN, "training.keep_checkpoints=9", "disk.trial_gb=0.004")
+    with pytest.raises(TaskFailed, match=r"disk\.trial_gb=0\.004") as caught:
+        list(isolated.train(single.board, "full", cfg, store, tmp_path))
+    assert caught.value.ended.status == "quota"
+    run(single, store, tmp_path / "next", configure(*RUN))
+
+
+def hold_memory(cfg: Any, store: Any, place: Any) -> None:
+    """Leave twice as much behind in the worker as it had, where that is the limit."""
+    import builtins
+
+    from raytune_lora.training import driver, worker
+
+    driver._GROWTH = 0
+    builtins.held = b"x" * worker.held_bytes()[0]  # type: ignore[attr-defined]
+
+
+def test_a_group_that_does_not_let_go_of_memory_is_replaced(
+    ray_instance: None, configure: Configure, store: TokenStore, tmp_path: Path
+) -> None:
+    notes: list[str] = []
+    cfg = configure("workers=1")
+    with Pool(cfg, tmp_path / "groups", groups=1, tell=notes.append) as pool:
+        for name, task in (("a", tasks.nothing), ("b", hold_memory), ("c", tasks.nothing)):
+            run(pool, store, tmp_path / name, cfg, task)
+    assert len(list((tmp_path / "groups").iterdir())) == 2
+    assert "is replaced: a worker holds" in notes[0]
