@@ -66,9 +66,9 @@ class TimedBoard(Board):
         self._times: dict[str, dict[str, float]] = {}
         self._last: dict[str, str] = {}  # each group's task
 
-    async def submit(self, task: Task) -> None:
+    async def submit(self, task: Task, again: bool = False) -> None:
         self._times.setdefault(task.name, {})["submitted"] = time.time()
-        await super().submit(task)
+        await super().submit(task, again)
 
     async def take(self, group: str, number: int) -> Task | None:
         if group in self._last:

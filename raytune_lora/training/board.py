@@ -46,10 +46,10 @@ class Board:
 
     def __init__(self) -> None:
         self._waiting: deque[Task] = deque()
-        self._news = asyncio.Condition()  # a task to take, or a reason to take none
+        self._news = asyncio.Condition()  # a task to take, or a reason to take none; an item to read
         self._closed = False
         self._groups: dict[str, _Group] = {}
-        self._streams: dict[Key, asyncio.Queue[Report | Ended]] = {}
+        self._streams: dict[Key, list[Report | Ended]] = {}
         self._ended: set[Key] = set()
         self._stopped: dict[str, int] = {}  # by name: how
         self._signs: dict[str, float] = {}  # when a task last showed that it lives, by name
@@ -58,26 +58,35 @@ class Board:
 
     # ------------------------------------------------------------------------------------------- for readers of tasks
 
-    async def submit(self, task: Task) -> None:
+    async def submit(self, task: Task, again: bool = False) -> None:
         """Let a group have the task.
+
+        Args:
+            task: to do.
+            again: a reader that was lost may have submitted it before; its stream is then read from the start.
 
         Raises:
             ValueError: a task of that name and attempt was there before.
         """
         if task.key in self._streams:
+            if again:
+                return
             raise ValueError(f"there was a task {task.key} before: its reports would be mixed up")
-        self._streams[task.key] = asyncio.Queue()
+        self._streams[task.key] = []
         if self._broken is not None:
             await self.end(task.key, self._broken)
         elif task.name in self._stopped or self._closed:
             await self.end(task.key, Ended(STOPPED))
         else:
             self._waiting.append(task)
-            await self._tell_groups()
+            await self._tell()
 
-    async def next(self, key: Key) -> Report | Ended:
-        """The next item of a task's stream."""
-        return await self._streams[key].get()
+    async def next(self, key: Key, number: int) -> Report | Ended:
+        """The item of that number of a task's stream, once it is there."""
+        stream = self._streams[key]
+        async with self._news:
+            await self._news.wait_for(lambda: number < len(stream))
+        return stream[number]
 
     async def stop(self, name: str, how: int = STOP) -> None:
         """Ask for the end of a task, all attempts at it; its reader need not wait for it."""
@@ -103,13 +112,15 @@ class Board:
     async def post(self, key: Key, report: Report) -> None:
         """Add to a task's stream."""
         if key not in self._ended:
-            await self._streams[key].put(report)
+            self._streams[key].append(report)
+            await self._tell()
 
     async def end(self, key: Key, ended: Ended) -> None:
         """Close a task's stream; the first to close it says how it ended."""
         if key not in self._ended:
             self._ended.add(key)
-            await self._streams[key].put(ended)
+            self._streams[key].append(ended)
+            await self._tell()
 
     async def asked(self, name: str, group: str = "") -> int:
         """What a task's workers are asked to do, as ``place`` has it; the asking is a sign of life."""
@@ -123,7 +134,7 @@ class Board:
         if not state.leaves:
             state.leaves = True
             self._notes.append(f"{group} {why}")
-            await self._tell_groups()
+            await self._tell()
 
     # ------------------------------------------------------------------------------------- for who keeps groups alive
 
@@ -192,14 +203,20 @@ class Board:
         state = self._group(group)
         state.idle = state.leaves = True
         state.controller, state.workers, state.nodes = None, [], set()
-        await self._tell_groups()
+        await self._tell()
 
-    async def close(self) -> None:
-        """Have what is at work saved and stopped, and send all groups home."""
+    async def close(self) -> list[Any]:
+        """Have what is at work saved and stopped, and send all groups home.
+
+        Returns:
+            The workers of the groups at something that has nothing to save, and does not ask either.
+        """
         self._closed = True
+        deaf = [state.workers for state in self._groups.values() if state.task is not None and not state.task.steps]
         for name, _ in list(self._streams):
             await self.stop(name, SAVE_AND_STOP)
-        await self._tell_groups()
+        await self._tell()
+        return [worker for workers in deaf for worker in workers]
 
     async def give_up(self, ended: Ended) -> None:
         """No group can be started: end all that waits, and all that will."""
@@ -217,6 +234,6 @@ class Board:
             await self._news.wait_for(lambda: self._waiting or self._closed or state.leaves)
             return None if state.leaves or not self._waiting else self._waiting.popleft()
 
-    async def _tell_groups(self) -> None:
+    async def _tell(self) -> None:
         async with self._news:
             self._news.notify_all()

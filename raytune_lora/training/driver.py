@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import itertools
 import logging
 import os
 import threading
@@ -107,7 +108,8 @@ class Pool:
     def __exit__(self, *_: object) -> None:
         self._closing.set()
         try:
-            ray.get(self.board.close.remote())
+            for worker in ray.get(self.board.close.remote()):
+                ray.kill(worker)
             while any(thread.is_alive() for thread in self._threads):
                 for controller, _ in ray.get(self.board.unplaced.remote()).values():
                     ray.kill(controller)  # it would wait for room until there is some
@@ -235,15 +237,20 @@ class TaskFailed(Exception):
         super().__init__(ended.error or ended.status)
 
 
-def stream(board: Any, task: Task) -> Iterator[Report]:
+def stream(board: Any, task: Task, again: bool = False) -> Iterator[Report]:
     """Put a task on the board and yield its reports.
+
+    Args:
+        board: of the pool whose groups are to do it.
+        task: to do.
+        again: a reader that was lost may have put it there before: all its reports come once more.
 
     Raises:
         TaskFailed: it did not end well.
     """
-    ray.get(board.submit.remote(task))
-    while True:
-        item = ray.get(board.next.remote(task.key))
+    ray.get(board.submit.remote(task, again))
+    for number in itertools.count():
+        item = ray.get(board.next.remote(task.key, number))
         if isinstance(item, Ended):
             if item.status:
                 raise TaskFailed(item)

@@ -25,6 +25,7 @@ from raytune_lora.training.board import Report
 from raytune_lora.training.driver import TaskFailed
 from raytune_lora.training.failures import DISK, Ended, classify
 from raytune_lora.training.place import SAVE_AND_STOP, STOP
+from raytune_lora.tuning.disk import Quota
 from raytune_lora.tuning.isolated import train
 from raytune_lora.tuning.space import apply
 from raytune_lora.tuning.trials import COMPLETED, CONFIRM, Journal, Record, Trial
@@ -95,7 +96,7 @@ def train_runs(
         for run in runs:
             followers.submit(follow, run)
         try:
-            _record(news, len(runs), journal, cfg.workers * cfg.gpus_per_worker)
+            _record(news, len(runs), journal, cfg.workers * cfg.gpus_per_worker, Quota(cfg.disk, trials))
         except BaseException as error:  # interrupted: they go on when the sweep does
             followers.shutdown(wait=False, cancel_futures=True)
             how = SAVE_AND_STOP if isinstance(error, KeyboardInterrupt) else STOP
@@ -103,7 +104,7 @@ def train_runs(
             raise
 
 
-def _record(news: queue.SimpleQueue[Any], running: int, journal: Journal, gpus: int) -> None:
+def _record(news: queue.SimpleQueue[Any], running: int, journal: Journal, gpus: int, quota: Quota) -> None:
     began: dict[str, float] = {}
     while running:
         run, what = news.get()
@@ -119,6 +120,7 @@ def _record(news: queue.SimpleQueue[Any], running: int, journal: Journal, gpus: 
             journal.append("trial_ended", trial_id=name, status=what.status, error=what.error, seconds=seconds)
         else:
             journal.report(name, what)
+            quota.keep(journal.record)
 
 
 # -------------------------------------------------------------------------------------------------------- the verdict

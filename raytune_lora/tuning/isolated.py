@@ -46,18 +46,27 @@ def train(board: Any, trial_id: str, cfg: RunConfig, store: TokenStore, trials: 
         TaskFailed: it did not end well; out of memory only where a micro batch of one was too much, and lost only
             where that came ``cluster.retries`` times before.
     """
-    task: Task | None = Task(trial_id, _train, cfg, store, trials / trial_id, steps=True)
+    return attempts(board, Task(trial_id, _train, cfg, store, trials / trial_id, steps=True))
+
+
+def attempts(board: Any, task: Task) -> Iterator[Report]:
+    """Have a task done, again where the kind of its failure allows it, and yield the reports of all attempts.
+
+    Raises:
+        TaskFailed: it did not end well, and is not tried again.
+    """
     losses = 0
-    while task is not None:
+    while True:
         try:
-            yield from stream(board, task)
+            yield from stream(board, task, again=True)
             return
         except TaskFailed as failure:
             ended = failure.ended
             losses += ended.status == LOST
-            task = _again(task, ended, losses)
-            if task is None:
+            following = _again(task, ended, losses)
+            if following is None:
                 raise
+        task = following
         yield {"attempt": task.attempt, "kind": ended.status, "error": ended.error}
 
 

@@ -34,6 +34,7 @@ from raytune_lora.tuning.disk import explained
 from raytune_lora.tuning.disk import problems as disk_problems
 from raytune_lora.tuning.folder import SweepFolder, create, reopen
 from raytune_lora.tuning.interrupt import Interrupts
+from raytune_lora.tuning.isolated import attempts
 from raytune_lora.tuning.preflight import check, output_path
 from raytune_lora.tuning.progress import Progress
 from raytune_lora.tuning.results import BASELINE, BEST, write_results
@@ -103,7 +104,7 @@ class Job:
         cpus = cfg.cpus_per_worker * (cfg.search.concurrent if self.kind == SWEEP else 1)  # nothing else is running
         task = Task(name, _measure, plain_run(cfg), self.store, folder, cpus, {"adapter": adapter})
         try:
-            return list(self.pool.stream(task))[-1]
+            return list(attempts(self.pool.board, task))[-1]
         except TaskFailed as error:
             if error.ended.status == DISK:
                 raise StorageError(error.ended.error) from error

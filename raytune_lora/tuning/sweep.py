@@ -12,7 +12,7 @@ from typing import Any
 import optuna
 import ray
 from ray import tune
-from ray.tune import Callback, TuneConfig, Tuner
+from ray.tune import Callback, FailureConfig, TuneConfig, Tuner
 from ray.tune import RunConfig as TuneRunConfig
 
 from raytune_lora.config.schema import SweepConfig
@@ -155,6 +155,7 @@ def _tune(job: Job, study: optuna.Study, interrupted: list[Trial], budget: Budge
             name="tune",
             storage_path=str(job.folder.path),
             callbacks=[_Recorder(job, study, budget, halt)],
+            failure_config=FailureConfig(max_failures=cfg.cluster.retries),  # of the Tune trial's own process
             verbose=0,
         ),
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -16,13 +17,14 @@ import pytest
 from ray import cloudpickle
 
 from raytune_lora.data.store import TokenStore
+from raytune_lora.training import driver
 from raytune_lora.training.driver import Pool, TaskFailed
 from raytune_lora.tuning import isolated
 from tests.integration import tasks
 from tests.integration.conftest import Configure
 from tests.integration.running import losses, run
 from tests.integration.running import steps as steps_of
-from tests.integration.test_jobs import ended, finish, nothing_left, start, trials_in, wait_for
+from tests.integration.test_jobs import ROOT, ended, finish, nothing_left, start, trials_in, wait_for
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 
@@ -84,8 +86,8 @@ SLOW = (  # trials of the tiny model that last long enough for something to happ
     "scheduler=none",
     "training.patience=null",
     "training.global_batch=8",
-    "training.max_steps=240",
-    "evaluation.every=80",
+    "training.max_steps=200",
+    "evaluation.every=40",
     "evaluation.loss_rows=4",
     "evaluation.generate_rows=0",
 )
@@ -134,37 +136,35 @@ def cluster() -> Iterator[Any]:
     found.shutdown()
 
 
+def drain(cluster: Any, machine: Any, seconds: float) -> None:
+    """Announce that a machine will be taken away, as ``ray drain-node`` does."""
+    from ray._raylet import GcsClient
+    from ray.core.generated.autoscaler_pb2 import DrainNodeReason
+
+    deadline = int((time.time() + seconds) * 1000)
+    preemption = DrainNodeReason.Value("DRAIN_NODE_REASON_PREEMPTION")
+    accepted, why = GcsClient(cluster.address).drain_node(machine.node_id, preemption, "spot", deadline)
+    assert accepted, why
+
+
 def test_machines_that_die_come_or_are_about_to_go(cluster: Any, tmp_path: Path, cache: Path) -> None:
     """The trial of a dead machine waits for room and goes on; that of one which is drained is saved and moves."""
     folder, machines = tmp_path / "sweep", [cluster.add_machine() for _ in range(2)]
-    where = ("search.trials=3", "search.concurrent=2", "cpus_per_worker=2", f"cluster.address={cluster.address}")
+    where = ("search.trials=2", "search.concurrent=2", "cpus_per_worker=2", f"cluster.address={cluster.address}")
     process = start("sweep", *SLOW, *where, f"output={folder}", f"cache={cache}")
+    wait_for(lambda: len(list(folder.glob("trials/*/logs"))) == 2 or process.poll() is not None)
+    cluster.add_machine()  # for the one that moves
     at_work(folder, process, 2)
-    cluster.remove_node(machines[0], allow_graceful=False)
+    drain(cluster, machines[1], seconds=90)
     wait_for(lambda: of_kind(folder, "trial_retried") or process.poll() is not None)
-    (lost,) = of_kind(folder, "trial_retried")
-    assert lost["kind"] == "lost"
-    machines[0] = cluster.add_machine()
-    known = len(trials_in(folder))
-    wait_for(
-        lambda: lost["trial_id"] in [e["trial_id"] for e in trials_in(folder)[known:]] or process.poll() is not None
-    )
-
-    drain = ("drain-node", "--address", cluster.address, "--node-id", machines[1].node_id)
-    reason = (
-        "--reason",
-        "DRAIN_NODE_REASON_PREEMPTION",
-        "--reason-message",
-        "spot",
-        "--deadline-remaining-seconds",
-        "90",
-    )
-    subprocess.run([sys.executable, "-m", "ray.scripts.scripts", *drain, *reason], check=True, capture_output=True)
+    cluster.remove_node(machines[0], allow_graceful=False)
     wait_for(lambda: len(of_kind(folder, "trial_retried")) > 1 or process.poll() is not None)
-    assert of_kind(folder, "trial_retried")[1]["kind"] == "moved"
+    assert [event["kind"] for event in of_kind(folder, "trial_retried")] == ["moved", "lost"]
+    cluster.add_machine()  # for the one that lost its own
     _, err = finish(process)
     assert "leaves a machine that is about to be taken away" in err
-    went_well(folder, 3)
+    results = went_well(folder, 2)
+    assert [trial["retries"] for trial in results["trials"]] == [1, 1]
 
 
 def test_ctrl_c_once_saves_what_runs_and_twice_ends_at_once(tmp_path: Path, cache: Path) -> None:
@@ -195,7 +195,7 @@ def test_ctrl_c_once_saves_what_runs_and_twice_ends_at_once(tmp_path: Path, cach
     finish(start("sweep", f"resume={folder}"))
     went_well(folder, 2)
     numbers = [step["step"] for step in steps_of(folder / "trials" / "0000")]
-    assert sorted(set(numbers)) == list(range(1, 241))
+    assert sorted(set(numbers)) == list(range(1, 201))
 
 
 @contextlib.contextmanager
@@ -278,3 +278,24 @@ def test_a_group_that_does_not_let_go_of_memory_is_replaced(
             run(pool, store, tmp_path / name, cfg, task)
     assert len(list((tmp_path / "groups").iterdir())) == 2
     assert "is replaced: a worker holds" in notes[0]
+
+
+def test_a_group_waits_for_room_says_for_what_and_is_sent_home(
+    ray_instance: None, configure: Configure, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(driver, "_PATIENCE", 1.0)
+    notes: list[str] = []
+    with Pool(configure("workers=2", "cpus_per_worker=9"), tmp_path / "groups", groups=1, tell=notes.append):
+        wait_for(lambda: notes, 60)
+    assert re.fullmatch(r"waiting for 2 x \{CPU: 9\} since \d+ s, 1 times: the cluster has \d of 8 CPUs free", notes[0])
+
+
+def test_a_driver_that_is_killed_again_and_again_loses_no_trial(tmp_path: Path) -> None:
+    """At random moments of a sweep; each time it is started again at once."""
+    bench = [sys.executable, str(ROOT / "jobs" / "bench" / "kills.py"), "--kills", "4", "--trials", "4"]
+    done = subprocess.run([*bench, "--output", str(tmp_path / "sweep")], capture_output=True, text=True, timeout=280)
+    found = json.loads(done.stdout)
+    assert found["fine"], done.stderr
+    assert len(found["kills"]) == 4
+    assert found["trials"] == {"asked for": 4, "ended": 4, "twice": 0, "known": 4}
+    went_well(tmp_path / "sweep", 4)

@@ -49,7 +49,11 @@ def test_reports_come_in_order_and_the_first_end_counts() -> None:
         await board.end(("a", 0), Ended(DIVERGED, "first"))
         await board.end(("a", 0), Ended(FAILED, "second"))
         await board.post(("a", 0), {"step": 3})
-        assert [await board.next(("a", 0)) for _ in range(3)] == [{"step": 1}, {"step": 2}, Ended(DIVERGED, "first")]
+        assert [await board.next(("a", 0), number) for number in range(3)] == [
+            {"step": 1},
+            {"step": 2},
+            Ended(DIVERGED, "first"),
+        ]
 
     run(steps())
 
@@ -61,7 +65,7 @@ def test_a_stopped_task_ends_for_its_reader_at_once() -> None:
         assert await board.asked("a") == GO_ON
         await board.stop("a")
         assert await board.asked("a") == STOP
-        assert await board.next(("a", 0)) == Ended(STOPPED)
+        assert await board.next(("a", 0), 0) == Ended(STOPPED)
 
     run(steps())
 
@@ -74,7 +78,7 @@ def test_a_failed_group_ends_its_task_and_one_that_waited_takes_none_with_it() -
         waiting = asyncio.create_task(board.take("idle", 0))
         await asyncio.sleep(0)
         assert await board.group_failed("busy", Ended(FAILED, "crash"))
-        assert await board.next(("a", 0)) == Ended(FAILED, "crash")
+        assert await board.next(("a", 0), 0) == Ended(FAILED, "crash")
         assert not await board.group_failed("idle", Ended(FAILED, "crash"))
         await board.submit(task("b"))
         assert await waiting is None
@@ -91,7 +95,7 @@ def test_when_no_group_can_start_all_tasks_end() -> None:
         await board.submit(task("before"))
         await board.give_up(ended)
         await board.submit(task("after"))
-        assert [await board.next((name, 0)) for name in ("before", "after")] == [ended, ended]
+        assert [await board.next((name, 0), 0) for name in ("before", "after")] == [ended, ended]
 
     run(steps())
 
@@ -105,11 +109,11 @@ def test_closing_stops_what_is_at_work_and_sends_the_groups_home() -> None:
         await asyncio.sleep(0)
         await board.close()
         assert await board.asked("a") == SAVE_AND_STOP
-        assert await board.next(("a", 0)) == Ended(STOPPED)
+        assert await board.next(("a", 0), 0) == Ended(STOPPED)
         assert await board.take("one", 1) is None
         assert await waiting is None
         await board.submit(task("late"))
-        assert await board.next(("late", 0)) == Ended(STOPPED)
+        assert await board.next(("late", 0), 0) == Ended(STOPPED)
 
     run(steps())
 
@@ -118,8 +122,15 @@ def test_a_name_and_attempt_is_used_once() -> None:
     async def steps() -> None:
         board = Board()
         await board.submit(task("a"))
+        await board.post(("a", 0), {"step": 1})
+        assert await board.next(("a", 0), 0) == {"step": 1}
         with pytest.raises(ValueError, match="before"):
             await board.submit(task("a"))
+        await board.submit(task("a"), again=True)
+        assert await board.next(("a", 0), 0) == {"step": 1}, "a reader that takes over reads all of it"
+        assert await board.take("one", 0) is not None
+        await board.close()
+        assert await board.take("two", 0) is None, "it was put there once"
 
     run(steps())
 
@@ -132,9 +143,9 @@ def test_what_is_late_from_a_failed_attempt_does_not_reach_the_next_and_a_stop_e
         await board.submit(task("a", attempt=1))
         await board.post(("a", 0), {"step": 1})
         await board.post(("a", 1), {"step": 2})
-        assert await board.next(("a", 0)) == Ended(OOM, "full")
+        assert await board.next(("a", 0), 0) == Ended(OOM, "full")
         await board.stop("a")
-        assert [await board.next(("a", 1)) for _ in range(2)] == [{"step": 2}, Ended(STOPPED)]
+        assert [await board.next(("a", 1), number) for number in range(2)] == [{"step": 2}, Ended(STOPPED)]
 
     run(steps())
 
@@ -182,8 +193,8 @@ def test_what_dies_while_it_leaves_has_moved_and_an_error_of_its_own_is_one() ->
             await board.take(name, 0)
             await board.clear({"node"})
             await board.group_failed(name, ended)
-        assert await board.next(("a", 0)) == Ended(MOVED, "gone")
-        assert await board.next(("b", 0)) == Ended(FAILED, "bad")
+        assert await board.next(("a", 0), 0) == Ended(MOVED, "gone")
+        assert await board.next(("b", 0), 0) == Ended(FAILED, "bad")
 
     run(steps())
 
@@ -210,7 +221,7 @@ def test_a_task_that_hangs_ends_and_its_workers_are_named() -> None:
         await board.take("one", 0)
         assert await board.end_stalled(60) == []
         assert await board.end_stalled(-1) == ["worker"]
-        assert await board.next(("a", 0)) == Ended(FAILED, "no progress for -1 s")
+        assert await board.next(("a", 0), 0) == Ended(FAILED, "no progress for -1 s")
         assert await board.end_stalled(-1) == [], "it is at nothing now"
 
     run(steps())
