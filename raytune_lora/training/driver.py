@@ -31,7 +31,7 @@ from raytune_lora.config.schema import RunConfig
 from raytune_lora.data.store import TokenStore
 from raytune_lora.training.board import Board, Report
 from raytune_lora.training.deepspeed import without_mlflow
-from raytune_lora.training.failures import FAILED, LOST, OOM, Ended, classify
+from raytune_lora.training.failures import DISK, FAILED, LOST, OOM, Ended, classify
 from raytune_lora.training.output import output_to
 from raytune_lora.training.place import Place
 
@@ -145,7 +145,8 @@ class Pool:
                 had_task = ray.get(self.board.group_failed.remote(group, ended))
                 failed_starts = 0 if had_task else failed_starts + 1
                 if failed_starts > (self._cfg.cluster.retries if ended.status == LOST else _MORE_STARTS):
-                    self._abandon(Ended(FAILED, f"no worker group could start: {ended.error}"))
+                    kind = DISK if ended.status == DISK else FAILED
+                    self._abandon(Ended(kind, f"no worker group could start: {ended.error}"))
                     return
                 self._closing.wait(2.0**failed_starts - 1)
 

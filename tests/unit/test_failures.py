@@ -5,14 +5,19 @@ from __future__ import annotations
 import errno
 import os
 import sqlite3
+from pathlib import Path
 
 import pytest
 from ray.exceptions import ActorDiedError
 from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError
 from ray.train.v2.api.exceptions import WorkerGroupError
 
+from raytune_lora.config.schema import RunConfig
+from raytune_lora.data.store import TokenStore
 from raytune_lora.errors import DivergedError, MovedError, QuotaError, StorageError, disk_trouble
-from raytune_lora.training.failures import DISK, DIVERGED, FAILED, LOST, MOVED, OOM, QUOTA, classify
+from raytune_lora.training.driver import Task
+from raytune_lora.training.failures import DISK, DIVERGED, FAILED, LOST, MOVED, OOM, QUOTA, STOPPED, Ended, classify
+from raytune_lora.tuning import isolated
 
 GLOO = RuntimeError("[../gloo/transport/tcp/pair.cc:538] Connection closed by peer [127.0.0.1]:4711")
 DIED = WorkerHealthCheckFailedError("the health check failed", ActorDiedError())
@@ -58,3 +63,35 @@ def test_trouble_with_storage_is_found_behind_other_errors() -> None:
     assert disk_trouble(StorageError("full")) == "full"
     assert disk_trouble(ConnectionResetError(errno.ECONNRESET, "reset")) is None
     assert disk_trouble(FileNotFoundError(errno.ENOENT, "no such file", "x")) is None
+
+
+@pytest.mark.parametrize(
+    ("status", "losses", "again"),
+    [
+        (LOST, 1, True),
+        (LOST, 3, True),
+        (LOST, 4, False),
+        (MOVED, 9, True),
+        (FAILED, 0, False),
+        (DIVERGED, 0, False),
+        (QUOTA, 0, False),
+        (DISK, 0, False),
+        (STOPPED, 0, False),
+    ],
+)
+def test_who_is_tried_again_as_it_was(status: str, losses: int, again: bool) -> None:
+    task = Task("a", print, RunConfig(), TokenStore(Path("a"), {}), Path("a"), attempt=2)
+    following = isolated._again(task, Ended(status), losses)
+    assert (following is not None) == again
+    if following is not None:
+        assert following.attempt == 3
+        assert following.cfg == task.cfg
+
+
+def test_short_of_memory_it_is_tried_with_less_until_there_is_no_less() -> None:
+    task = Task("a", print, RunConfig(), TokenStore(Path("a"), {}), Path("a"))
+    sizes = []
+    while (following := isolated._again(task, Ended(OOM), 0)) is not None:
+        task = following
+        sizes.append(task.cfg.training.micro_batch)
+    assert sizes == [2, 1]

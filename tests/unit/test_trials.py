@@ -213,3 +213,14 @@ def test_a_report_has_all_that_the_record_takes() -> None:
 def test_names_sort_as_their_numbers_do() -> None:
     names = [trial_name(number) for number in (0, 9, 10, 999, 9999)]
     assert names == sorted(names) == ["0000", "0009", "0010", "0999", "9999"]
+
+
+def test_new_attempts_are_counted_and_measures_are_kept(tmp_path: Path) -> None:
+    journal = Journal(tmp_path / "journal.jsonl")
+    write(journal, "0000", 0.5)
+    journal.report("0000", {"attempt": 1, "kind": "lost", "error": "gone", "pid": 7})
+    journal.report("0000", {**result(16, 0.4), "pid": 7})
+    for record in (journal.record, Journal(tmp_path / "journal.jsonl").record):
+        trial = record.trials["0000"]
+        assert (trial.retries, trial.samples_seen, trial.eval_loss) == (1, 16, 0.4)
+    assert "pid" not in (tmp_path / "journal.jsonl").read_text()
