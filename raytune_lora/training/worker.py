@@ -18,6 +18,7 @@ from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from transformers.utils import logging as transformers_logging
 
 from raytune_lora.artifacts import fingerprint
+from raytune_lora.cache import Cache
 from raytune_lora.config.compose import to_plain
 from raytune_lora.config.schema import Optimizer, Quantization, RunConfig
 from raytune_lora.data.store import TokenStore
@@ -73,7 +74,7 @@ def _trainer(
     cfg: RunConfig, plan: Plan, store: TokenStore, place: Place, checkpoint: Checkpoint | None
 ) -> tuple[PlannedTrainer, list[Any]]:
     """All that trains, and those who watch it."""
-    folder = materialize(cfg.model, cache_dir(cfg))
+    folder = materialize(cfg.model, Cache.of(cfg.cache, cfg.cluster.node_cache))
     tokenizer = load_tokenizer(folder, cfg.model)
     args = _arguments(cfg, plan, place.folder / SAVING)
     divides = cfg.deepspeed.enabled and cfg.deepspeed.stage == 3
@@ -167,11 +168,6 @@ def clean_up() -> None:
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
-
-
-def cache_dir(cfg: RunConfig) -> Path:
-    """The cache folder of a config."""
-    return Path(cfg.cache).expanduser()
 
 
 def _join_group(cfg: RunConfig) -> None:
