@@ -194,7 +194,7 @@ def _told(uri: str, what: str, patience: Patience) -> Iterator[None]:
     """Turns what a client raises into an error that names the URI, what was tried and the remedy.
 
     Raises:
-        Missing: instead of FileNotFoundError.
+        Missing: where there is nothing of that name.
         StorageError: instead of any other exception, since every client has its own.
     """
     try:
@@ -202,7 +202,7 @@ def _told(uri: str, what: str, patience: Patience) -> Iterator[None]:
     except StorageError:
         raise
     except Exception as error:
-        kind = Missing if isinstance(error, FileNotFoundError) else StorageError
+        kind = Missing if isinstance(error, (FileNotFoundError, NotADirectoryError)) else StorageError
         why = reason(error)
         raise kind(f"{shown(uri)} cannot be {what} ({why}); {_remedy(uri, why, patience)}") from error
 

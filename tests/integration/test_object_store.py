@@ -6,6 +6,10 @@ import gzip
 import json
 import os
 import secrets
+import signal
+import socket
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -35,6 +39,7 @@ from raytune_lora.training.plan import plan_run
 from raytune_lora.tuning.preflight import check_inputs
 from tests import s3
 
+ROOT = Path(__file__).resolve().parents[2]
 SHORT = storage.Patience(attempts=4, silence=10.0)  # a few seconds of pauses
 ROWS = [{"instruction": "Say it.", "input": "", "output": f"word {number}"} for number in range(300)]
 
@@ -347,7 +352,7 @@ def test_a_model_is_made_once_for_all_nodes(bucket: str, proxy: s3.Proxy, tmp_pa
 def test_rows_in_a_store_make_the_token_store_of_the_same_rows_here(
     bucket: str, tokenizer: Any, tmp_path: Path
 ) -> None:
-    rows = [{**row, "input": f"{number} of many"} for number in range(5) for row in ROWS]
+    rows = [{**row, "input": secrets.token_hex(8)} for _ in range(5) for row in ROWS]
     lines = "".join(json.dumps(row) + "\n" for row in rows).encode()
     (tmp_path / "rows.jsonl").write_bytes(lines)
     storage.write(f"{bucket}/rows.jsonl", lines)
@@ -356,3 +361,56 @@ def test_rows_in_a_store_make_the_token_store_of_the_same_rows_here(
     local, remote = (prepare(cfg, tokenizer, "bytes", Cache(tmp_path / "cache")) for cfg in (here, there))
     assert local.folder != remote.folder
     assert [list(local.split(name)) for name in SPLITS] == [list(remote.split(name)) for name in SPLITS]
+
+
+# ----------------------------------------------------------------------------------------------------------------- jobs
+
+
+@pytest.fixture
+def cluster(proxy: s3.Proxy, tmp_path: Path) -> Iterator[str]:
+    """The address of a Ray node whose home folder is not that of the job."""
+    port = free_port()
+    command = [str(Path(sys.executable).parent / "ray"), "start", "--head", "--block", "--num-cpus=2"]
+    command += ["--node-ip-address=127.0.0.1", f"--port={port}", "--object-store-memory=134217728"]
+    command += ["--include-dashboard=false", f"--dashboard-agent-listen-port={free_port()}"]
+    with (tmp_path / "head.log").open("w") as log:
+        environment = os.environ | at_home(tmp_path / "node")
+        head = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True, env=environment)
+    yield f"127.0.0.1:{port}"
+    os.killpg(head.pid, signal.SIGKILL)
+    head.wait(60)
+
+
+def at_home(folder: Path) -> dict[str, str]:
+    folder.mkdir()
+    return {"HOME": str(folder), "RAY_AUTH_MODE": "disabled"}
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@pytest.mark.slow
+@pytest.mark.e2e
+def test_a_run_on_another_node_trains_from_the_store(
+    bucket: str, proxy: s3.Proxy, cluster: str, tmp_path: Path
+) -> None:
+    storage.write(f"{bucket}/rows.jsonl", "".join(json.dumps(row) + "\n" for row in ROWS).encode())
+    command = [sys.executable, str(ROOT / "jobs" / "train.py"), "model=tiny", f"data.path={bucket}/rows.jsonl"]
+    command += [f"cache={bucket}/cache", 'cluster.node_cache="~/cache"', f"cluster.address={cluster}", "deepspeed=off"]
+    command += ["training.global_batch=8", "training.max_steps=4", "evaluation.loss_rows=8", "workers=2"]
+    command += ["evaluation.generate_rows=2", "evaluation.max_new_tokens=4", f"output={tmp_path}/run"]
+    done = subprocess.run(
+        command, env=os.environ | at_home(tmp_path / "job"), capture_output=True, text=True, timeout=200, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    assert [trial["status"] for trial in results["trials"]] == ["completed"]
+    store = f"tokens/{results['data']['fingerprint']}"
+    assert contents(tmp_path / "node" / "cache" / store) == contents(tmp_path / "job" / "cache" / store)
+    (model,) = (path.name for path in (tmp_path / "job" / "cache" / "models").iterdir() if path.is_dir())
+    assert (tmp_path / "node" / "cache" / "models" / model / "model.safetensors").is_file()
+    assert train_files(proxy) == (1, 1), "two workers of a node bring it once"
+    assert proxy.count("GET", "model.safetensors") == 1

@@ -37,7 +37,7 @@ def test_objects(uri: str) -> None:
     assert storage.read(object_) == b"two"
     assert storage.sizes(uri) == {"a/state.json": 3}
     storage.delete(object_)
-    storage.delete(object_)
+    storage.delete(object_)  # what is gone is gone
     assert storage.sizes(uri) == {}
     assert storage.problems(uri) == []
     assert storage.sizes(uri) == {}
