@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from raytune_lora.cache import Cache
 from raytune_lora.config.schema import TinyModelConfig
 from raytune_lora.models.sources import byte_tokenizer, materialize
 
@@ -21,7 +22,7 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def tiny_folder(cache: Path) -> Path:
     """The folder of ``model=tiny``."""
-    return materialize(TinyModelConfig(), cache)
+    return materialize(TinyModelConfig(), Cache(cache))
 
 
 @pytest.fixture(scope="session")

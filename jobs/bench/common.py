@@ -78,12 +78,13 @@ def write_data(case: Case) -> Path:
     """Random tokens, for both sides; the model's folder."""
     import pyarrow as pa
 
+    from raytune_lora.cache import Cache
     from raytune_lora.models.sources import materialize
     from raytune_lora.models.tokenizer import load_tokenizer
     from raytune_lora.training.plan import permutation, plan_run
 
     cfg, store = config(case), token_store(case)
-    model = materialize(cfg.model, Path(cfg.cache))
+    model = materialize(cfg.model, Cache(Path(cfg.cache)))
     store.folder.mkdir()
     vocabulary, draw = len(load_tokenizer(model, cfg.model)), random.Random(0)
     for split, count in store.rows.items():
@@ -214,6 +215,7 @@ class TimedTraining:
 
 def run_group(case: Case) -> list[Measured]:
     """One worker group, from nothing, and its trials. To be called in a process of its own."""
+    from raytune_lora.cache import Cache
     from raytune_lora.cluster.connect import connected
     from raytune_lora.models.sources import materialize
     from raytune_lora.models.tokenizer import load_tokenizer
@@ -222,7 +224,7 @@ def run_group(case: Case) -> list[Measured]:
 
     marks = {"process": STARTED, "imports": time.time()}
     cfg, store, folder = config(case, case.trials[0]), token_store(case), Path(case.folder)
-    load_tokenizer(materialize(cfg.model, Path(cfg.cache)), cfg.model)
+    load_tokenizer(materialize(cfg.model, Cache(Path(cfg.cache))), cfg.model)
     marks["inputs"] = time.time()
     found = []
     with connected(cfg.cluster):

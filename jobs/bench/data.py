@@ -110,12 +110,13 @@ def turn(rows: Path, model: str, side: str, processes: int) -> dict[str, Any]:
 
 def run_side(side: str, rows: str, model: str, processes: str, cache: str) -> dict[str, Any]:
     """What a process of its own does; seconds, tokens and the greatest resident memory of it and its children."""
+    from raytune_lora.cache import Cache
     from raytune_lora.config.compose import compose
     from raytune_lora.models.sources import materialize
     from raytune_lora.models.tokenizer import load_tokenizer
 
     cfg = compose([f"model={model}", f"data.path={rows}", f"data.processes={processes}"])
-    tokenizer = load_tokenizer(materialize(cfg.model, Path(cfg.cache).expanduser()), cfg.model)
+    tokenizer = load_tokenizer(materialize(cfg.model, Cache(Path(cfg.cache).expanduser())), cfg.model)
     if side == THEIRS:
         seconds, tokens = prepare_with_trl(rows, tokenizer, int(processes), cache)
     else:
@@ -128,6 +129,7 @@ def run_side(side: str, rows: str, model: str, processes: str, cache: str) -> di
 def prepare_with_ours(side: str, cfg: Any, tokenizer: Any, cache: str) -> tuple[float, int]:
     import datasets  # noqa: F401  # imports do not count
 
+    from raytune_lora.cache import Cache
     from raytune_lora.config.data import Action
     from raytune_lora.data.store import prepare
     from raytune_lora.training.batches import training_loader
@@ -139,7 +141,7 @@ def prepare_with_ours(side: str, cfg: Any, tokenizer: Any, cache: str) -> tuple[
     if side not in ("pii", ALL):
         cfg.data.pii.action = Action.off
     began = time.perf_counter()
-    store = prepare(cfg.data, tokenizer, "bench", Path(cache))
+    store = prepare(cfg.data, tokenizer, "bench", Cache(Path(cache)))
     if side == "first batch":
         began = time.perf_counter()
         plan = plan_run(cfg, store.rows["train"], store.lengths("train"))

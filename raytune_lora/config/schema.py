@@ -167,6 +167,7 @@ class ClusterConfig:
     address: str | None = None  # of a running Ray cluster; null: $RAY_ADDRESS, or else a local one made for the job
     object_store_mb: int = 128  # of the local one
     dashboard: bool = False  # of the local one
+    node_cache: str = "~/.cache/raytune-lora"  # folder on each node for what `cache` holds, where that is a URI
     reuse_workers: bool = True  # a worker group takes one trial after the other; false starts a new one for each
     retries: int = 3  # of a trial whose worker or machine was lost: each goes on from its last checkpoint
     autoscaler: bool = False  # machines are added when they are asked for: trials that do not fit now wait for them
@@ -209,7 +210,7 @@ class RunConfig:
     cpus_per_worker: int = 1
     gpus_per_worker: int = 0
     output: str | None = None  # folder of the sweep or run; null: sweeps/<time> or runs/<time>
-    cache: str = "~/.cache/raytune-lora"  # token stores and converted models; shared by all nodes of a cluster
+    cache: str = "~/.cache/raytune-lora"  # folder that all nodes share, or URI: token stores and converted models
 
 
 # ---------------------------------------------------------------------------------------------------------------- sweep

@@ -80,19 +80,22 @@ def _sketch() -> Any:
 
 
 def near_pairs(
-    signatures_NP: NDArray[np.uint32], text: Callable[[int], str], threshold: float
+    signatures: Sequence[NDArray[np.uint32]], rows: NDArray[np.int64], text: Callable[[int], str], threshold: float
 ) -> Iterator[tuple[int, int]]:
     """Pairs (earlier, later) of rows whose similarity is at least ``threshold``; enough of them to join each cluster.
 
     Args:
-        signatures_NP: of all rows.
+        signatures: of all rows, part by part, each (N, P).
+        rows: the numbers of those that are compared, (M,), in order.
         text: of a row, for the exact comparison.
         threshold: Jaccard index.
     """
     seen: set[tuple[int, int]] = set()
     width = PERMUTATIONS // _BANDS
     for band in range(_BANDS):
-        for pair in _meeting(_keys(signatures_NP[:, band * width : (band + 1) * width])):
+        # band by band, since all signatures in one array would be held twice
+        keys = np.concatenate([_keys(part_NP[:, band * width : (band + 1) * width]) for part_NP in signatures])
+        for pair in _meeting(keys[rows], rows):
             if pair not in seen:
                 seen.add(pair)
                 if similarity(text(pair[0]), text(pair[1])) >= threshold:
@@ -107,10 +110,10 @@ def _keys(band_NW: NDArray[np.uint32]) -> Digests:
     return keys
 
 
-def _meeting(keys_N: Digests) -> Iterator[tuple[int, int]]:
+def _meeting(keys_M: Digests, rows_M: NDArray[np.int64]) -> Iterator[tuple[int, int]]:
     """Of the rows of equal key, each with the first and with the one before it."""
-    for members in groups(keys_N):
-        first, *others = members.tolist()
+    for members in groups(keys_M):
+        first, *others = rows_M[members].tolist()
         before = first
         for after in others:
             yield first, after

@@ -17,6 +17,7 @@ from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO
 
+from raytune_lora import storage
 from raytune_lora.data.rows import Fault
 from raytune_lora.errors import UserError
 
@@ -25,6 +26,7 @@ PACKED = (".gz", ".zst")  # may follow each suffix but .parquet, which is packed
 METADATA = {"dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json"}  # of the datasets library
 LONGEST = 64 * 2**20  # bytes of a line, characters of a field or value; beyond, something is not closed
 BLOCK = 2**18  # bytes read at once
+_REQUEST = 8 * 2**20  # bytes asked of an object store at once
 _HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 REMEDY = f"known are {', '.join(SUFFIXES)}, and with {' or '.join(PACKED)} after it each but .parquet"
 
@@ -101,7 +103,7 @@ def _below(folder: str) -> list[str]:
 
 def _expand_uri(path: str) -> tuple[list[str], bool]:
     with _as_user_errors(path):
-        fs, root = _file_system(path)
+        fs, root = storage.file_system(path)
         try:
             kind = fs.info(root)["type"]
         except FileNotFoundError:
@@ -117,17 +119,6 @@ def _expand_uri(path: str) -> tuple[list[str], bool]:
         return [fs.unstrip_protocol(name) for name in names] or [path] * (kind == "directory"), False
 
 
-def _file_system(path: str) -> tuple[Any, str]:
-    """The file system of a URI, and the path in it."""
-    from fsspec.core import url_to_fs  # type: ignore[import-untyped]
-
-    try:
-        fs, root = url_to_fs(path)
-    except ImportError as error:
-        raise UserError(f"data: {path} needs a package that is not installed ({error}); pip install it") from error
-    return fs, str(root)
-
-
 def _local_identity(file: str) -> list[Any]:
     digest, size = hashlib.sha256(), 0
     with opened(file) as raw:
@@ -139,7 +130,7 @@ def _local_identity(file: str) -> list[Any]:
 
 def _remote_identity(file: str) -> list[Any]:
     with _as_user_errors(file):
-        fs, root = _file_system(file)
+        fs, root = storage.file_system(file)
         info = fs.info(root)
     for key in (
         "ETag",
@@ -167,15 +158,15 @@ def _as_user_errors(file: str) -> Iterator[None]:
     """
     try:
         yield
+    except storage.StorageError as error:
+        raise UserError([f"data: {problem}" for problem in error.problems]) from error
     except UserError:
         raise
-    except OSError as error:
-        raise UserError(f"data: {file} cannot be read ({error.strerror or error}); name another file") from error
     except Exception as error:
-        if "://" not in file:
+        if "://" not in file and not isinstance(error, OSError):
             raise
-        reason = f"{type(error).__name__}: {error}"
-        raise UserError(f"data: {file} cannot be read ({reason}); check the address and the right to read") from error
+        remedy = "check the address and the right to read" if "://" in file else "name another file"
+        raise UserError(f"data: {storage.shown(file)} cannot be read ({storage.reason(error)}); {remedy}") from error
 
 
 # ---------------------------------------------------------------------------------------------------------------- bytes
@@ -193,8 +184,8 @@ def opened(file: str) -> Iterator[BinaryIO]:
             with open(file, "rb", buffering=0) as raw:
                 yield raw
         else:
-            fs, root = _file_system(file)
-            with fs.open(root, "rb") as raw:
+            fs, root = storage.file_system(file)
+            with io.BufferedReader(fs.open(root, "rb"), _REQUEST) as raw:
                 yield raw
 
 

@@ -91,14 +91,9 @@ class Split:
         near_to: dict[int, int] = {}
         alike = [self._on("near_duplicates"), self._on("leakage")]
         if any(alike) and self.parts:
-            signatures = np.concatenate([part.signature for part in self.parts])
+            signatures = [part.signature for part in self.parts]
             distinct = np.flatnonzero(~self._again)
-            text = self._text
-            pairs = duplicates.near_pairs(
-                signatures[distinct], lambda i: text(int(distinct[i])), self.cfg.quality.similarity
-            )
-            for a, b in pairs:
-                earlier, later = int(distinct[a]), int(distinct[b])
+            for earlier, later in duplicates.near_pairs(signatures, distinct, self._text, self.cfg.quality.similarity):
                 self._clusters.join(earlier, later)
                 near_to.setdefault(later, earlier)
         self._asking = self.prompt.copy()

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from raytune_lora.cache import Cache
 from raytune_lora.config.schema import Quantization, RunConfig
 from raytune_lora.data.store import TokenStore
 from raytune_lora.evaluation import ANSWERS
@@ -19,7 +20,6 @@ from raytune_lora.models.sources import materialize
 from raytune_lora.models.tokenizer import load_tokenizer
 from raytune_lora.training.metrics import validation_loss
 from raytune_lora.training.place import Place
-from raytune_lora.training.worker import cache_dir
 
 
 def measure(cfg: RunConfig, store: TokenStore, place: Place, *, adapter: str | None) -> None:
@@ -34,7 +34,7 @@ def measure(cfg: RunConfig, store: TokenStore, place: Place, *, adapter: str | N
         adapter: folder of an adapter; None measures the untouched model.
     """
     began = time.perf_counter()
-    folder = materialize(cfg.model, cache_dir(cfg))
+    folder = materialize(cfg.model, Cache.of(cfg.cache, cfg.cluster.node_cache))
     tokenizer = load_tokenizer(folder, cfg.model)
     model = load_model(folder, cfg.model, cfg.quantization)
     parameters = model.num_parameters()

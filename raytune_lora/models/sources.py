@@ -7,7 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from raytune_lora.artifacts import build_once, fingerprint, read_manifest
+from raytune_lora.artifacts import fingerprint
+from raytune_lora.cache import Cache
 from raytune_lora.config.schema import HubModelConfig, ModelConfig, PackageModelConfig, TinyModelConfig
 from raytune_lora.errors import UserError
 
@@ -28,8 +29,8 @@ def problems(cfg: ModelConfig) -> list[str]:
     return []
 
 
-def materialize(cfg: ModelConfig, cache: Path) -> Path:
-    """The model's folder, made or downloaded first where it is not there yet.
+def materialize(cfg: ModelConfig, cache: Cache) -> Path:
+    """The model's folder on this node, made or downloaded first where it is not there yet.
 
     Raises:
         UserError: there is no such model.
@@ -47,7 +48,7 @@ def display_name(cfg: ModelConfig) -> str:
 # --------------------------------------------------------------------------------------------------- folder or hub name
 
 
-def _hub(cfg: HubModelConfig, _cache: Path) -> Path:
+def _hub(cfg: HubModelConfig, _cache: Cache) -> Path:
     if cfg.path is not None and Path(cfg.path).expanduser().is_dir():
         return Path(cfg.path).expanduser().absolute()
     from huggingface_hub import snapshot_download
@@ -101,13 +102,9 @@ def _gguf_file(cfg: PackageModelConfig) -> Path:
     return file
 
 
-def _package(cfg: PackageModelConfig, cache: Path) -> Path:
+def _package(cfg: PackageModelConfig, cache: Cache) -> Path:
     name = f"{Path(cfg.file).stem}-{fingerprint(_CONVERSION, cfg.package, cfg.file)}"
-    folder = cache / "models" / name
-    if read_manifest(folder) is None:
-        file = _gguf_file(cfg)
-        build_once(folder, lambda work: _convert(file, work))
-    return folder
+    return cache.build_once(f"models/{name}", lambda work: _convert(_gguf_file(cfg), work))
 
 
 def _convert(file: Path, work: Path) -> dict[str, Any]:
@@ -134,11 +131,9 @@ def _convert(file: Path, work: Path) -> dict[str, Any]:
 # --------------------------------------------------------------------------------------------------------- random, tiny
 
 
-def _tiny(cfg: TinyModelConfig, cache: Path) -> Path:
+def _tiny(cfg: TinyModelConfig, cache: Cache) -> Path:
     name = f"{cfg.kind}-{fingerprint(_CONVERSION, vars(cfg) | {'precision': None, 'attention': None})}"
-    folder = cache / "models" / name
-    build_once(folder, lambda work: _make_tiny(cfg, work))
-    return folder
+    return cache.build_once(f"models/{name}", lambda work: _make_tiny(cfg, work))
 
 
 def _make_tiny(cfg: TinyModelConfig, work: Path) -> dict[str, Any]:
@@ -191,7 +186,7 @@ def byte_tokenizer() -> Any:
     )
 
 
-_SOURCES: dict[type, Callable[[Any, Path], Path]] = {
+_SOURCES: dict[type, Callable[[Any, Cache], Path]] = {
     HubModelConfig: _hub,
     PackageModelConfig: _package,
     TinyModelConfig: _tiny,

@@ -27,6 +27,7 @@ from ray.train import FailureConfig, ScalingConfig
 from ray.train import RunConfig as RayRunConfig
 from ray.util import placement_group_table
 
+from raytune_lora.cache import Cache
 from raytune_lora.config.schema import RunConfig
 from raytune_lora.data.store import TokenStore
 from raytune_lora.training.board import Board, Report
@@ -294,7 +295,8 @@ def _do(task: Task, board: Any, group: str, rank: int, workers: int) -> None:
     with output_to(log):
         set_up(task.cpus or task.cfg.cpus_per_worker)
         try:
-            task.function(task.cfg, task.store, place, **task.extra)
+            store = task.store.here(Cache.of(task.cfg.cache, task.cfg.cluster.node_cache))
+            task.function(task.cfg, store, place, **task.extra)
         except Exception as error:
             ended = classify(error)
             logging.getLogger(__name__).exception("task %s failed", task.name)

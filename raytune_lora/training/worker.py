@@ -19,6 +19,7 @@ from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from transformers.utils import logging as transformers_logging
 
 from raytune_lora.artifacts import fingerprint
+from raytune_lora.cache import Cache
 from raytune_lora.config.compose import to_plain
 from raytune_lora.config.schema import Optimizer, Quantization, RunConfig
 from raytune_lora.data.store import TokenStore
@@ -80,7 +81,7 @@ def _trainer(
     cfg: RunConfig, plan: Plan, store: TokenStore, place: Place, checkpoint: Checkpoint | None
 ) -> tuple[PlannedTrainer, list[Any], Reporter]:
     """All that trains, those who watch it, and who reports."""
-    folder = materialize(cfg.model, cache_dir(cfg))
+    folder = materialize(cfg.model, Cache.of(cfg.cache, cfg.cluster.node_cache))
     tokenizer = load_tokenizer(folder, cfg.model)
     args = _arguments(cfg, plan, place.folder / SAVING)
     divides = cfg.deepspeed.enabled and cfg.deepspeed.stage == 3
@@ -182,11 +183,6 @@ def held_bytes() -> tuple[int, bool]:
     if torch.cuda.is_available():
         return torch.cuda.memory_allocated(), True
     return psutil.Process().memory_info().rss, False
-
-
-def cache_dir(cfg: RunConfig) -> Path:
-    """The cache folder of a config."""
-    return Path(cfg.cache).expanduser()
 
 
 def _join_group(cfg: RunConfig) -> None:

@@ -14,6 +14,7 @@ from typing import Any
 from ray.exceptions import RayActorError
 
 from raytune_lora.artifacts import write_json
+from raytune_lora.cache import Cache
 from raytune_lora.cluster.connect import connected
 from raytune_lora.config.compose import dump, to_plain
 from raytune_lora.config.schema import HubModelConfig, RunConfig, SweepConfig
@@ -212,9 +213,10 @@ def _room(cfg: SweepConfig, model_folder: Path, output: Path, kind: str) -> None
 
 def prepare_inputs(cfg: SweepConfig) -> tuple[Path, TokenStore]:
     """The base model's folder and the token store, made where they are missing."""
-    cache = Path(cfg.cache).expanduser().absolute()
+    cache = Cache.of(cfg.cache, cfg.cluster.node_cache)
     folder = materialize(cfg.model, cache)
     if found := model_problems(cfg, shape_of_folder(folder, cfg.model)):
         raise UserError(found)
+    cache.publish(folder)
     store = prepare(cfg.data, load_tokenizer(folder, cfg.model), tokenizer_identity(folder), cache)
     return folder, store

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from raytune_lora import storage
+from raytune_lora.cache import Cache
 from raytune_lora.cluster.connect import nodes, placement_problems
 from raytune_lora.config import validate
 from raytune_lora.config.schema import HubModelConfig, SweepConfig
@@ -83,12 +85,8 @@ def _extremes(cfg: SweepConfig) -> list[str]:
 
 
 def _cache_problems(cfg: SweepConfig) -> list[str]:
-    path = Path(cfg.cache).expanduser().absolute()
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-        probe = path / ".writable"
-        probe.touch()
-        probe.unlink()
-    except OSError as error:
-        return [f"cache: {path} cannot be written ({error.strerror}); name another folder (cache=…)"]
-    return []
+    cache = Cache.of(cfg.cache, cfg.cluster.node_cache)
+    places = {"cache": str(cache.folder)}
+    if cache.uri is not None:
+        places = {"cache": cache.uri, "cluster.node_cache": str(cache.folder)}
+    return [f"{key}: {problem} ({key}=…)" for key, place in places.items() for problem in storage.problems(place)]

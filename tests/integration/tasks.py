@@ -86,11 +86,12 @@ def build_a_model(cfg: Any, store: Any, place: Any) -> None:
     """Have the last worker make a model that is not in the cache; a task ends when the first worker does."""
     import torch
 
+    from raytune_lora.cache import Cache
     from raytune_lora.config.schema import TinyModelConfig
     from raytune_lora.models.sources import materialize
 
     if place.rank == place.workers - 1:
-        materialize(TinyModelConfig(seed=1), place.folder)
+        materialize(TinyModelConfig(seed=1), Cache(place.folder))
     torch.distributed.barrier()
 
 

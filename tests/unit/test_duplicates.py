@@ -67,7 +67,7 @@ def test_one_word_changed_in_a_short_row_is_found() -> None:
         first.replace("brown fox jumps", "brown fox leaps"),
         "Say something else about the weather of today.",
     ]
-    assert list(near_pairs(signatures(lines), lines.__getitem__, 0.7)) == [(0, 1)]
+    assert list(near_pairs([signatures(lines)], np.arange(len(lines)), lines.__getitem__, 0.7)) == [(0, 1)]
 
 
 @pytest.mark.parametrize("threshold", [0.7, 0.8, 0.9])
@@ -77,7 +77,7 @@ def test_every_pair_above_the_threshold_is_joined_and_none_below(threshold: floa
     copies = [changed(line, number % 6, draw) for number, line in enumerate(lines[:300])]
     every = lines + copies
     expected = {(i, 400 + i) for i in range(300) if similarity(every[i], every[400 + i]) >= threshold}
-    found = set(near_pairs(signatures(every), every.__getitem__, threshold))
+    found = set(near_pairs([signatures(every)], np.arange(len(every)), every.__getitem__, threshold))
     assert found <= expected, "chance texts share next to nothing"
     assert len(found) >= 0.99 * len(expected)
     assert len(expected) > 50
@@ -88,13 +88,13 @@ def test_the_exact_comparison_decides() -> None:
     frame = " ".join(f"frame{i}" for i in range(20))
     lines = [f"{frame} {text(random.Random(i), 10)}" for i in range(60)]
     assert 0.4 < similarity(lines[0], lines[1]) < 0.6
-    assert list(near_pairs(signatures(lines), lines.__getitem__, 0.8)) == []
+    assert list(near_pairs([signatures(lines)], np.arange(len(lines)), lines.__getitem__, 0.8)) == []
 
 
 def test_a_field_of_megabytes_takes_no_longer_than_its_beginning() -> None:
     draw = random.Random(0)
     huge = text(draw, 300_000)
-    pairs = list(near_pairs(signatures([huge, huge + " end"]), [huge, huge + " end"].__getitem__, 0.8))
+    pairs = list(near_pairs([signatures([huge, huge + " end"])], np.arange(2), [huge, huge + " end"].__getitem__, 0.8))
     assert pairs == [(0, 1)]
 
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from raytune_lora.cache import Cache
 from raytune_lora.config.data import FakeDataConfig
 from raytune_lora.config.schema import QuantizationConfig, TinyModelConfig
 from raytune_lora.data.encode import IGNORED
@@ -29,7 +30,9 @@ def padless() -> Any:
 
 @pytest.fixture(scope="module")
 def padless_store(padless: Any, tmp_path_factory: pytest.TempPathFactory) -> TokenStore:
-    return prepare(FakeDataConfig(rows=100, max_length=128), padless, "padless", tmp_path_factory.mktemp("cache"))
+    return prepare(
+        FakeDataConfig(rows=100, max_length=128), padless, "padless", Cache(tmp_path_factory.mktemp("cache"))
+    )
 
 
 def uneven(store: TokenStore) -> list[dict[str, Any]]:

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from raytune_lora.cache import Cache
 from raytune_lora.config.compose import compose
 from raytune_lora.config.methods import METHODS, MethodConfig, Placement
 from raytune_lora.config.schema import Quantization, QuantizationConfig, TinyModelConfig, kind_of
@@ -50,7 +51,7 @@ def one_thread() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def folders(cache: Path) -> dict[bool, Path]:
-    return {bias: materialize(TinyModelConfig(bias=bias), cache) for bias in (False, True)}
+    return {bias: materialize(TinyModelConfig(bias=bias), Cache(cache)) for bias in (False, True)}
 
 
 class Bench:

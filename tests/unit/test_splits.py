@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from raytune_lora.cache import Cache
 from raytune_lora.config.data import Action, DataConfig, FileDataConfig, MixConfig
 from raytune_lora.data.build import REPORT, DataRefused
 from raytune_lora.data.splits import SPLITS
@@ -22,7 +23,7 @@ Prepare = Callable[[DataConfig], TokenStore]
 
 @pytest.fixture
 def prepared(tokenizer: Any, tmp_path: Path) -> Prepare:
-    return lambda cfg: prepare(cfg, tokenizer, "bytes", tmp_path / "cache")
+    return lambda cfg: prepare(cfg, tokenizer, "bytes", Cache(tmp_path / "cache"))
 
 
 def words(draw: random.Random, count: int = 30) -> str:
