@@ -58,6 +58,7 @@ def connected(cfg: ClusterConfig) -> Iterator[None]:
             num_gpus=int(local_node().gpus),
             object_store_memory=cfg.object_store_mb * 2**20,
             include_dashboard=cfg.dashboard,
+            dashboard_host="127.0.0.1",  # whoever reaches it can run code here
             log_to_driver=False,
             logging_level=logging.ERROR,
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import tempfile
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from raytune_lora.errors import UserError
 
 _HEADER = "# the resolved config of a "
 _LOCK = ".lock"
+_LOOK = 0.5  # seconds: longer than ``busy`` holds the lock to look at it
 
 
 @dataclass(frozen=True)
@@ -69,7 +71,7 @@ class SweepFolder:
         Raises:
             UserError: another process holds it.
         """
-        lock = FileLock(self.path / _LOCK, timeout=0)
+        lock = FileLock(self.path / _LOCK, timeout=_LOOK)
         try:
             lock.acquire()
         except Timeout as error:
@@ -77,6 +79,19 @@ class SweepFolder:
                 f"output: another process is working in {self.path}; wait for it, or use another folder"
             ) from error
         return lock
+
+    def busy(self) -> bool | None:
+        """Whether a process is working in the folder; None where the file system cannot say."""
+        try:
+            with (self.path / _LOCK).open("rb") as file:
+                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except FileNotFoundError:
+            return False
+        except BlockingIOError:
+            return True
+        except OSError:
+            return None
+        return False
 
 
 def problems(path: Path) -> list[str]:
@@ -138,14 +153,27 @@ def reopen(path: Path, kind: str) -> SweepConfig:
     Raises:
         UserError: it holds no sweep or run, or the other of the two.
     """
-    file = SweepFolder(path).config
-    if not file.is_file():
-        raise UserError(f"resume: {path} holds no sweep or run (there is no config.yaml in it)")
-    first = file.read_text(errors="replace").partition("\n")[0]
-    if not first.startswith(_HEADER):
-        raise UserError(f"resume: {path} holds no sweep or run (its config.yaml is another program's)")
-    if (found := first.removeprefix(_HEADER)) != kind:
+    cfg, found = read(path, "resume: ")
+    if found != kind:
         raise UserError(f"resume: {path} holds a {found}, not a {kind}; go on with it by the job that began it")
-    cfg = load(file)
     cfg.output = str(path)
     return cfg
+
+
+def read(path: Path, key: str = "") -> tuple[SweepConfig, str]:
+    """The config in a folder, and whether it is a ``sweep``'s or a ``run``'s.
+
+    Args:
+        path: of the folder.
+        key: that named the folder, before what is said of it.
+
+    Raises:
+        UserError: it holds neither.
+    """
+    file = SweepFolder(path).config
+    if not file.is_file():
+        raise UserError(f"{key}{path} holds no sweep or run (there is no config.yaml in it)")
+    first = file.read_text(errors="replace").partition("\n")[0]
+    if not first.startswith(_HEADER):
+        raise UserError(f"{key}{path} holds no sweep or run (its config.yaml is another program's)")
+    return load(file), first.removeprefix(_HEADER)

@@ -13,7 +13,7 @@ from raytune_lora.errors import UserError
 from raytune_lora.models import sources as model_sources
 from raytune_lora.models.methods.fit import problems as method_problems
 from raytune_lora.training import tracking
-from raytune_lora.tuning import folder, search, space
+from raytune_lora.tuning import folder, search, secrets, space
 
 
 def check(cfg: SweepConfig, *, searching: bool, fresh: bool) -> None:
@@ -27,9 +27,9 @@ def check(cfg: SweepConfig, *, searching: bool, fresh: bool) -> None:
     Raises:
         UserError: with every problem found.
     """
-    found = validate.problems(cfg)
+    found = validate.problems(cfg) + secrets.problems(cfg)
     if searching:
-        found += space.problems(cfg.space, cfg) or _extremes(cfg) or search.problems(cfg)
+        found += space.problems(cfg.space, cfg) or extremes(cfg) or search.problems(cfg)
     found += method_problems(cfg) + tracking.problems(cfg.tracking) + _input_problems(cfg)
     if fresh:
         found += folder.problems(output_path(cfg))
@@ -46,7 +46,7 @@ def check_inputs(cfg: SweepConfig) -> None:
     Raises:
         UserError: with every problem found.
     """
-    found = validate.problems(cfg) + _input_problems(cfg, preparing=True)
+    found = validate.problems(cfg) + secrets.problems(cfg) + _input_problems(cfg, preparing=True)
     if cfg.output is not None:
         found += folder.problems(output_path(cfg))
     if found:
@@ -72,7 +72,7 @@ def output_path(cfg: SweepConfig) -> Path:
     return Path(cfg.output).expanduser().absolute()
 
 
-def _extremes(cfg: SweepConfig) -> list[str]:
+def extremes(cfg: SweepConfig) -> list[str]:
     """What goes wrong at the bounds of each dimension, where it goes well at the configured value."""
     base = set(validate.problems(cfg))
     found: list[str] = []
