@@ -1,4 +1,4 @@
-"""Run a sweep on a Ray cluster: ``python jobs/submit.py --address http://127.0.0.1:8265 output=/shared/sweeps/mine …``."""
+"""Run a sweep on a Ray cluster: ``python jobs/submit.py --address http://127.0.0.1:8265 output=/shared/mine …``."""
 
 import sys
 

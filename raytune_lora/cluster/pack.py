@@ -1,8 +1,8 @@
 """What goes with a sweep to its cluster: the files of the working folder that a job needs, and no more.
 
-Left out are what git ignores and ``.rayignore`` names, hidden folders, what sweeps and tests leave and need, weights, and
-data other than what the config names. A file that looks like a secret is refused: it would lie on every node, where
-whoever may use the cluster can read it.
+Left out are what git ignores and ``.rayignore`` names, hidden folders, what sweeps and tests leave and need, weights,
+and data other than what the config names. A file that looks like a secret is refused: it would lie on every node,
+where whoever may use the cluster can read it.
 """
 
 from __future__ import annotations
@@ -79,9 +79,9 @@ def collect(root: Path, named: Sequence[Path] = (), limit: int = LIMIT) -> Packa
         sizes = sorted(((root / file).stat().st_size, str(file)) for file in package.files)[::-1]
         biggest = ", ".join(f"{file} ({_megabytes(size)})" for size, file in sizes[:_BIGGEST])
         raise UserError(
-            f"{root} would send {_megabytes(package.size)} to the cluster, more than --limit {limit} MB (every node loads "
-            f"it; Ray takes 500 MiB at most); the biggest: {biggest}; put data and models on the cluster's shared storage, "
-            "name what is not needed in .rayignore, or raise --limit"
+            f"{root} would send {_megabytes(package.size)} to the cluster, more than --limit {limit} MB (each node "
+            f"loads it; Ray takes 500 MiB at most); the biggest: {biggest}; put data and models on the cluster's "
+            "shared storage, name what is not needed in .rayignore, or raise --limit"
         )
     return package
 
@@ -118,7 +118,7 @@ def _secret(root: Path, file: Path) -> str | None:
     return None
 
 
-# --------------------------------------------------------------------------------------------------------------- ignored
+# -------------------------------------------------------------------------------------------------------------- ignored
 
 
 def _listed(root: Path) -> Iterator[Path]:

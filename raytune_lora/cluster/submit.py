@@ -27,7 +27,7 @@ _ADDRESSES = ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS")  # where `ray job submit`
 _PREFIX = "raytune-lora"  # of job ids, and the metadata's key of the sweep's name
 _TIMES = (5.0, 60.0)  # seconds to connect, and between two bytes of an answer: a lid may be closed at any time
 _WAITS = (1.0, 30.0)  # seconds before the first and the later tries to reach the dashboard again
-# Ctrl-C, to which a sweep ends in order, rather than an end after three seconds; Ray reads these where the driver starts
+# Ctrl-C, at which a sweep ends in order, rather than an end after three seconds; read by Ray where the driver starts
 _STOPPING = {"RAY_JOB_STOP_SIGNAL": "SIGINT", "RAY_JOB_STOP_WAIT_TIME_S": "120"}
 _SHARE = 0.001  # of a custom resource: it says where a driver runs, not how many may
 
@@ -132,8 +132,8 @@ class Cluster:
         for job in earlier:
             if not job.ended:
                 raise UserError(
-                    f"--name {sweep.name}: a sweep of that name is {job.status.value.lower()} (job {job.id}); follow it "
-                    f"with --logs {sweep.name}, stop it with --stop {sweep.name}, or take another --name"
+                    f"--name {sweep.name}: a sweep of that name is {job.status.value.lower()} (job {job.id}); follow "
+                    f"it with --logs {sweep.name}, stop it with --stop {sweep.name}, or take another --name"
                 )
         # another submission of the same name at the same moment takes the same id, and the cluster refuses one of them
         number = 1 + max((int(job.id.rpartition(".")[2]) for job in earlier), default=0)
@@ -269,10 +269,10 @@ def _sweep_job(job: Any) -> SweepJob:
 def _refused(address: str, said: str) -> str:
     """Why the dashboard refused, without what was sent to it."""
     if "invalid" in said.lower():
-        what = "refuses the token that RAY_AUTH_TOKEN, RAY_AUTH_TOKEN_PATH or ~/.ray/auth_token holds: it is another cluster's"
+        what = "refuses the token in RAY_AUTH_TOKEN, RAY_AUTH_TOKEN_PATH or ~/.ray/auth_token, which is not its own"
     else:
         what = "wants a token, and none was sent"
     return (
-        f"--address {address}: the cluster {what}; set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN_PATH=<file> or RAY_AUTH_TOKEN "
-        "(KubeRay: kubectl get secret <cluster> -o jsonpath='{.data.auth_token}' | base64 -d)"
+        f"--address {address}: the cluster {what}; set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN_PATH=<file> or "
+        "RAY_AUTH_TOKEN (KubeRay: kubectl get secret <cluster> -o jsonpath='{.data.auth_token}' | base64 -d)"
     )

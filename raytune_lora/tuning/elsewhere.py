@@ -54,9 +54,7 @@ def check_elsewhere(cfg: SweepConfig, root: Path) -> list[Path]:
 def _folder_problems(cfg: SweepConfig) -> list[str]:
     """Folders that a job would look for in its working folder, a copy on each node that Ray deletes after it."""
     if cfg.output is None:
-        return [
-            "output: name the sweep's folder on storage that all nodes of the cluster share (output=/shared/sweeps/mine)"
-        ]
+        return ["output: name the sweep's folder on storage that all nodes of the cluster share (/shared/sweeps/mine)"]
     named = {
         "output": [cfg.output],
         "cache": [cfg.cache],
@@ -64,8 +62,8 @@ def _folder_problems(cfg: SweepConfig) -> list[str]:
         "deepspeed.nvme_path": [cfg.deepspeed.nvme_path] if cfg.deepspeed.nvme_path else [],
     }
     return [
-        f"{key}={path}: a folder that the cluster is to use is named from its root (/shared/{_KNOWN_THERE[key]}): what a job "
-        "writes into its working folder is lost"
+        f"{key}={path}: a folder that the cluster is to use is named from its root (/shared/{_KNOWN_THERE[key]}): what "
+        "a job writes into its working folder is lost"
         for key, paths in named.items()
         for path in paths
         if not path.startswith(("/", "~")) and "://" not in path
@@ -81,7 +79,7 @@ def _named_files(cfg: SweepConfig, root: Path) -> tuple[list[Path], list[str]]:
         here = _files(path)
         if not here:
             found.append(
-                f"{key}={path}: nothing is there, seen from {root}; a file of the cluster is named from its root (/shared/…)"
+                f"{key}={path}: nothing is there, seen from {root}; a file of the cluster is named from its root"
             )
         elif any(not file.resolve().is_relative_to(root.resolve()) for file in here):
             found.append(

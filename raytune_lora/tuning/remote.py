@@ -156,7 +156,7 @@ def _stop(cluster: Cluster, job: SweepJob, program: str) -> int:
     return 0
 
 
-# -------------------------------------------------------------------------------------------------------------- following
+# ------------------------------------------------------------------------------------------------------------ following
 
 
 def _follow(cluster: Cluster, job: SweepJob, options: Options, program: str) -> int:

@@ -44,8 +44,8 @@ def show(folder: Path, *, as_json: bool = False, follow: bool = False, trial_id:
         console.print(_view(status, trial_id), soft_wrap=trial_id is not None)
     if follow and console.is_terminal:
         with Live(_view(status, trial_id), console=console, auto_refresh=False) as live:
-            for status in _looks(status):
-                live.update(_view(status, trial_id), refresh=True)
+            for now in _looks(status):
+                live.update(_view(now, trial_id), refresh=True)
     elif follow:
         _print_news(status, trial_id)
     return 0
@@ -60,33 +60,34 @@ def _looks(status: Status) -> Iterator[Status]:
 
 
 def _print_json(status: Status, trial_id: str | None, follow: bool) -> None:
-    def facts(status: Status) -> dict[str, Any]:
-        return summary(status) | ({} if trial_id is None else {"trial": detail(status, trial_id)})
+    def facts(of: Status) -> dict[str, Any]:
+        return summary(of) | ({} if trial_id is None else {"trial": detail(of, trial_id)})
 
     print(json.dumps(facts(status), ensure_ascii=False, indent=None if follow else 2), flush=True)
     known = (status.size, status.state)
-    for status in _looks(status) if follow else ():
-        if (status.size, status.state) != known:
-            known = (status.size, status.state)
-            print(json.dumps(facts(status), ensure_ascii=False), flush=True)
+    for now in _looks(status) if follow else ():
+        if (now.size, now.state) != known:
+            known = (now.size, now.state)
+            print(json.dumps(facts(now), ensure_ascii=False), flush=True)
 
 
 def _print_news(status: Status, trial_id: str | None) -> None:
     """What is new at each look, in lines: of the sweep's journal, or of a trial's log."""
     told = len(status.events) if trial_id is None else _log_size(status, trial_id)
-    for status in _looks(status):
+    now = status
+    for now in _looks(status):
         if trial_id is None:
             record = Record()
-            for number, event in enumerate(status.events):
+            for number, event in enumerate(now.events):
                 record.add(event)
                 if number >= told and (words := line(event, record)):
                     print(f"{clock(event['clock'])} {words}", flush=True)
-            told = len(status.events)
+            told = len(now.events)
         else:
-            told = _print_log(status, trial_id, told)
-            if status.record.trials[trial_id].ended:
+            told = _print_log(now, trial_id, told)
+            if now.record.trials[trial_id].ended:
                 return
-    print(f"{status.folder.path.name}: {status.state}", *(f"hint: {hint}" for hint in hints(status)), sep="\n")
+    print(f"{now.folder.path.name}: {now.state}", *(f"hint: {hint}" for hint in hints(now)), sep="\n")
 
 
 def _log_size(status: Status, trial_id: str) -> int:
@@ -106,7 +107,7 @@ def _print_log(status: Status, trial_id: str, told: int) -> int:
     return told
 
 
-# ------------------------------------------------------------------------------------------------------------ for people
+# ----------------------------------------------------------------------------------------------------------- for people
 
 
 def _view(status: Status, trial_id: str | None) -> Group:
@@ -129,7 +130,8 @@ def _head(status: Status) -> Iterator[str]:
         before = f" ({base['eval_loss']:.4f} before)" if base and base["eval_loss"] is not None else ""
         yield f"best:   trial {best['trial_id']}, validation loss {best['eval_loss']:.4f}{before}"
     for key, spent in budget(status).items():
-        yield f"budget: {key} {'none yet' if spent['used'] is None else format(spent['used'], 'g')} of {spent['limit']:g}"
+        used = "none yet" if spent["used"] is None else f"{spent['used']:g}"
+        yield f"budget: {key} {used} of {spent['limit']:g}"
     if status.eta is not None:
         yield f"left:   about {clock(status.eta)}"
 

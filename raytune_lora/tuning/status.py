@@ -5,12 +5,12 @@
 - ``schema_version``, ``name``, ``folder``, ``kind`` (``sweep`` or ``run``)
 - ``state``: ``running``, ``interrupted`` (no process works on it and something is left to do), ``finished``, or
   ``unknown`` (the file system cannot say whether a process holds the folder's lock)
-- ``doing``: the phase that is under way (``prepare``, ``baseline``, ``trials``, ``confirm``, ``best``); null when finished
+- ``doing``: the phase under way (``prepare``, ``baseline``, ``trials``, ``confirm``, ``best``); null when finished
 - ``seconds``: at work, in all sittings; ``phases``: seconds of each finished one
 - ``counts``: trials of the search by status, and ``ended`` and ``total``
 - ``budget``: by key of the group ``budget`` that has a limit: ``limit`` and ``used``; ``ended_by``: as in results.json
-- ``baseline``: ``eval_loss``, ``exact_match``; ``best``: ``trial_id``, ``eval_loss``, ``params``; null before there is one
-- ``last``: ``event``, ``time`` (seconds since 1970, by the clock of the machine that the sweep runs on), ``age`` (seconds)
+- ``baseline``: ``eval_loss``, ``exact_match``; ``best``: ``trial_id``, ``eval_loss``, ``params``; null before
+- ``last``: ``event``, ``time`` (seconds since 1970, by the clock where the sweep runs), ``age`` (seconds)
 - ``eta_seconds``: until the last trial ends, if they go on as they went; null before the third has ended
 - ``hints``: sentences: what looks wrong, and what to do about it
 - ``goal``: samples of a whole trial; ``trials``: each with ``trial_id``, ``confirms``, ``status``, ``params``,
