@@ -95,11 +95,16 @@ def placement_problems(cfg: RunConfig, nodes: list[Node], *, concurrent: int = 1
 
 def nodes(cfg: ClusterConfig) -> list[Node]:
     """The machines of the cluster that the config names; of the local one without starting it."""
-    if not ray.is_initialized() and _address(cfg) is None:
+    if not is_given(cfg):
         return [local_node()]
     with connected(cfg):
         alive = (node["Resources"] for node in ray.nodes() if node["Alive"])
         return [Node(r.get("CPU", 0.0), r.get("GPU", 0.0)) for r in alive]
+
+
+def is_given(cfg: ClusterConfig) -> bool:
+    """Whether the cluster is there already, rather than made for the job on this machine."""
+    return ray.is_initialized() or _address(cfg) is not None
 
 
 def local_node() -> Node:

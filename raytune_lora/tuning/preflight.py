@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from raytune_lora.cluster.connect import nodes, placement_problems
+from raytune_lora.cluster.agreement import disagreements
+from raytune_lora.cluster.connect import connected, is_given, nodes, placement_problems
 from raytune_lora.config import validate
 from raytune_lora.config.schema import HubModelConfig, SweepConfig
 from raytune_lora.data import sources as data_sources
@@ -34,8 +35,7 @@ def check(cfg: SweepConfig, *, searching: bool, fresh: bool) -> None:
     if fresh:
         found += folder.problems(output_path(cfg))
     if not found:
-        concurrent = cfg.search.concurrent if searching else 1
-        found += placement_problems(cfg, nodes(cfg.cluster), concurrent=concurrent)
+        found += _cluster_problems(cfg, cfg.search.concurrent if searching else 1)
     if found:
         raise UserError(found)
 
@@ -63,6 +63,16 @@ def _input_problems(cfg: SweepConfig, *, preparing: bool = False) -> list[str]:
         + found
         + _cache_problems(cfg)
     )
+
+
+def _cluster_problems(cfg: SweepConfig, concurrent: int) -> list[str]:
+    """Whether the nodes have room for the trials, the same programs and the same storage."""
+    if not is_given(cfg.cluster):
+        return placement_problems(cfg, nodes(cfg.cluster), concurrent=concurrent)
+    with connected(cfg.cluster):
+        found = placement_problems(cfg, nodes(cfg.cluster), concurrent=concurrent)
+        folders = {"output": output_path(cfg), "cache": Path(cfg.cache).expanduser().absolute()}
+        return found or disagreements(cfg, folders)
 
 
 def output_path(cfg: SweepConfig) -> Path:

@@ -17,6 +17,7 @@ from raytune_lora.cluster.bring import bring
 from raytune_lora.cluster.pack import LIMIT, collect, listing
 from raytune_lora.cluster.submit import Cluster, Submission, SweepJob, Unreachable, waits
 from raytune_lora.config.compose import compose
+from raytune_lora.config.groups import OWN, own_dir
 from raytune_lora.errors import UserError
 from raytune_lora.tuning import secrets
 from raytune_lora.tuning.elsewhere import check_elsewhere
@@ -91,7 +92,7 @@ def _submit(options: Options, program: str) -> int:
     cfg = compose(overrides)
     files = check_elsewhere(cfg, root)
     name = _name(options, str(cfg.output))
-    env = _environment(options.env)
+    env = _environment(options.env, root)
     package = collect(root, files, options.limit)
     if not options.detach and not options.dry_run:
         _target(options, name)
@@ -126,14 +127,29 @@ def _name(options: Options, output: str) -> str:
     return name
 
 
-def _environment(names: Sequence[str]) -> dict[str, str]:
+def _environment(names: Sequence[str], root: Path) -> dict[str, str]:
     if wrong := [name for name in names if not re.fullmatch(r"[A-Za-z_]\w*", name)]:
         raise UserError(
             f"--env takes the name of a variable that is set here, and not its value (got {len(wrong)} others)"
         )
     if unset := [name for name in names if name not in os.environ]:
         raise UserError(f"--env {unset[0]}: no such variable is set here")
-    return {name: os.environ[name] for name in names}
+    if names:
+        print(
+            f"--env {' '.join(names)}: Ray writes what it is passed into logs of its own on the nodes, and shows it "
+            "to whoever has the cluster's token; a Kubernetes Secret in the pods' environment stays out of both"
+        )
+    return {name: os.environ[name] for name in names} | _own_groups(root)
+
+
+def _own_groups(root: Path) -> dict[str, str]:
+    """The variable that names the user's own config groups, as a job finds them in its working folder."""
+    folder = own_dir()
+    if folder is None:
+        return {}
+    if not folder.is_relative_to(root):
+        raise UserError(f"{OWN}={folder} lies outside of {root}, which goes to the cluster; move it there")
+    return {OWN: str(folder.relative_to(root))}
 
 
 def _target(options: Options, name: str) -> Path:
