@@ -51,7 +51,7 @@ def disagreements(cfg: RunConfig, folders: dict[str, Path]) -> list[str]:
         blind = [ip for ip, (_, seen) in told if not seen[str(marks[key][0])]]
         if blind:
             found.append(
-                f"{key}: {path} is not the same folder on all nodes of the cluster: what the driver writes there is not "
+                f"{key}: {path} is not one folder on all nodes of the cluster: what the driver writes there is not "
                 f"seen on {', '.join(blind)}; name one on storage that all nodes share (NFS, a ReadWriteMany volume)"
             )
     return found
