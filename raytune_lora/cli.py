@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import argparse
+import contextlib
 import os
-import re
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 VERBS = {
     "sweep": "search for the best fine-tune",
     "train": "train one configuration",
     "prepare": "check and prepare the data, and show what is in it",
+    "submit": "run a sweep on a Ray cluster, and come back to it by its name",
+    "status": "show how a sweep or run stands, from its folder",
 }
 _EXAMPLES = {
     "sweep": (
@@ -33,11 +37,7 @@ _EXAMPLES = {
 _FOLDERS = (
     "  output=<folder>   where everything of it goes; it must be new",
     "  resume=<folder>   go on with one that was interrupted",
-)
-# what may change when a sweep or run goes on: where and how it is computed and when it ends, and not what
-_WHERE = (
-    r"workers|[cg]pus_per_worker|training\.micro_batch|search\.concurrent|search\.stalled"
-    r"|(deepspeed|cluster|disk|tracking|budget)(\..*)?"
+    "  resume=auto       go on with the one in output=<folder>, or begin it: the same command works again and again",
 )
 _SEARCH_ONLY = ("search", "scheduler", "space", "budget", "confirm")
 
@@ -48,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not arguments or arguments[0] not in VERBS:
         wanted_help = bool(arguments) and arguments[0] in ("--help", "-h")
         lines = [f"  {verb:<8}{what}" for verb, what in VERBS.items()]
-        print("usage: raytune-lora <verb> [key=value …]", "", *lines, "", "raytune-lora <verb> --help", sep="\n")
+        print("usage: raytune-lora <verb> …", "", *lines, "", "raytune-lora <verb> --help", sep="\n")
         return 0 if wanted_help else 2
     return job(arguments[0], arguments[1:], program=f"raytune-lora {arguments[0]}")
 
@@ -63,13 +63,20 @@ def job(verb: str, overrides: Sequence[str] | None = None, program: str | None =
     """
     arguments = list(sys.argv[1:] if overrides is None else overrides)
     program = program or f"python {sys.argv[0]}"
+    if verb in _WITH_OPTIONS:
+        return _said(lambda: _WITH_OPTIONS[verb](arguments, program))
     if "--help" in arguments or "-h" in arguments:
         print(_help(verb, program))
         return 0
+    return _said(lambda: _run(verb, arguments))
+
+
+def _said(run: Callable[[], int]) -> int:
+    """Run it; a user's mistake is said, and is status 2."""
     from raytune_lora.errors import UserError
 
     try:
-        return _run(verb, arguments)
+        return run()
     except UserError as error:
         print(*(f"error: {problem}" for problem in error.problems), sep="\n", file=sys.stderr)
         return 2
@@ -78,6 +85,7 @@ def job(verb: str, overrides: Sequence[str] | None = None, program: str | None =
 def _run(verb: str, arguments: list[str]) -> int:
     from raytune_lora.config.compose import compose, dump
     from raytune_lora.errors import JobFailed, UserError
+    from raytune_lora.tuning.resume import settle
 
     only_config = _take_cfg(arguments)
     cfg = compose(arguments)
@@ -86,14 +94,7 @@ def _run(verb: str, arguments: list[str]) -> int:
         raise UserError(f"{searched[0]}: {verb} has no search; leave it out, or use sweep")
     if verb == "prepare" and cfg.resume is not None:
         raise UserError("resume: prepare finds by itself what it has made before")
-    moved = [key for a in arguments if (key := a.lstrip("+~").partition("=")[0]) != "resume"]
-    if cfg.resume is not None and (fixed := [key for key in moved if not re.fullmatch(_WHERE, key)]):
-        raise UserError(
-            f"resume: a sweep or run goes on with the config in its folder; leave {', '.join(fixed)} out (what can be "
-            "changed is where it runs and when it ends: workers, cpus_per_worker, gpus_per_worker, "
-            "training.micro_batch, search.concurrent, search.stalled, and the groups deepspeed, cluster, disk, "
-            "tracking and budget)"
-        )
+    moved = settle(cfg, arguments)
     if only_config:
         print(dump(cfg), end="")
         return 0
@@ -111,7 +112,7 @@ def _run(verb: str, arguments: list[str]) -> int:
 
     jobs: dict[str, Callable[..., dict[str, object]]] = {"sweep": run_sweep, "train": run_once}
     try:
-        results = jobs[verb](cfg, moved if cfg.resume is not None else ())
+        results = jobs[verb](cfg, moved)
     except JobFailed as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
@@ -119,6 +120,54 @@ def _run(verb: str, arguments: list[str]) -> int:
         print(f"interrupted; go on with resume={cfg.resume or cfg.output}", file=sys.stderr)
         return 130
     return _summary(results, str(cfg.resume or cfg.output))
+
+
+def _status(arguments: list[str], program: str) -> int:
+    parser = argparse.ArgumentParser(prog=program, description="Show how a sweep or run stands, from its folder alone.")
+    parser.add_argument("folder", help="of the sweep or run")
+    parser.add_argument("--json", action="store_true", help="for programs; tuning/status.py documents the schema")
+    parser.add_argument("--follow", action="store_true", help="go on until no process works on it any more")
+    parser.add_argument("--trial", metavar="ID", help="one trial: its numbers, its newest steps and lines of its log")
+    asked = parser.parse_args(arguments)
+    from raytune_lora.tuning.show import show
+
+    with contextlib.suppress(KeyboardInterrupt):
+        return show(Path(asked.folder), as_json=asked.json, follow=asked.follow, trial_id=asked.trial)
+    return 0
+
+
+def _submit(arguments: list[str], program: str) -> int:
+    parser = argparse.ArgumentParser(
+        prog=program,
+        description="Run a sweep on a Ray cluster. The config is checked here; the folder that you are in goes along, "
+        "without what git ignores, data and weights. Ctrl-C leaves the sweep to the cluster.",
+        epilog=f"example: {program} --address http://127.0.0.1:8265 model.path=/shared/llama data.path=my.jsonl "
+        "output=/shared/sweeps/mine cache=/shared/cache workers=4 gpus_per_worker=1",
+    )
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="as of sweep; output=<folder of the cluster>")
+    parser.add_argument("--address", metavar="URL", help="of the dashboard; as $RAY_API_SERVER_ADDRESS, $RAY_ADDRESS")
+    parser.add_argument("--name", help="of the sweep; as the last part of output")
+    parser.add_argument("--detach", action="store_true", help="do not wait for its end")
+    again = parser.add_argument_group("come back to a sweep by its name")
+    again.add_argument("--status", metavar="NAME", help="how it stands, in one line")
+    again.add_argument("--logs", metavar="NAME", help="follow it, and fetch its results at the end")
+    again.add_argument("--stop", metavar="NAME", help="end it in order")
+    again.add_argument("--resume", metavar="NAME", help="go on with it; without key=value, as it was submitted")
+    parser.add_argument("--dry-run", action="store_true", help="check, and show what would go along, with sizes")
+    parser.add_argument("--env", metavar="VARIABLE", action="append", default=[], help="pass it on (HF_TOKEN); repeat")
+    parser.add_argument(
+        "--driver-resource", metavar="NAME", help="run the driver where this resource is; else the head"
+    )
+    parser.add_argument("--limit", type=int, default=100, metavar="MB", help="of what goes along (default: 100)")
+    parser.add_argument("--to", metavar="FOLDER", help="for report, results and adapter (default: sweeps/<name>)")
+    asked = parser.parse_args(arguments)
+    os.environ.setdefault("TQDM_DISABLE", "1")
+    from raytune_lora.tuning.remote import Options, remote
+
+    return remote(Options(**vars(asked)), program)
+
+
+_WITH_OPTIONS: dict[str, Callable[[list[str], str], int]] = {"status": _status, "submit": _submit}
 
 
 def _summary(results: dict[str, object], folder: str) -> int:

@@ -60,6 +60,7 @@ def connected(cfg: ClusterConfig) -> Iterator[None]:
             num_gpus=int(local_node().gpus),
             object_store_memory=cfg.object_store_mb * 2**20,
             include_dashboard=cfg.dashboard,
+            dashboard_host="127.0.0.1",  # whoever reaches it can run code here
             log_to_driver=False,
             logging_level=logging.ERROR,
         )
@@ -112,7 +113,7 @@ def placement_problems(cfg: RunConfig, nodes: list[Node], *, concurrent: int = 1
 
 def nodes(cfg: ClusterConfig) -> list[Node]:
     """The machines of the cluster that the config names; of the local one without starting it."""
-    if not ray.is_initialized() and _address(cfg) is None:
+    if not is_given(cfg):
         return [local_node()]
     with connected(cfg):
         alive = (node["Resources"] for node in ray.nodes() if node["Alive"])
@@ -121,6 +122,11 @@ def nodes(cfg: ClusterConfig) -> list[Node]:
 
 def _offer(node: Node, gpus: int) -> str:
     return f"{node.cpus:g} CPUs" + (f" and {node.gpus:g} GPUs" if gpus else "")
+
+
+def is_given(cfg: ClusterConfig) -> bool:
+    """Whether the cluster is there already, rather than made for the job on this machine."""
+    return ray.is_initialized() or _address(cfg) is not None
 
 
 def local_node() -> Node:

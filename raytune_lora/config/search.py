@@ -68,7 +68,7 @@ class SearchConfig:
     objectives: list[Objective] = field(default_factory=lambda: [Objective.eval_loss])  # several: a Pareto front
     startup_trials: int = 8  # random ones before the sampler learns
     seed: int = 0
-    storage: str | None = None  # URL of the study's database; null: study.db in the sweep's folder
+    storage: str | None = None  # URL of the study's database, no password in it; null: study.db in the sweep's folder
     warm_start: list[str] = field(default_factory=list)  # folders of earlier sweeps to learn from
 
 

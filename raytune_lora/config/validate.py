@@ -109,9 +109,14 @@ _RANGES: dict[str, _Rule] = {
 }
 
 
-def problems(cfg: RunConfig) -> list[str]:
-    """All that is wrong, each naming the key as the user types it; empty where nothing is."""
-    found = [*_range_problems(cfg), *_choice_problems(cfg)]
+def problems(cfg: RunConfig, *, here: bool = True) -> list[str]:
+    """All that is wrong, each naming the key as the user types it; empty where nothing is.
+
+    Args:
+        cfg: composed.
+        here: whether it is to run on this machine, with what is installed here.
+    """
+    found = [*_range_problems(cfg), *_choice_problems(cfg, here)]
     if not found:
         found += [*_model_problems(cfg), *_method_problems(cfg), *_batch_problems(cfg), *_data_problems(cfg)]
         found += _deepspeed_problems(cfg)
@@ -131,7 +136,7 @@ def _range_problems(cfg: RunConfig) -> list[str]:
     return found
 
 
-def _choice_problems(cfg: RunConfig) -> list[str]:
+def _choice_problems(cfg: RunConfig, here: bool) -> list[str]:
     found = []
     if cfg.training.lr_scheduler not in LR_SCHEDULERS:
         known = ", ".join(LR_SCHEDULERS)
@@ -150,7 +155,7 @@ def _choice_problems(cfg: RunConfig) -> list[str]:
     for setting, (asked, package) in needed.items():
         if asked and not cfg.gpus_per_worker:
             found.append(f"{setting} needs a GPU (gpus_per_worker >= 1)")
-        elif asked and importlib.util.find_spec(package) is None:
+        elif asked and here and importlib.util.find_spec(package) is None:
             found.append(f"{setting} needs the package {package}: pip install {package.replace('_', '-')}")
     return found + _tracking_problems(cfg.tracking)
 

@@ -37,7 +37,7 @@ def load_model(
         settings["device_map"] = {"": torch.cuda.current_device()}
     with _quantizing_in_slices() if quantized else contextlib.nullcontext():
         model = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=precision(cfg.precision), trust_remote_code=trusted(cfg), **settings
+            folder, dtype=precision(cfg.precision), trust_remote_code=trusted(cfg), use_safetensors=True, **settings
         )
     if quantized:
         _stay_trainable(model)

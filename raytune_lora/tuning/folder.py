@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import tempfile
 from dataclasses import dataclass
@@ -15,6 +16,8 @@ from raytune_lora.errors import UserError
 
 _HEADER = "# the resolved config of a "
 _LOCK = ".lock"
+_LOOK = 0.5  # seconds: longer than ``busy`` holds the lock to look at it
+_NEW_CONFIG = ".config.yaml.new"
 
 
 @dataclass(frozen=True)
@@ -58,8 +61,11 @@ class SweepFolder:
 
     def rewrite(self, cfg: SweepConfig) -> None:
         """Replace the config by one that goes on elsewhere; the journal keeps what changed."""
-        header = self.config.read_text().partition("\n")[0]
-        new = self.config.with_name(f".{self.config.name}.new")
+        self.write_config(self.config.read_text().partition("\n")[0], cfg)
+
+    def write_config(self, header: str, cfg: SweepConfig) -> None:
+        """Write the config whole or not at all, so that what a kill leaves can be gone on with."""
+        new = self.path / _NEW_CONFIG
         new.write_text(f"{header}\n{dump(cfg)}")
         os.replace(new, self.config)
 
@@ -69,7 +75,7 @@ class SweepFolder:
         Raises:
             UserError: another process holds it.
         """
-        lock = FileLock(self.path / _LOCK, timeout=0)
+        lock = FileLock(self.path / _LOCK, timeout=_LOOK)
         try:
             lock.acquire()
         except Timeout as error:
@@ -79,6 +85,19 @@ class SweepFolder:
         except OSError as error:
             raise UserError(f"output: {self.path} cannot be written ({error.strerror})") from error
         return lock
+
+    def busy(self) -> bool | None:
+        """Whether a process is working in the folder; None where the file system cannot say."""
+        try:
+            with (self.path / _LOCK).open("rb") as file:
+                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except FileNotFoundError:
+            return False
+        except BlockingIOError:
+            return True
+        except OSError:
+            return None
+        return False
 
 
 def problems(path: Path) -> list[str]:
@@ -90,7 +109,7 @@ def problems(path: Path) -> list[str]:
         ]
     if path.exists() and not path.is_dir():
         return [f"output: {path} is a file; name a folder"]
-    if path.is_dir() and any(entry.name != _LOCK for entry in path.iterdir()):
+    if path.is_dir() and any(entry.name not in (_LOCK, _NEW_CONFIG) for entry in path.iterdir()):
         return [f"output: {path} is not empty; name a new folder"]
     parent = path
     while not parent.exists():
@@ -124,7 +143,7 @@ def create(path: Path, cfg: SweepConfig, kind: str) -> SweepFolder:
         try:
             if found := problems(path):  # another was faster
                 raise UserError(found)
-            folder.config.write_text(f"{_HEADER}{kind}\n{dump(cfg)}")
+            folder.write_config(f"{_HEADER}{kind}", cfg)
         finally:
             lock.release()
     except OSError as error:
@@ -140,14 +159,27 @@ def reopen(path: Path, kind: str) -> SweepConfig:
     Raises:
         UserError: it holds no sweep or run, or the other of the two.
     """
-    file = SweepFolder(path).config
-    if not file.is_file():
-        raise UserError(f"resume: {path} holds no sweep or run (there is no config.yaml in it)")
-    first = file.read_text(errors="replace").partition("\n")[0]
-    if not first.startswith(_HEADER):
-        raise UserError(f"resume: {path} holds no sweep or run (its config.yaml is another program's)")
-    if (found := first.removeprefix(_HEADER)) != kind:
+    cfg, found = read(path, "resume: ")
+    if found != kind:
         raise UserError(f"resume: {path} holds a {found}, not a {kind}; go on with it by the job that began it")
-    cfg = load(file)
     cfg.output = str(path)
     return cfg
+
+
+def read(path: Path, key: str = "") -> tuple[SweepConfig, str]:
+    """The config in a folder, and whether it is a ``sweep``'s or a ``run``'s.
+
+    Args:
+        path: of the folder.
+        key: that named the folder, before what is said of it.
+
+    Raises:
+        UserError: it holds neither.
+    """
+    file = SweepFolder(path).config
+    if not file.is_file():
+        raise UserError(f"{key}{path} holds no sweep or run (there is no config.yaml in it)")
+    first = file.read_text(errors="replace").partition("\n")[0]
+    if not first.startswith(_HEADER):
+        raise UserError(f"{key}{path} holds no sweep or run (its config.yaml is another program's)")
+    return load(file), first.removeprefix(_HEADER)

@@ -6,7 +6,8 @@ from pathlib import Path
 
 from raytune_lora import storage
 from raytune_lora.cache import Cache
-from raytune_lora.cluster.connect import nodes, placement_problems
+from raytune_lora.cluster.agreement import disagreements
+from raytune_lora.cluster.connect import connected, is_given, nodes, placement_problems
 from raytune_lora.config import validate
 from raytune_lora.config.schema import HubModelConfig, SweepConfig
 from raytune_lora.data import sources as data_sources
@@ -15,7 +16,7 @@ from raytune_lora.errors import UserError
 from raytune_lora.models import sources as model_sources
 from raytune_lora.models.methods.fit import problems as method_problems
 from raytune_lora.training import tracking
-from raytune_lora.tuning import folder, search, space
+from raytune_lora.tuning import folder, search, secrets, space
 
 
 def check(cfg: SweepConfig, *, searching: bool, fresh: bool) -> None:
@@ -29,15 +30,14 @@ def check(cfg: SweepConfig, *, searching: bool, fresh: bool) -> None:
     Raises:
         UserError: with every problem found.
     """
-    found = validate.problems(cfg)
+    found = validate.problems(cfg) + secrets.problems(cfg)
     if searching:
-        found += space.problems(cfg.space, cfg) or _extremes(cfg) or search.problems(cfg)
+        found += space.problems(cfg.space, cfg) or extremes(cfg) or search.problems(cfg)
     found += method_problems(cfg) + tracking.problems(cfg.tracking) + _input_problems(cfg)
     if fresh:
         found += folder.problems(output_path(cfg))
     if not found:
-        concurrent = cfg.search.concurrent if searching else 1
-        found += placement_problems(cfg, nodes(cfg.cluster), concurrent=concurrent)
+        found += _cluster_problems(cfg, cfg.search.concurrent if searching else 1)
     if found:
         raise UserError(found)
 
@@ -48,7 +48,7 @@ def check_inputs(cfg: SweepConfig) -> None:
     Raises:
         UserError: with every problem found.
     """
-    found = validate.problems(cfg) + _input_problems(cfg, preparing=True)
+    found = validate.problems(cfg) + secrets.problems(cfg) + _input_problems(cfg, preparing=True)
     if cfg.output is not None:
         found += folder.problems(output_path(cfg))
     if found:
@@ -67,6 +67,16 @@ def _input_problems(cfg: SweepConfig, *, preparing: bool = False) -> list[str]:
     )
 
 
+def _cluster_problems(cfg: SweepConfig, concurrent: int) -> list[str]:
+    """Whether the nodes have room for the trials, the same programs and the same storage."""
+    if not is_given(cfg.cluster):
+        return placement_problems(cfg, nodes(cfg.cluster), concurrent=concurrent)
+    with connected(cfg.cluster):
+        found = placement_problems(cfg, nodes(cfg.cluster), concurrent=concurrent)
+        folders = {"output": output_path(cfg), "cache": Path(cfg.cache).expanduser().absolute()}
+        return found or disagreements(cfg, folders)
+
+
 def output_path(cfg: SweepConfig) -> Path:
     """The absolute path of the sweep or run folder."""
     if cfg.output is None:
@@ -74,7 +84,7 @@ def output_path(cfg: SweepConfig) -> Path:
     return Path(cfg.output).expanduser().absolute()
 
 
-def _extremes(cfg: SweepConfig) -> list[str]:
+def extremes(cfg: SweepConfig) -> list[str]:
     """What goes wrong at the bounds of each dimension, where it goes well at the configured value."""
     base = set(validate.problems(cfg))
     found: list[str] = []

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import math
+import re
 import sys
 import time
 from collections.abc import Iterator
@@ -48,8 +50,8 @@ class Progress:
         self._record = record
         if self._live is not None:
             self._live.update(self)
-        elif line := _line(event, record):
-            self._console.print(f"{self._clock()} {line}", soft_wrap=True)
+        elif words := line(event, record):
+            self._console.print(f"{self._clock()} {words}", soft_wrap=True)
 
     @contextlib.contextmanager
     def doing(self, what: str) -> Iterator[None]:
@@ -62,9 +64,9 @@ class Progress:
         finally:
             self._doing = ""
 
-    def note(self, line: str) -> None:
+    def note(self, words: str) -> None:
         """Say something that stays, above the table where there is one."""
-        self._console.print(f"{self._clock()} {line}", soft_wrap=True)
+        self._console.print(f"{self._clock()} {words}", soft_wrap=True)
 
     @contextlib.contextmanager
     def shown(self) -> Iterator[Progress]:
@@ -82,44 +84,55 @@ class Progress:
                 self._live = None
 
     def __rich__(self) -> Group:
-        parts: list[Any] = [self._table()] if self._record.trials else []
+        title = f"{self._title}: {self._record.ended} of {self._total} trials ended, {self._clock()}"
+        parts: list[Any] = [table(self._record, title, self._goal)] if self._record.trials else []
         if self._doing:
             parts.append(Spinner("dots", Text(f"{self._clock()} {self._doing}")))
         return Group(*parts)
 
-    def _table(self) -> Table:
-        trials = list(self._record.trials.values())
-        keys = list(dict.fromkeys(key for trial in trials for key in trial.params))
-        table = Table(
-            title=f"{self._title}: {self._record.ended} of {self._total} trials ended, {self._clock()}",
-            title_justify="left",
-        )
-        table.add_column("trial")
-        table.add_column("status")
-        for key in keys:
-            table.add_column(key.rpartition(".")[2], justify="right")
-        for column in ("samples", "eval loss", "seconds"):
-            table.add_column(column, justify="right")
-        best = self._record.best()
-        for trial in trials[-_SHOWN:]:
-            style = "bold" if trial is best else ""
-            table.add_row(
-                trial.trial_id,
-                Text(trial.status, style=_COLOURS.get(trial.status, "red")),
-                *(_short(trial.params.get(key)) for key in keys),
-                f"{trial.samples_seen}/{self._goal}",
-                "" if trial.eval_loss is None else f"{trial.eval_loss:.4f}",
-                f"{trial.seconds:.0f}" if trial.ended else "",
-                style=style,
-            )
-        return table
-
     def _clock(self) -> str:
-        minutes, seconds = divmod(int(time.monotonic() - self._began), 60)
-        return f"{minutes:d}:{seconds:02d}"
+        return clock(time.monotonic() - self._began)
 
 
-def _line(event: dict[str, Any], record: Record) -> str:
+def table(record: Record, title: str, goal: int | None) -> Table:
+    """The newest trials, the best one in bold.
+
+    Args:
+        record: of the sweep.
+        title: above the table.
+        goal: samples of a whole trial; None where they are not known.
+    """
+    trials = list(record.trials.values())
+    keys = list(dict.fromkeys(key for trial in trials for key in trial.params))
+    shown = Table(title=title, title_justify="left")
+    shown.add_column("trial")
+    shown.add_column("status")
+    for key in keys:
+        shown.add_column(key.rpartition(".")[2], justify="right")
+    for column in ("samples", "eval loss", "seconds"):
+        shown.add_column(column, justify="right")
+    best = record.best()
+    for trial in trials[-_SHOWN:]:
+        style = "bold" if trial is best else ""
+        shown.add_row(
+            trial.trial_id,
+            Text(trial.status, style=_COLOURS.get(trial.status, "red")),
+            *(_short(trial.params.get(key)) for key in keys),
+            f"{trial.samples_seen}/{goal}" if goal else str(trial.samples_seen),
+            "" if trial.eval_loss is None else f"{trial.eval_loss:.4f}",
+            f"{trial.seconds:.0f}" if trial.ended else "",
+            style=style,
+        )
+    return shown
+
+
+def clock(seconds: float) -> str:
+    """Minutes and seconds."""
+    minutes, rest = divmod(int(seconds), 60)
+    return f"{minutes:d}:{rest:02d}"
+
+
+def line(event: dict[str, Any], record: Record) -> str:
     """One event in words; nothing for events that say nothing new."""
     if event["event"] == "phase":
         loss, match = event.get("eval_loss"), event.get("exact_match")
@@ -128,6 +141,8 @@ def _line(event: dict[str, Any], record: Record) -> str:
         return f"{event['name']} done in {event['seconds']:.0f} s{measured}"
     if event["event"] == "moved":
         return "going on with " + ", ".join(f"{key}={_short(value)}" for key, value in event["changes"].items())
+    if "trial_id" not in event:
+        return ""
     trial: Trial = record.trials[event["trial_id"]]
     if event["event"] == "trial_started":
         values = ", ".join(f"{key.rpartition('.')[2]}={_short(value)}" for key, value in trial.params.items())
@@ -138,6 +153,38 @@ def _line(event: dict[str, Any], record: Record) -> str:
         return f"trial {trial.trial_id}: validation loss {event['eval_loss']:.4f} after {event['samples_seen']} samples"
     why = f": {trial.error}" if trial.error else ""
     return f"trial {trial.trial_id} {trial.status} after {trial.samples_seen} samples, {trial.seconds:.0f} s{why}"
+
+
+_ENDED = re.compile(r"trial (\d+) \w+ after \d+ samples")
+_MEASURED = re.compile(r"trial (\d+): validation loss (\d+\.\d+)")
+
+
+class Tally:
+    """How a sweep stands, by the lines that it printed: what is known of one whose folder is out of sight."""
+
+    def __init__(self, total: int, log: str = "") -> None:
+        """
+        Args:
+            total: trials to be run.
+            log: printed so far.
+        """
+        self._total = total
+        self._ended: set[str] = set()
+        self._losses: dict[str, float] = {}
+        for words in log.splitlines():
+            self.add(words)
+
+    def add(self, words: str) -> None:
+        """Take a line in."""
+        if found := _ENDED.search(words):
+            self._ended.add(found[1])
+        elif found := _MEASURED.search(words):
+            self._losses[found[1]] = min(float(found[2]), self._losses.get(found[1], math.inf))
+
+    def __str__(self) -> str:
+        best = min(self._losses, key=lambda name: (self._losses[name], name), default=None)
+        shown = f"{len(self._ended)} of {self._total} trials ended"
+        return shown if best is None else f"{shown}, lowest validation loss {self._losses[best]:.4f} (trial {best})"
 
 
 def _short(value: Any) -> str:

@@ -43,12 +43,12 @@ from raytune_lora.training.driver import LOGS
 from raytune_lora.tuning.budget import remedy
 from raytune_lora.tuning.confirm import verdict
 from raytune_lora.tuning.folder import SweepFolder
+from raytune_lora.tuning.trials import BASELINE as BASELINE
 from raytune_lora.tuning.trials import BEST as BEST
 from raytune_lora.tuning.trials import TRIALS as TRIALS
 from raytune_lora.tuning.trials import Record, Trial
 
 SCHEMA_VERSION = 1
-BASELINE = "baseline"  # a phase
 
 
 def write_results(
@@ -79,7 +79,7 @@ def _results(
         "name": folder.path.name,
         "version": __version__,
         "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "state": "finished" if _finished(record) else "interrupted",
+        "state": "finished" if record.finished else "interrupted",
         "model": {"name": display_name(cfg.model), "parameters": record.phases.get(BASELINE, {}).get("parameters")},
         "data": {
             "name": cfg.data.kind,
@@ -99,10 +99,6 @@ def _results(
         "examples": _examples(folder, cfg.evaluation.examples),
         "seconds": {"total": sum(phases.values()), **phases},
     }
-
-
-def _finished(record: Record) -> bool:
-    return BEST in record.phases or (TRIALS in record.phases and record.best() is None)
 
 
 def _measured(phase: dict[str, Any]) -> dict[str, Any]:

@@ -51,13 +51,18 @@ def build(cfg: SweepConfig, study: optuna.Study) -> Own:
         return _SAMPLERS[cfg.search.sampler].build(cfg, seed, trials)
 
 
-def problems(cfg: SweepConfig) -> list[str]:
-    """Why the sampler cannot search this space; the space itself has none of ``space.problems``."""
+def problems(cfg: SweepConfig, *, here: bool = True) -> list[str]:
+    """Why the sampler cannot search this space; the space itself has none of ``space.problems``.
+
+    Args:
+        cfg: of the sweep.
+        here: whether it is to run on this machine, with what is installed here.
+    """
     chosen, entry = f"search.sampler={cfg.search.sampler.value}", _SAMPLERS[cfg.search.sampler]
     found = [
         f"{chosen} needs the package {package}: pip install {package}"
         for package in entry.packages
-        if importlib.util.find_spec(package) is None
+        if here and importlib.util.find_spec(package) is None
     ]
     if cfg.search.warm_start and not entry.learns:
         learning = ", ".join(name.value for name, other in _SAMPLERS.items() if other.learns)

@@ -7,7 +7,7 @@ be made anew at any time, from the study and the journal.
 from __future__ import annotations
 
 import math
-import secrets
+import uuid
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -27,7 +27,7 @@ from raytune_lora.config.schema import SweepConfig
 from raytune_lora.config.search import Objective, SearchConfig
 from raytune_lora.errors import UserError
 from raytune_lora.training.failures import OOM, STOPPED
-from raytune_lora.tuning import samplers
+from raytune_lora.tuning import samplers, secrets
 from raytune_lora.tuning.samplers import WARM
 from raytune_lora.tuning.space import Space, configured_point, fitting, sample
 from raytune_lora.tuning.trials import COMPLETED, Record, Trial, trial_name
@@ -101,7 +101,7 @@ def _study_name(folder: Path, cfg: SearchConfig) -> str:
         return STUDY_NAME
     file = folder / NAME_FILE
     if not file.exists():
-        file.write_text(f"{folder.name}-{secrets.token_hex(4)}")
+        file.write_text(f"{folder.name}-{uuid.uuid4().hex[:8]}")
     return file.read_text()
 
 
@@ -110,7 +110,8 @@ def _storage(folder: Path, url: str | None) -> BaseStorage | str:
         return f"sqlite:///{folder / STUDY_FILE}"
     if url.startswith(_JOURNAL):
         return JournalStorage(JournalFileBackend(url.removeprefix(_JOURNAL)))
-    return RDBStorage(url, engine_kwargs={"pool_pre_ping": True})  # a server may end a connection between two trials
+    # a server may end a connection between two trials
+    return RDBStorage(secrets.with_password(url), engine_kwargs={"pool_pre_ping": True})
 
 
 def _shown(url: str | None) -> str:

@@ -20,7 +20,7 @@ from raytune_lora.training.failures import DIVERGED, FAILED, LOST, OOM, QUOTA
 
 COMPLETED = "completed"
 ENDED_BADLY = (FAILED, DIVERGED, OOM, LOST, QUOTA)
-TRIALS, CONFIRM, BEST = "trials", "confirm", "best"  # phases, in their order
+PREPARE, BASELINE, TRIALS, CONFIRM, BEST = PHASES = "prepare", "baseline", "trials", "confirm", "best"
 
 _SILENT = ("clock", "ended_by", "reopened")  # events that nobody watches
 _HEARTBEAT = 60.0  # seconds without an event after which the clock is written down
@@ -105,6 +105,11 @@ class Record:
                 self.phases.pop(name, None)
 
     @property
+    def finished(self) -> bool:
+        """Whether nothing is left to do: the best model is measured, or no trial gave one."""
+        return BEST in self.phases or (TRIALS in self.phases and self.best() is None)
+
+    @property
     def searched(self) -> list[Trial]:
         """The trials that the search proposed; the others run one of these again."""
         return [trial for trial in self.trials.values() if trial.confirms is None]
@@ -185,12 +190,10 @@ class Journal:
         self._began = time.monotonic() if began is None else began
         self._path = path
         self._watch = watch
-        whole = 0
         if path.exists():
-            data = path.read_bytes()
-            whole = data.rfind(b"\n") + 1  # a line cut short by a kill was never acted on
-            for line in data[:whole].splitlines():
-                self.record.add(json.loads(line))
+            events, whole = read_events(path)
+            for event in events:
+                self.record.add(event)
             os.truncate(path, whole)
         self._before = self.record.clock
 
@@ -229,6 +232,13 @@ class Journal:
             except BaseException:
                 os.ftruncate(file.fileno(), whole)
                 raise
+
+
+def read_events(path: Path) -> tuple[list[dict[str, Any]], int]:
+    """The events of a journal, and how many bytes they take: a line cut short by a kill was never acted on."""
+    data = path.read_bytes()
+    whole = data.rfind(b"\n") + 1
+    return [json.loads(line) for line in data[:whole].splitlines()], whole
 
 
 def trial_name(number: int) -> str:

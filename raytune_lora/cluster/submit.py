@@ -1,0 +1,278 @@
+"""Sweeps as jobs of a Ray cluster, found again by their names: a thin layer over Ray's job API.
+
+A sweep's jobs carry its name and its command in their metadata, so that any machine that reaches the dashboard can
+follow, stop or resume it. The metadata, the entrypoint and ``runtime_env`` are no place for secrets: whoever holds the
+cluster's token can read them (Ray 2.60 hides the values of ``env_vars`` from browsers alone).
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import requests
+from ray.exceptions import AuthenticationError
+from ray.job_submission import JobStatus, JobSubmissionClient
+
+from raytune_lora.errors import UserError
+
+ADDRESS = "http://127.0.0.1:8265"
+_ADDRESSES = ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS")  # where `ray job submit` looks, too
+_PREFIX = "raytune-lora"  # of job ids, and the metadata's key of the sweep's name
+_TIMES = (5.0, 60.0)  # seconds to connect, and between two bytes of an answer: a lid may be closed at any time
+_WAITS = (1.0, 30.0)  # seconds before the first and the later tries to reach the dashboard again
+# Ctrl-C, at which a sweep ends in order, rather than an end after three seconds; read by Ray where the driver starts
+_STOPPING = {"RAY_JOB_STOP_SIGNAL": "SIGINT", "RAY_JOB_STOP_WAIT_TIME_S": "120"}
+_SHARE = 0.001  # of a custom resource: it says where a driver runs, not how many may
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Submission:
+    """What a sweep's job is made of."""
+
+    name: str
+    entrypoint: str
+    overrides: list[str]  # as typed, to resume by
+    output: str  # the sweep's folder, as the cluster sees it
+    env: dict[str, str]  # secrets among them: they go into the driver's and the workers' environment
+    resource: str | None = None  # custom resource of the nodes that may run the driver; None: the head
+    trials: int = 0
+
+
+@dataclass(frozen=True)
+class SweepJob:
+    """A job of the cluster that runs, or ran, a sweep."""
+
+    id: str
+    name: str
+    status: JobStatus
+    message: str
+    began: float  # seconds since 1970, by the cluster's clock
+    finished: float | None
+    exit_code: int | None
+    facts: dict[str, Any]  # ``overrides``, ``output``, ``resource``, ``trials``
+
+    @property
+    def ended(self) -> bool:
+        return self.status.is_terminal()
+
+
+def waits() -> Iterator[float]:
+    """Seconds to wait before each new try: twice as long each time, up to half a minute, without end."""
+    wait = _WAITS[0]
+    while True:
+        yield wait
+        wait = min(2 * wait, _WAITS[1])
+
+
+class Unreachable(Exception):
+    """The dashboard did not answer this time."""
+
+
+class _Client(JobSubmissionClient):
+    """Ray's client, which would wait for ever for an answer that a network lost."""
+
+    def _do_request(self, *arguments: Any, **settings: Any) -> requests.Response:
+        settings.setdefault("timeout", _TIMES)
+        return super()._do_request(*arguments, **settings)
+
+
+class Cluster:
+    """The jobs of a Ray cluster, through its dashboard."""
+
+    def __init__(self, address: str | None) -> None:
+        """
+        Args:
+            address: of the dashboard, such as ``http://127.0.0.1:8265``; None looks where ``ray job`` does.
+
+        Raises:
+            UserError: nothing answers there, or it wants another token.
+        """
+        self.address = address or next((os.environ[n] for n in _ADDRESSES if os.environ.get(n)), ADDRESS)
+        if self.address.startswith("ray://") or self.address in ("auto", "local"):
+            raise UserError(
+                f"--address {self.address}: a sweep is submitted through the dashboard; name that (http://<head>:8265)"
+            )
+        logging.getLogger("ray").setLevel(logging.ERROR)
+        for name in ("ray.dashboard.modules.dashboard_sdk", "ray._private.authentication.http_token_authentication"):
+            logging.getLogger(name).setLevel(logging.ERROR)
+        try:
+            self._client = self._ask(lambda: _Client(self.address))
+        except Unreachable as error:
+            raise UserError(
+                f"--address {self.address}: no Ray dashboard answers there ({error}); is the cluster up, and forwarded "
+                "(kubectl port-forward service/<cluster>-head-svc 8265:8265)?"
+            ) from error
+
+    def submit(self, sweep: Submission, package: Path) -> SweepJob:
+        """Start a sweep's job.
+
+        Args:
+            sweep: what it is.
+            package: zip file of its working folder.
+
+        Raises:
+            UserError: a sweep of that name is running, or the cluster refuses the job.
+        """
+        facts = {
+            "overrides": sweep.overrides,
+            "output": sweep.output,
+            "resource": sweep.resource,
+            "trials": sweep.trials,
+        }
+        earlier = self.find(sweep.name)
+        for job in earlier:
+            if not job.ended:
+                raise UserError(
+                    f"--name {sweep.name}: a sweep of that name is {job.status.value.lower()} (job {job.id}); follow "
+                    f"it with --logs {sweep.name}, stop it with --stop {sweep.name}, or take another --name"
+                )
+        # another submission of the same name at the same moment takes the same id, and the cluster refuses one of them
+        number = 1 + max((int(job.id.rpartition(".")[2]) for job in earlier), default=0)
+        environment = {"working_dir": str(package), "env_vars": {**_STOPPING, **sweep.env}}
+        metadata = {_PREFIX: sweep.name, "facts": json.dumps(facts)}
+        self._start(f"{_PREFIX}-{sweep.name}.{number}", sweep.entrypoint, environment, metadata, sweep.resource)
+        return self.get(sweep.name)
+
+    def run(self, name: str, entrypoint: str, resource: str | None) -> str:
+        """Run a small job to its end and return its log; it is not one of a sweep's.
+
+        Raises:
+            UserError: it failed.
+        """
+        job_id = f"{_PREFIX}-{name}-{time.time_ns()}"
+        self._start(job_id, entrypoint, {}, {}, resource)
+        while not (status := self.patiently(lambda: self._client.get_job_status(job_id))).is_terminal():
+            time.sleep(_WAITS[0])
+        log: str = self.patiently(lambda: self._client.get_job_logs(job_id))
+        self.patiently(lambda: self._client.delete_job(job_id))
+        if status is not JobStatus.SUCCEEDED:
+            raise UserError(f"the job {job_id} failed: {log.strip().splitlines()[-1] if log.strip() else status.value}")
+        return log
+
+    def find(self, name: str) -> list[SweepJob]:
+        """The jobs of a sweep, the newest first."""
+        jobs = [_sweep_job(job) for job in self.patiently(self._client.list_jobs) if _name(job) == name]
+        return sorted(jobs, key=lambda job: job.began, reverse=True)
+
+    def get(self, name: str) -> SweepJob:
+        """The newest job of a sweep.
+
+        Raises:
+            UserError: there is none.
+        """
+        if found := self.find(name):
+            return found[0]
+        names = sorted({n for job in self.patiently(self._client.list_jobs) if (n := _name(job))})
+        raise UserError(f"there is no sweep {name} at {self.address}; there are: {', '.join(names) or 'none'}")
+
+    def look(self, job: SweepJob) -> tuple[SweepJob, str]:
+        """A job as it is now, and its whole log.
+
+        Raises:
+            Unreachable: the dashboard does not answer.
+            UserError: the token is refused, or the cluster has forgotten the job.
+        """
+        # the log after the status: of a job that has ended it is whole
+        now = _sweep_job(self._ask(lambda: self._client.get_job_info(job.id)))
+        return now, self._ask(lambda: self._client.get_job_logs(job.id))
+
+    def log(self, job: SweepJob) -> str:
+        """All that a job has printed."""
+        return self.patiently(lambda: self._client.get_job_logs(job.id))
+
+    def stop(self, job: SweepJob) -> None:
+        """Ask a job to end in order."""
+        self.patiently(lambda: self._client.stop_job(job.id))
+
+    def patiently(self, ask: Callable[[], T], tries: int = 5) -> T:
+        """Ask the dashboard, and again where it does not answer.
+
+        Raises:
+            UserError: it did not in all the tries, or refuses the question.
+        """
+        for wait in waits():
+            try:
+                return self._ask(ask)
+            except Unreachable as error:
+                tries -= 1
+                if not tries:
+                    raise UserError(f"{self.address} does not answer any more ({error}); try again later") from error
+                time.sleep(wait)
+        raise AssertionError("the waits have no end")
+
+    def _start(
+        self,
+        job_id: str,
+        entrypoint: str,
+        environment: Mapping[str, Any],
+        metadata: Mapping[str, str],
+        resource: str | None,
+    ) -> None:
+        try:
+            self._ask(
+                lambda: self._client.submit_job(
+                    entrypoint=entrypoint,
+                    submission_id=job_id,
+                    runtime_env=dict(environment),
+                    metadata=dict(metadata),
+                    entrypoint_num_cpus=0,
+                    entrypoint_resources=None if resource is None else {resource: _SHARE},
+                )
+            )
+        except Unreachable as error:
+            raise UserError(
+                f"{self.address} did not answer when the job was handed over ({error}); --status tells whether it runs"
+            ) from error
+
+    def _ask(self, ask: Callable[[], T]) -> T:
+        try:
+            return ask()
+        except AuthenticationError as error:
+            raise UserError(_refused(self.address, str(error))) from None
+        except (ConnectionError, requests.RequestException) as error:
+            raise Unreachable(type(error).__name__) from None
+        except RuntimeError as error:
+            # a gateway before the dashboard, or the dashboard while its head starts again
+            if any(f"status code {code}" in str(error) for code in (502, 503, 504)):
+                raise Unreachable(str(error).splitlines()[0]) from None
+            raise UserError(f"{self.address}: {str(error).strip().splitlines()[-1]}") from error
+
+
+def _name(job: Any) -> str | None:
+    name: str | None = (job.metadata or {}).get(_PREFIX)
+    return name if job.submission_id else None
+
+
+def _sweep_job(job: Any) -> SweepJob:
+    metadata = job.metadata or {}
+    return SweepJob(
+        id=job.submission_id,
+        name=metadata[_PREFIX],
+        status=job.status,
+        message=job.message or "",
+        began=(job.start_time or 0) / 1000,
+        finished=job.end_time / 1000 if job.end_time else None,
+        exit_code=job.driver_exit_code,
+        facts=json.loads(metadata["facts"]),
+    )
+
+
+def _refused(address: str, said: str) -> str:
+    """Why the dashboard refused, without what was sent to it."""
+    if "invalid" in said.lower():
+        what = "refuses the token in RAY_AUTH_TOKEN, RAY_AUTH_TOKEN_PATH or ~/.ray/auth_token, which is not its own"
+    else:
+        what = "wants a token, and none was sent"
+    return (
+        f"--address {address}: the cluster {what}; set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN_PATH=<file> or "
+        "RAY_AUTH_TOKEN (KubeRay: kubectl get secret <cluster> -o jsonpath='{.data.auth_token}' | base64 -d)"
+    )

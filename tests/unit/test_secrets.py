@@ -1,0 +1,101 @@
+"""Secrets stay out of configs, pickles out of models, and paths within their folders."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from raytune_lora.config.compose import compose
+from raytune_lora.config.schema import HubModelConfig, PackageModelConfig
+from raytune_lora.models import sources
+from raytune_lora.tuning import secrets
+
+TOKEN = "hf_" + "Ab1" * 11
+
+
+@pytest.mark.parametrize(
+    ("override", "remedy"),
+    [
+        ("search.storage=postgresql+psycopg2://me:plain@db/x", "set RAYTUNE_LORA_STORAGE_PASSWORD in the environment"),
+        ("search.storage='mysql+pymysql://me@db/x?password=plain'", "set RAYTUNE_LORA_STORAGE_PASSWORD in the environment"),
+        ("tracking.mlflow_uri=https://me:hunter22@mlflow/", "set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"),
+        (f"tracking.project={TOKEN}", "leave it out, and set the variable that its library reads"),
+        ("data=file data.path=https://me:hunter22@host/rows.jsonl", "leave it out"),
+    ],
+)
+def test_a_secret_in_a_config_is_refused_and_not_shown(override: str, remedy: str) -> None:
+    overrides = override.split(" ")
+    (problem,) = secrets.problems(compose(["model=tiny", "data=fake", *overrides]))
+    assert problem.startswith(overrides[-1].partition("=")[0] + " holds a secret, which would be written to config.yaml")
+    assert remedy in problem
+    assert not any(part in problem for part in ("plain", "hunter22", TOKEN))
+
+
+@pytest.mark.parametrize(
+    "override",
+    ["search.storage=postgresql+psycopg2://me@db/x", "search.storage=journal:///shared/x", "tracking.project=mine"],
+)
+def test_what_is_none(override: str) -> None:
+    assert not secrets.problems(compose(["model=tiny", "data=fake", override]))
+
+
+def test_every_config_that_is_shipped_is_free_of_them() -> None:
+    for experiment in ("tiny", "quickstart"):
+        assert not secrets.problems(compose([f"experiment={experiment}"]))
+
+
+def test_the_password_comes_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    url = "postgresql+psycopg2://me@db/x"
+    assert secrets.with_password(url) == url
+    monkeypatch.setenv("RAYTUNE_LORA_STORAGE_PASSWORD", "p@ss word")
+    assert secrets.with_password(url) == "postgresql+psycopg2://me:p%40ss word@db/x"
+    assert secrets.with_password("sqlite:////tmp/x.db") == "sqlite:////tmp/x.db"
+
+
+# ------------------------------------------------------------------------------------------------------ models and paths
+
+
+def test_pickled_weights_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "pytorch_model.bin").write_bytes(b"\x80\x04N.")
+    (problem,) = sources.problems(HubModelConfig(path=str(tmp_path)))
+    assert problem.startswith(f"model.path: the weights in {tmp_path} are pickled (pytorch_model.bin); a pickle can run")
+    (tmp_path / "model.safetensors").write_bytes(b"")
+    assert not sources.problems(HubModelConfig(path=str(tmp_path)))
+
+
+def test_a_model_is_loaded_from_safetensors_alone(tiny_folder: Path, tmp_path: Path) -> None:
+    import shutil
+
+    import torch
+    from safetensors.torch import load_file
+
+    from raytune_lora.config.schema import QuantizationConfig
+    from raytune_lora.models.loading import load_model
+
+    folder = tmp_path / "pickled"
+    shutil.copytree(tiny_folder, folder)
+    torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(OSError, match="safetensors"):
+        load_model(folder, HubModelConfig(path=str(folder)), QuantizationConfig())
+
+
+def test_code_that_comes_with_a_model_is_not_trusted() -> None:
+    assert not HubModelConfig().trust_remote_code
+
+
+@pytest.mark.parametrize("file", ["../json/__init__.py", "/etc/hostname"])
+def test_a_models_file_lies_in_its_package(file: str) -> None:
+    (problem,) = sources.problems(PackageModelConfig(package="email", file=file))
+    assert problem == f"model.file: the package email holds no {file}"
+
+
+def test_nothing_is_unpickled() -> None:
+    root = Path(sources.__file__).parents[1]
+    for path in root.rglob("*.py"):
+        text = path.read_text()
+        assert "torch.load" not in text, path
+        assert "import pickle" not in text, path
+        assert "weights_only=False" not in text, path
