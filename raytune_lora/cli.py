@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import sys
 from collections.abc import Callable, Sequence
 
@@ -33,11 +32,7 @@ _EXAMPLES = {
 _FOLDERS = (
     "  output=<folder>   where everything of it goes; it must be new",
     "  resume=<folder>   go on with one that was interrupted",
-)
-# what may change when a sweep or run goes on: where and how it is computed and when it ends, and not what
-_WHERE = (
-    r"workers|[cg]pus_per_worker|training\.micro_batch|search\.concurrent|search\.stalled"
-    r"|(deepspeed|cluster|tracking|budget)(\..*)?"
+    "  resume=auto       go on with the one in output=<folder>, or begin it: the same command works again and again",
 )
 _SEARCH_ONLY = ("search", "scheduler", "space", "budget", "confirm")
 
@@ -78,6 +73,7 @@ def job(verb: str, overrides: Sequence[str] | None = None, program: str | None =
 def _run(verb: str, arguments: list[str]) -> int:
     from raytune_lora.config.compose import compose, dump
     from raytune_lora.errors import UserError
+    from raytune_lora.tuning.resume import settle
 
     only_config = _take_cfg(arguments)
     cfg = compose(arguments)
@@ -86,14 +82,7 @@ def _run(verb: str, arguments: list[str]) -> int:
         raise UserError(f"{searched[0]}: {verb} has no search; leave it out, or use sweep")
     if verb == "prepare" and cfg.resume is not None:
         raise UserError("resume: prepare finds by itself what it has made before")
-    moved = [key for a in arguments if (key := a.lstrip("+~").partition("=")[0]) != "resume"]
-    if cfg.resume is not None and (fixed := [key for key in moved if not re.fullmatch(_WHERE, key)]):
-        raise UserError(
-            f"resume: a sweep or run goes on with the config in its folder; leave {', '.join(fixed)} out (what can be "
-            "changed is where it runs and when it ends: workers, cpus_per_worker, gpus_per_worker, "
-            "training.micro_batch, search.concurrent, search.stalled, and the groups deepspeed, cluster, tracking and "
-            "budget)"
-        )
+    moved = settle(cfg, arguments)
     if only_config:
         print(dump(cfg), end="")
         return 0
@@ -112,7 +101,7 @@ def _run(verb: str, arguments: list[str]) -> int:
 
     jobs: dict[str, Callable[..., dict[str, object]]] = {"sweep": run_sweep, "train": run_once}
     try:
-        results = jobs[verb](cfg, moved if cfg.resume is not None else ())
+        results = jobs[verb](cfg, moved)
     except JobFailed as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

@@ -26,7 +26,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from raytune_lora.config import schema, search
 from raytune_lora.config.data import TemplateConfig
-from raytune_lora.config.groups import conf_dir, groups
+from raytune_lora.config.groups import conf_dir, groups, own_dir
 from raytune_lora.errors import UserError
 
 _Refusal = (HydraException, OmegaConfBaseException, ValueError)  # what Hydra and OmegaConf raise at a bad override
@@ -118,8 +118,9 @@ def _register() -> None:
 
 def _compose(overrides: Sequence[str]) -> DictConfig:
     GlobalHydra.instance().clear()
+    own = [f"hydra.searchpath=['file://{folder}']"] if (folder := own_dir()) else []
     with initialize_config_dir(str(conf_dir()), version_base="1.3"):
-        return hydra_compose("config", overrides=[_merged(override) for override in overrides])
+        return hydra_compose("config", overrides=[*own, *(_merged(override) for override in overrides)])
 
 
 def _merged(override: str) -> str:

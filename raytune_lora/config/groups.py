@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
+
+from raytune_lora.errors import UserError
+
+OWN = "RAYTUNE_LORA_CONF"  # names a folder of the user's own groups, laid out as conf/ is
 
 
 def conf_dir() -> Path:
@@ -18,10 +23,31 @@ def conf_dir() -> Path:
     raise FileNotFoundError(f"no conf/config.yaml in {package} or {package.parent}: install raytune-lora again")
 
 
+def own_dir() -> Path | None:
+    """The folder of the user's own groups, such as ``experiment/mine.yaml``, where there is one.
+
+    Raises:
+        UserError: there is no such folder, or a file in it has the name of one that comes with the project.
+    """
+    if not (named := os.environ.get(OWN)):
+        return None
+    folder = Path(named).expanduser().absolute()
+    if not folder.is_dir():
+        raise UserError(f"{OWN}: {folder} is no folder")
+    if taken := sorted(f for f in _files(folder) if (conf_dir() / f).exists()):
+        raise UserError(f"{OWN}: {folder / taken[0]} has the name of a file that comes with the project; rename it")
+    return folder
+
+
 def groups() -> dict[str, list[str]]:
     """Each config group and the names that can be chosen from it; a group within another is written ``data/mix``."""
-    root = conf_dir()
-    return {
-        folder.relative_to(root).as_posix(): sorted(path.stem for path in folder.glob("*.yaml"))
-        for folder in sorted(path for path in root.rglob("*") if path.is_dir())
-    }
+    found: dict[str, list[str]] = {}
+    for folder in filter(None, (conf_dir(), own_dir())):
+        for file in _files(folder):
+            if (group := file.parent.as_posix()) != ".":
+                found.setdefault(group, []).append(file.stem)
+    return {group: sorted(found[group]) for group in sorted(found)}
+
+
+def _files(folder: Path) -> list[Path]:
+    return [file.relative_to(folder) for file in folder.rglob("*.yaml")]

@@ -212,7 +212,7 @@ class SweepConfig(RunConfig):
     scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
     budget: BudgetConfig = field(default_factory=BudgetConfig)
     confirm: ConfirmConfig = field(default_factory=ConfirmConfig)
-    resume: str | None = None  # a sweep or run folder to go on with
+    resume: str | None = None  # a sweep or run folder to go on with; auto: the one in output, begun where there is none
 
 
 VARIANTS: dict[str, tuple[type, ...]] = {

@@ -15,6 +15,7 @@ from raytune_lora.errors import UserError
 
 _HEADER = "# the resolved config of a "
 _LOCK = ".lock"
+_NEW_CONFIG = ".config.yaml.new"
 
 
 @dataclass(frozen=True)
@@ -58,8 +59,11 @@ class SweepFolder:
 
     def rewrite(self, cfg: SweepConfig) -> None:
         """Replace the config by one that goes on elsewhere; the journal keeps what changed."""
-        header = self.config.read_text().partition("\n")[0]
-        new = self.config.with_name(f".{self.config.name}.new")
+        self.write_config(self.config.read_text().partition("\n")[0], cfg)
+
+    def write_config(self, header: str, cfg: SweepConfig) -> None:
+        """Write the config whole or not at all, so that what a kill leaves can be gone on with."""
+        new = self.path / _NEW_CONFIG
         new.write_text(f"{header}\n{dump(cfg)}")
         os.replace(new, self.config)
 
@@ -88,7 +92,7 @@ def problems(path: Path) -> list[str]:
         ]
     if path.exists() and not path.is_dir():
         return [f"output: {path} is a file; name a folder"]
-    if path.is_dir() and any(entry.name != _LOCK for entry in path.iterdir()):
+    if path.is_dir() and any(entry.name not in (_LOCK, _NEW_CONFIG) for entry in path.iterdir()):
         return [f"output: {path} is not empty; name a new folder"]
     parent = path
     while not parent.exists():
@@ -122,7 +126,7 @@ def create(path: Path, cfg: SweepConfig, kind: str) -> SweepFolder:
         try:
             if found := problems(path):  # another was faster
                 raise UserError(found)
-            folder.config.write_text(f"{_HEADER}{kind}\n{dump(cfg)}")
+            folder.write_config(f"{_HEADER}{kind}", cfg)
         finally:
             lock.release()
     except OSError as error:

@@ -176,12 +176,14 @@ def test_a_second_sweep_in_the_folder_is_refused(sweep: tuple[Path, str, str], c
 def test_interrupted_killed_and_resumed(tmp_path: Path, cache: Path) -> None:
     """The total is what was asked for, nothing that had ended is run again, and a trial that diverges ends alone.
 
-    The first time it goes on with twice the workers and under another ZeRO stage.
+    The first time it goes on with twice the workers and under another ZeRO stage; the second time by the command that
+    began it, which a scheduler repeats.
     """
     folder = tmp_path / "ended"
     wild = ("space.learning_rate.low=1e-3", "space.learning_rate.high=1e30", "training.max_grad_norm=1e30")
     resume = readme.arguments("resume=", {"sweeps/mine": str(folder)})
-    process = start("sweep", "experiment=tiny", *ONE, *wild, f"output={folder}", f"cache={cache}")
+    command = ("experiment=tiny", *ONE, *wild, f"output={folder}", f"cache={cache}", "resume=auto")
+    process = start("sweep", *command)
     wait_for(lambda: ended(folder) or process.poll() is not None)
     process.send_signal(signal.SIGINT)
     _, err = finish(process, status=130)
@@ -201,7 +203,8 @@ def test_interrupted_killed_and_resumed(tmp_path: Path, cache: Path) -> None:
     moved = load(folder / "config.yaml")
     assert (moved.workers, moved.training.micro_batch, moved.deepspeed.stage) == (2, 2, 3)
 
-    out, _ = finish(start("sweep", *resume))
+    out, _ = finish(start("sweep", *command))
+    assert load(folder / "config.yaml") == moved
     trials = json.loads((folder / "results.json").read_text())["trials"]
     names = [trial["trial_id"] for trial in trials]
     assert len(set(names)) == 4, "a number that was given out just before the kill is not used again"

@@ -248,6 +248,21 @@ def test_resume_takes_nothing_that_changes_what_is_trained(refused: Refused) -> 
     assert "workers" in said
 
 
+def test_resume_auto_needs_a_folder(refused: Refused) -> None:
+    assert "name it (output=…)" in refused("sweep", *TINY, "resume=auto")
+
+
+def test_resume_auto_with_another_config(refused: Refused, here: Path) -> None:
+    create(here / "old", compose([*TINY, "workers=2", "training.global_batch=8"]), "sweep")
+    said = refused("sweep", *TINY, "resume=auto", "output=old", "search.trials=9", "data.seed=7", "~space.rank")
+    assert said.startswith(f"error: resume=auto: {here}/old was begun with another config: ")
+    assert "search.trials=9 (in the folder: 16)" in said
+    assert "data.seed=7 (in the folder: 0)" in said
+    assert "training.global_batch=32 (in the folder: 8)" in said
+    assert "and 6 more" in said
+    assert "workers=" not in said, "where it runs may change"
+
+
 # ----------------------------------------------------------------------------------------------------- the command line
 
 

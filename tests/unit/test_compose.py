@@ -134,6 +134,41 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
         load(tmp_path / "config.yaml")
 
 
+# ------------------------------------------------------------------------------------------------- the user's own files
+
+
+@pytest.fixture
+def own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An experiment of the user's own."""
+    folder = tmp_path / "my conf"
+    (folder / "experiment").mkdir(parents=True)
+    mine = "# @package _global_\ndefaults: [override /model: tiny, override /data: fake]\nworkers: 2\n"
+    (folder / "experiment" / "mine.yaml").write_text(mine)
+    monkeypatch.setenv("RAYTUNE_LORA_CONF", str(folder))
+    return folder
+
+
+def test_own_groups_are_found(own: Path) -> None:
+    assert groups()["experiment"] == ["mine", "quickstart", "tiny"]
+    cfg = compose(["experiment=mine", "training.max_steps=3"])
+    assert (cfg.workers, cfg.training.max_steps, cfg.model.kind) == (2, 3, "tiny")
+    assert problems("experiment=nine") == [
+        "experiment: there is no 'nine'. Did you mean experiment=mine? Known: mine, quickstart, tiny."
+    ]
+
+
+def test_an_own_group_with_the_name_of_another_is_refused(own: Path) -> None:
+    (own / "experiment" / "tiny.yaml").write_text("workers: 2\n")
+    assert problems(*TINY) == [
+        f"RAYTUNE_LORA_CONF: {own}/experiment/tiny.yaml has the name of a file that comes with the project; rename it"
+    ]
+
+
+def test_a_folder_of_own_groups_that_is_not_there_is_refused(own: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAYTUNE_LORA_CONF", str(own / "none"))
+    assert problems(*TINY) == [f"RAYTUNE_LORA_CONF: {own}/none is no folder"]
+
+
 # ------------------------------------------------------------------------------------------------------------- mistakes
 
 
