@@ -168,6 +168,7 @@ class ClusterConfig:
     object_store_mb: int = 128  # of the local one
     dashboard: bool = False  # of the local one
     reuse_workers: bool = True  # a worker group takes one trial after the other; false starts a new one for each
+    autoscaler: bool = False  # machines are added when they are asked for: trials that do not fit now wait for them
 
 
 @dataclass
