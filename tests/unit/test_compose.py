@@ -157,6 +157,18 @@ def test_own_groups_are_found(own: Path) -> None:
     ]
 
 
+def test_a_mounted_config_map_is_found_once(own: Path) -> None:
+    """As the kubelet lays it out: a link to a link into a folder of that version."""
+    versions = own / "experiment" / "..2026_01_01"
+    versions.mkdir()
+    (own / "experiment" / "mine.yaml").rename(versions / "mine.yaml")
+    (own / "experiment" / "..data").symlink_to(versions.name)
+    (own / "experiment" / "mine.yaml").symlink_to("..data/mine.yaml")
+    assert groups()["experiment"] == ["mine", "quickstart", "tiny"]
+    assert not any(name.startswith("experiment/") for name in groups())
+    assert compose(["experiment=mine"]).workers == 2
+
+
 def test_an_own_group_with_the_name_of_another_is_refused(own: Path) -> None:
     (own / "experiment" / "tiny.yaml").write_text("workers: 2\n")
     assert problems(*TINY) == [
