@@ -283,9 +283,8 @@ def _do(task: Task, board: Any, group: str, rank: int, workers: int) -> None:
     with without_mlflow():
         from raytune_lora.training.worker import clean_up, set_up  # here: it brings torch and transformers
 
-    def report(metrics: Report) -> None:
-        if rank == 0:
-            ray.get(board.post.remote(task.key, metrics))
+    def report(metrics: Report) -> bool:
+        return rank == 0 and bool(ray.get(board.post.remote(task.key, metrics)))
 
     log = task.folder / LOGS / f"worker-{rank}.log"
     log.parent.mkdir(parents=True, exist_ok=True)

@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 from ray import cloudpickle
 
+from raytune_lora.artifacts import folder_bytes
 from raytune_lora.data.store import TokenStore
 from raytune_lora.training import driver
 from raytune_lora.training.driver import Pool, TaskFailed
@@ -24,7 +25,7 @@ from tests.integration import tasks
 from tests.integration.conftest import Configure
 from tests.integration.running import losses, run
 from tests.integration.running import steps as steps_of
-from tests.integration.test_jobs import ROOT, ended, finish, nothing_left, start, trials_in, wait_for
+from tests.integration.test_jobs import ONE, ROOT, ended, finish, nothing_left, start, trials_in, wait_for
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 
@@ -169,7 +170,7 @@ def test_machines_that_die_come_or_are_about_to_go(cluster: Any, tmp_path: Path,
 
 def test_ctrl_c_once_saves_what_runs_and_twice_ends_at_once(tmp_path: Path, cache: Path) -> None:
     folder = tmp_path / "sweep"
-    process = start("sweep", *SLOW, "search.trials=2", "budget.hours=1", f"output={folder}", f"cache={cache}")
+    process = start("sweep", *SLOW, *ONE, "search.trials=2", "budget.hours=1", f"output={folder}", f"cache={cache}")
     at_work(folder, process)
     process.send_signal(signal.SIGINT)
     _, err = finish(process, status=130)
@@ -228,7 +229,9 @@ def full_disk(path: Path) -> Iterator[Callable[[bool], None]]:
 def test_a_full_disk_halts_a_sweep_that_goes_on_when_there_is_room(tmp_path: Path, cache: Path) -> None:
     with full_disk(tmp_path / "disk") as fill:
         folder = tmp_path / "disk" / "sweep"
-        process = start("sweep", *SLOW, "search.trials=2", "disk.trial_gb=1", f"output={folder}", f"cache={cache}")
+        process = start(
+            "sweep", *SLOW, *ONE, "search.trials=2", "disk.trial_gb=1", f"output={folder}", f"cache={cache}"
+        )
         at_work(folder, process)
         fill(True)
         _, err = finish(process, status=1)
@@ -251,11 +254,14 @@ def test_a_full_disk_halts_a_sweep_that_goes_on_when_there_is_room(tmp_path: Pat
 def test_a_trial_beyond_its_quota_ends_alone(
     single: Pool, store: TokenStore, configure: Configure, tmp_path: Path
 ) -> None:
-    cfg = configure(*RUN, "training.keep_checkpoints=9", "disk.trial_gb=0.004")
-    with pytest.raises(TaskFailed, match=r"disk\.trial_gb=0\.004") as caught:
+    measured = run(single, store, tmp_path / "free", configure(*RUN))
+    room = 1.5e-9 * folder_bytes(Path(measured[-1]["checkpoint"]))
+    cfg = configure(*RUN, f"disk.trial_gb={room}")
+    with pytest.raises(TaskFailed, match=r"more than disk\.trial_gb=") as caught:
         list(isolated.train(single.board, "full", cfg, store, tmp_path))
     assert caught.value.ended.status == "quota"
-    run(single, store, tmp_path / "next", configure(*RUN))
+    assert [path.name for path in (tmp_path / "full").glob("checkpoint-*")] == ["checkpoint-00000002"]
+    assert run(single, store, tmp_path / "next", configure(*RUN))[-1]["last"]
 
 
 def hold_memory(cfg: Any, store: Any, place: Any) -> None:
