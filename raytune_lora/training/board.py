@@ -109,11 +109,13 @@ class Board:
                 state.taken.append(task)
         return state.taken[number]
 
-    async def post(self, key: Key, report: Report) -> None:
-        """Add to a task's stream."""
-        if key not in self._ended:
-            self._streams[key].append(report)
-            await self._tell()
+    async def post(self, key: Key, report: Report) -> bool:
+        """Add to a task's stream; whether it was open."""
+        if key in self._ended:
+            return False
+        self._streams[key].append(report)
+        await self._tell()
+        return True
 
     async def end(self, key: Key, ended: Ended) -> None:
         """Close a task's stream; the first to close it says how it ended."""

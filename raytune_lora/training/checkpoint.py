@@ -97,10 +97,8 @@ def write_parts(folder: Path, model: Any, optimizer: Any, method: Method[Any], *
     state.write(folder, EXTRA, method.extra_state(model).items())
 
 
-def commit(parts: Path, folder: Path, step: int, report: dict[str, Any], progress: dict[str, Any], keep: int) -> Path:
+def commit(parts: Path, folder: Path, step: int, report: dict[str, Any], progress: dict[str, Any]) -> Path:
     """Make a whole checkpoint of what was written; the first worker calls it.
-
-    Of older ones, that of the lowest validation loss is kept, and the newest.
 
     Args:
         parts: what ``write_parts`` wrote.
@@ -109,7 +107,6 @@ def commit(parts: Path, folder: Path, step: int, report: dict[str, Any], progres
         report: that goes with it; its ``eval_loss`` decides which checkpoint is the best, and is None where the run
             was saved between two validations.
         progress: what the reporter needs to go on.
-        keep: how many of the newest stay.
     """
     target = folder / f"{_PREFIX}{step:08d}"
     files = {str(p.relative_to(parts)): p for p in sorted(parts.rglob("*")) if p.is_file()}
@@ -123,7 +120,6 @@ def commit(parts: Path, folder: Path, step: int, report: dict[str, Any], progres
     write_json(parts / MANIFEST, manifest)
     shutil.rmtree(target, ignore_errors=True)
     os.replace(parts, target)
-    _forget_others(folder, keep)
     return target
 
 
@@ -139,7 +135,8 @@ def _digest(path: Path) -> str:
     return digest.hexdigest()
 
 
-def _forget_others(folder: Path, keep: int) -> None:
+def forget_others(folder: Path, keep: int) -> None:
+    """Keep the checkpoint of a trial with the lowest validation loss, and so many of the newest."""
     found: dict[Path, dict[str, Any]] = {
         path: manifest for path in sorted(folder.glob(f"{_PREFIX}*")) if (manifest := read_manifest(path)) is not None
     }

@@ -37,7 +37,7 @@ from raytune_lora.training.output import output_to
 from raytune_lora.training.place import Place
 
 LOGS = "logs"
-_MORE_STARTS = 1  # after one that failed in a group's own code, before a pool goes on with a group less
+_MORE_STARTS = 1  # at least, after one that failed, before a pool goes on with a group less
 _WATCH = 1.0  # seconds between two looks at the groups
 _LEFT_ON_GPU = 2**28  # bytes that a worker may hold between two tasks: cuBLAS keeps its workspaces
 _GROWTH = 2**30  # bytes of resident memory beyond twice those after the first task, without a GPU
@@ -145,7 +145,8 @@ class Pool:
                 ended = classify(error)
                 had_task = ray.get(self.board.group_failed.remote(group, ended))
                 failed_starts = 0 if had_task else failed_starts + 1
-                if failed_starts > (self._cfg.cluster.retries if ended.status == LOST else _MORE_STARTS):
+                more = self._cfg.cluster.retries if ended.status == LOST else 0
+                if failed_starts > max(more, _MORE_STARTS):
                     kind = DISK if ended.status == DISK else FAILED
                     self._abandon(Ended(kind, f"no worker group could start: {ended.error}"))
                     return
@@ -284,9 +285,8 @@ def _do(task: Task, board: Any, group: str, rank: int, workers: int) -> None:
     with without_mlflow():
         from raytune_lora.training.worker import clean_up, set_up  # here: it brings torch and transformers
 
-    def report(metrics: Report) -> None:
-        if rank == 0:
-            ray.get(board.post.remote(task.key, metrics))
+    def report(metrics: Report) -> bool:
+        return rank == 0 and bool(ray.get(board.post.remote(task.key, metrics)))
 
     log = task.folder / LOGS / f"worker-{rank}.log"
     log.parent.mkdir(parents=True, exist_ok=True)

@@ -18,5 +18,5 @@ class Place:
     rank: int
     workers: int
     folder: Path  # of the task: checkpoints and logs
-    report: Callable[[dict[str, Any]], None]  # heard from the first worker only
+    report: Callable[[dict[str, Any]], bool]  # whether it was heard: from the first worker, while the task is wanted
     stopped: Callable[[], int]  # whether the task's end was asked for, and how

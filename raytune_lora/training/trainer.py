@@ -22,7 +22,7 @@ from raytune_lora.config.schema import RunConfig
 from raytune_lora.errors import DivergedError, QuotaError
 from raytune_lora.models.methods import Method
 from raytune_lora.training.batches import training_loader
-from raytune_lora.training.checkpoint import Checkpoint, commit, write_parts
+from raytune_lora.training.checkpoint import Checkpoint, commit, forget_others, write_parts
 from raytune_lora.training.metrics import validation_loss
 from raytune_lora.training.place import GO_ON, SAVE_AND_STOP, Place
 from raytune_lora.training.plan import Plan, stream
@@ -221,10 +221,11 @@ class Reporter(TrainerCallback):
         if measured:
             self._losses.clear()
         progress = {"lowest": self._lowest, "in_vain": self._in_vain, "losses": self._losses}
-        checkpoint = commit(parts, self._place.folder, step, report, progress, self._cfg.training.keep_checkpoints)
+        checkpoint = commit(parts, self._place.folder, step, report, progress)
         self._size = folder_bytes(checkpoint)
-        if measured:
-            self._place.report(report | {"checkpoint": str(checkpoint)})
+        heard = not measured or self._place.report(report | {"checkpoint": str(checkpoint)})
+        if heard:  # else whoever was told of the best one before looks for it where it is
+            forget_others(self._place.folder, self._cfg.training.keep_checkpoints)
 
     def _gave_up(self) -> bool:
         patience = self._cfg.training.patience

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from raytune_lora.artifacts import folder_bytes, read_manifest, remove_folder
 from raytune_lora.config.schema import DiskConfig, SweepConfig
-from raytune_lora.errors import JobFailed, StorageError, disk_trouble
+from raytune_lora.errors import JobFailed, disk_trouble
 from raytune_lora.tuning.trials import ENDED_BADLY, Record, lowest
 
 GB = 1e9
@@ -106,7 +106,7 @@ class Quota:
         that run. The best checkpoint of the best trials stays, and the newest one of each trial that runs.
 
         Raises:
-            StorageError: what must stay does not fit.
+            JobFailed: what must stay does not fit.
         """
         if self._cfg.sweep_gb is None:
             return
@@ -118,9 +118,9 @@ class Quota:
             remove_folder(path)
             total -= sizes[path]
         if total > self._cfg.sweep_gb * GB:
-            raise StorageError(
+            raise JobFailed(
                 f"disk.sweep_gb={self._cfg.sweep_gb:g}, and the checkpoints that are never deleted take "
-                f"{total / GB:.3g} GB: raise it (disk.sweep_gb=<more> beside resume=)"
+                f"{total / GB:.3g} GB: go on with resume={self._trials.parent} disk.sweep_gb=<more>"
             )
 
 

@@ -135,7 +135,7 @@ class _Searcher(StudySearcher):
 
 
 def _tune(job: Job, study: optuna.Study, interrupted: list[Trial], budget: Budget) -> None:
-    logging.getLogger("ray.tune").setLevel(logging.ERROR)
+    logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # what goes wrong is in the journal
     cfg = job.cfg
     board = job.pool.board
     searcher = _Searcher(study, cfg.space, cfg, interrupted)

@@ -13,9 +13,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 from ray import cloudpickle
 
+from raytune_lora.artifacts import folder_bytes
 from raytune_lora.data.store import TokenStore
 from raytune_lora.training import driver
 from raytune_lora.training.driver import Pool, TaskFailed
@@ -24,7 +26,7 @@ from tests.integration import tasks
 from tests.integration.conftest import Configure
 from tests.integration.running import losses, run
 from tests.integration.running import steps as steps_of
-from tests.integration.test_jobs import ROOT, ended, finish, nothing_left, start, trials_in, wait_for
+from tests.integration.test_jobs import ONE, ROOT, ended, finish, nothing_left, start, trials_in, wait_for
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 
@@ -147,6 +149,18 @@ def drain(cluster: Any, machine: Any, seconds: float) -> None:
     assert accepted, why
 
 
+def actors(cluster: Any, *kinds: str) -> list[psutil.Process]:
+    """The processes of actors on a cluster's machines."""
+    nodes = [cluster.head_node, *cluster.worker_nodes]
+    raylets = [psutil.Process(info.process.pid) for node in nodes for info in node.all_processes["raylet"]]
+    found = []
+    for process in (child for raylet in raylets for child in raylet.children(recursive=True)):
+        with contextlib.suppress(psutil.Error):
+            name = " ".join(process.cmdline())
+            found += [process for kind in kinds if name.startswith(f"ray::{kind}")]
+    return found
+
+
 def test_machines_that_die_come_or_are_about_to_go(cluster: Any, tmp_path: Path, cache: Path) -> None:
     """The trial of a dead machine waits for room and goes on; that of one which is drained is saved and moves."""
     folder, machines = tmp_path / "sweep", [cluster.add_machine() for _ in range(2)]
@@ -155,21 +169,25 @@ def test_machines_that_die_come_or_are_about_to_go(cluster: Any, tmp_path: Path,
     wait_for(lambda: len(list(folder.glob("trials/*/logs"))) == 2 or process.poll() is not None)
     cluster.add_machine()  # for the one that moves
     at_work(folder, process, 2)
+    readers = actors(cluster, "ImplicitFunc")
+    assert len(readers) == 2
+    readers[0].kill()  # the process of a Tune trial: its training goes on, and another reads of it
     drain(cluster, machines[1], seconds=90)
     wait_for(lambda: of_kind(folder, "trial_retried") or process.poll() is not None)
     cluster.remove_node(machines[0], allow_graceful=False)
     wait_for(lambda: len(of_kind(folder, "trial_retried")) > 1 or process.poll() is not None)
-    assert [event["kind"] for event in of_kind(folder, "trial_retried")] == ["moved", "lost"]
+    assert {event["kind"] for event in of_kind(folder, "trial_retried")} == {"moved", "lost"}
     cluster.add_machine()  # for the one that lost its own
     _, err = finish(process)
     assert "leaves a machine that is about to be taken away" in err
     results = went_well(folder, 2)
     assert [trial["retries"] for trial in results["trials"]] == [1, 1]
+    wait_for(lambda: not actors(cluster, "ImplicitFunc", "Board", "RayTrainWorker", "TrainController"), 60)
 
 
 def test_ctrl_c_once_saves_what_runs_and_twice_ends_at_once(tmp_path: Path, cache: Path) -> None:
     folder = tmp_path / "sweep"
-    process = start("sweep", *SLOW, "search.trials=2", "budget.hours=1", f"output={folder}", f"cache={cache}")
+    process = start("sweep", *SLOW, *ONE, "search.trials=2", "budget.hours=1", f"output={folder}", f"cache={cache}")
     at_work(folder, process)
     process.send_signal(signal.SIGINT)
     _, err = finish(process, status=130)
@@ -228,7 +246,9 @@ def full_disk(path: Path) -> Iterator[Callable[[bool], None]]:
 def test_a_full_disk_halts_a_sweep_that_goes_on_when_there_is_room(tmp_path: Path, cache: Path) -> None:
     with full_disk(tmp_path / "disk") as fill:
         folder = tmp_path / "disk" / "sweep"
-        process = start("sweep", *SLOW, "search.trials=2", "disk.trial_gb=1", f"output={folder}", f"cache={cache}")
+        process = start(
+            "sweep", *SLOW, *ONE, "search.trials=2", "disk.trial_gb=1", f"output={folder}", f"cache={cache}"
+        )
         at_work(folder, process)
         fill(True)
         _, err = finish(process, status=1)
@@ -251,11 +271,14 @@ def test_a_full_disk_halts_a_sweep_that_goes_on_when_there_is_room(tmp_path: Pat
 def test_a_trial_beyond_its_quota_ends_alone(
     single: Pool, store: TokenStore, configure: Configure, tmp_path: Path
 ) -> None:
-    cfg = configure(*RUN, "training.keep_checkpoints=9", "disk.trial_gb=0.004")
-    with pytest.raises(TaskFailed, match=r"disk\.trial_gb=0\.004") as caught:
+    measured = run(single, store, tmp_path / "free", configure(*RUN))
+    room = 1.5e-9 * folder_bytes(Path(measured[-1]["checkpoint"]))
+    cfg = configure(*RUN, f"disk.trial_gb={room}")
+    with pytest.raises(TaskFailed, match=r"more than disk\.trial_gb=") as caught:
         list(isolated.train(single.board, "full", cfg, store, tmp_path))
     assert caught.value.ended.status == "quota"
-    run(single, store, tmp_path / "next", configure(*RUN))
+    assert [path.name for path in (tmp_path / "full").glob("checkpoint-*")] == ["checkpoint-00000002"]
+    assert run(single, store, tmp_path / "next", configure(*RUN))[-1]["last"]
 
 
 def hold_memory(cfg: Any, store: Any, place: Any) -> None:
