@@ -77,7 +77,7 @@ def main() -> int:
             "memory": peak,
             "within": within,
         }
-        args.json.write_text(json.dumps(answer, indent=2) + "\n")
+        args.json.write_text(json.dumps(answer | {"within": within}, indent=2) + "\n")
     return 0 if within else 1
 
 
@@ -123,7 +123,7 @@ def turn(rows: Path, model: str, side: str, processes: int) -> dict[str, Any]:
 
 
 def run_side(side: str, rows: str, model: str, processes: str, cache: str) -> dict[str, Any]:
-    """What a process of its own does; seconds, tokens and the greatest resident memory of it and its children, in bytes."""
+    """What a process of its own does; seconds, tokens and the peak memory of it and its children, in bytes."""
     from raytune_lora.cache import Cache
     from raytune_lora.config.compose import compose
     from raytune_lora.models.sources import materialize
@@ -141,18 +141,19 @@ def run_side(side: str, rows: str, model: str, processes: str, cache: str) -> di
 
 @contextmanager
 def watched_memory() -> Iterator[list[int]]:
-    """Samples of the resident memory of this process and its children, in bytes; what they share counts for each."""
-    samples, done, page = [0], threading.Event(), os.sysconf("SC_PAGE_SIZE")
+    """Samples of the memory of this process and its children, in bytes; what they share counts once (PSS)."""
+    samples, done = [0], threading.Event()
 
-    def resident() -> int:
+    def taken() -> int:
         children = [path.read_text().split() for path in Path("/proc/self/task").glob("*/children")]
         family = ["self", *(child for some in children for child in some)]
-        return sum(int(Path(f"/proc/{pid}/statm").read_text().split()[1]) for pid in family) * page
+        rollups = [Path(f"/proc/{pid}/smaps_rollup").read_text().split() for pid in family]
+        return sum(int(words[words.index("Pss:") + 1]) for words in rollups) * 1024
 
     def watch() -> None:
-        while not done.wait(0.2):
+        while not done.wait(0.5):
             with suppress(OSError):  # a child has just ended
-                samples.append(resident())
+                samples.append(taken())
 
     thread = threading.Thread(target=watch)
     thread.start()
