@@ -50,13 +50,18 @@ class Cache:
         return self.folder / name
 
     def publish(self, folder: Path) -> None:
-        """Let the other nodes have what is in a folder of this cache; what lies elsewhere is left where it is.
+        """Let the other nodes have what is in a folder of this cache, if they do not yet.
+
+        A name stands for its content, so that what is whole there is not sent again; a folder elsewhere is left alone.
 
         Raises:
             StorageError: the store refuses or does not answer.
         """
-        if self.uri is not None and folder.is_relative_to(self.folder):
-            storage.upload(folder, storage.join(self.uri, folder.relative_to(self.folder).as_posix()), self.patience)
+        if self.uri is None or not folder.is_relative_to(self.folder):
+            return
+        uri = storage.join(self.uri, folder.relative_to(self.folder).as_posix())
+        if storage.whole(uri, self.patience) is None:
+            storage.upload(folder, uri, self.patience)
 
     def _brought(self, name: str, work: Path) -> dict[str, Any] | None:
         """The manifest, where the store has the artifact; what is damaged there is removed, to be made anew."""

@@ -212,9 +212,11 @@ def _remedy(uri: str, why: str, patience: Patience) -> str:
         return "make room, or name another folder"
     scheme = uri.partition("://")[0]
     settings = _SETTINGS[_kind(scheme)] if scheme in (*S3, *GCS, *AZURE) else "the address"
-    if "NO_SUCH_BUCKET" in why or "Bucket" in why:
+    if re.search(r"NO_SUCH_BUCKET|Bucket '.*' not found", why):
         return "make the bucket first, or name another"
-    if "NETWORK_CONNECTION" in why or "HTTP status 5" in why or "SLOW_DOWN" in why:
+    if re.search(
+        r"NETWORK_CONNECTION|HTTP status 5|SLOW_DOWN|SERVICE_UNAVAILABLE|INTERNAL_FAILURE|REQUEST_TIMEOUT", why
+    ):
         tried = f"it was tried {patience.attempts} times"
         return f"{tried}; see that the store answers, and check the environment ({settings})"
     return f"check the right to read and write there, and the environment ({settings})"

@@ -3,7 +3,9 @@
 Both read the same JSONL file of Alpaca rows, tokenize it for the same model, mask the prompts and leave Arrow files
 behind, in turns, each turn in a new process and with an empty cache; imports and the tokenizer do not count. The price
 of each check is what preparation takes with that check alone. The exit status is 1 where ours, all checks off, gives
-fewer rows a second than TRL's, or where a worker waits longer than ``--first-batch`` seconds for its first batch.
+fewer rows a second than TRL's, where a worker waits longer than ``--first-batch`` seconds for its first batch, or where
+all our processes together take more than ``--memory`` GB, as with a million rows:
+``python jobs/bench/data.py --rows 1000000 --processes 2 --repeats 1 --checks``.
 """
 
 from __future__ import annotations
@@ -13,12 +15,14 @@ import importlib
 import json
 import os
 import random
-import resource
 import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +49,7 @@ def main() -> int:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--model", default="smollm2", help="whose tokenizer; a choice of the group model")
     parser.add_argument("--first-batch", type=float, default=0.5, help="seconds, at most")
+    parser.add_argument("--memory", type=float, default=2.0, help="GB, at most, of ours")
     parser.add_argument("--checks", nargs="*", default=CHECKS, help="to be priced one by one")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--side", nargs=5, help=argparse.SUPPRESS)  # what one process does
@@ -59,11 +64,20 @@ def main() -> int:
     ratios = {n: show(n, of) for n, of in found.items()}
     first = statistics.median(waits)
     print(f"\nfirst batch of a worker: {first:.3f} s after its store is ready (at most {args.first_batch:g})")
-    within = min(ratios.values()) >= 1 and first <= args.first_batch
-    print(f"{'within' if within else 'ABOVE'} the limits: at least TRL's rows/s without checks, and the first batch")
+    peak = max(one["peak_memory"] for of in found.values() for side in of if side != THEIRS for one in of[side]) / 1e9
+    print(f"memory of all our processes: {peak:.2f} GB (at most {args.memory:g})")
+    within = min(ratios.values()) >= 1 and first <= args.first_batch and peak <= args.memory
+    print(f"{'within' if within else 'ABOVE'} the limits: TRL's rows/s without checks, the first batch, memory")
     if args.json:
-        answer = {"rows": args.rows, "turns": found, "ratios": ratios, "first_batch": waits, "within": within}
-        args.json.write_text(json.dumps(answer, indent=2) + "\n")
+        answer = {
+            "rows": args.rows,
+            "turns": found,
+            "ratios": ratios,
+            "first_batch": waits,
+            "memory": peak,
+            "within": within,
+        }
+        args.json.write_text(json.dumps(answer | {"within": within}, indent=2) + "\n")
     return 0 if within else 1
 
 
@@ -109,7 +123,7 @@ def turn(rows: Path, model: str, side: str, processes: int) -> dict[str, Any]:
 
 
 def run_side(side: str, rows: str, model: str, processes: str, cache: str) -> dict[str, Any]:
-    """What a process of its own does; seconds, tokens and the greatest resident memory of it and its children."""
+    """What a process of its own does; seconds, tokens and the peak memory of it and its children, in bytes."""
     from raytune_lora.cache import Cache
     from raytune_lora.config.compose import compose
     from raytune_lora.models.sources import materialize
@@ -117,13 +131,37 @@ def run_side(side: str, rows: str, model: str, processes: str, cache: str) -> di
 
     cfg = compose([f"model={model}", f"data.path={rows}", f"data.processes={processes}"])
     tokenizer = load_tokenizer(materialize(cfg.model, Cache(Path(cfg.cache).expanduser())), cfg.model)
-    if side == THEIRS:
-        seconds, tokens = prepare_with_trl(rows, tokenizer, int(processes), cache)
-    else:
-        seconds, tokens = prepare_with_ours(side, cfg, tokenizer, cache)
-    kinds = (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
-    memory = [resource.getrusage(kind).ru_maxrss * 1024 for kind in kinds]
-    return {"seconds": seconds, "tokens": tokens, "peak_memory": memory[0], "peak_memory_of_a_child": memory[1]}
+    with watched_memory() as samples:
+        if side == THEIRS:
+            seconds, tokens = prepare_with_trl(rows, tokenizer, int(processes), cache)
+        else:
+            seconds, tokens = prepare_with_ours(side, cfg, tokenizer, cache)
+    return {"seconds": seconds, "tokens": tokens, "peak_memory": max(samples)}
+
+
+@contextmanager
+def watched_memory() -> Iterator[list[int]]:
+    """Samples of the memory of this process and its children, in bytes; what they share counts once (PSS)."""
+    samples, done = [0], threading.Event()
+
+    def taken() -> int:
+        children = [path.read_text().split() for path in Path("/proc/self/task").glob("*/children")]
+        family = ["self", *(child for some in children for child in some)]
+        rollups = [Path(f"/proc/{pid}/smaps_rollup").read_text().split() for pid in family]
+        return sum(int(words[words.index("Pss:") + 1]) for words in rollups) * 1024
+
+    def watch() -> None:
+        while not done.wait(0.5):
+            with suppress(OSError):  # a child has just ended
+                samples.append(taken())
+
+    thread = threading.Thread(target=watch)
+    thread.start()
+    try:
+        yield samples
+    finally:
+        done.set()
+        thread.join()
 
 
 def prepare_with_ours(side: str, cfg: Any, tokenizer: Any, cache: str) -> tuple[float, int]:
