@@ -48,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not arguments or arguments[0] not in VERBS:
         wanted_help = bool(arguments) and arguments[0] in ("--help", "-h")
         lines = [f"  {verb:<8}{what}" for verb, what in VERBS.items()]
-        print("usage: raytune-lora <verb> …", "", *lines, "", "raytune-lora <verb> --help", sep="\n")
+        print("usage: raytune-lora <verb> [key=value …]", "", *lines, "", "raytune-lora <verb> --help", sep="\n")
         return 0 if wanted_help else 2
     return job(arguments[0], arguments[1:], program=f"raytune-lora {arguments[0]}")
 

@@ -96,10 +96,11 @@ class Cluster:
         Raises:
             UserError: nothing answers there, or it wants another token.
         """
-        self.address = address or next((os.environ[n] for n in _ADDRESSES if os.environ.get(n)), ADDRESS)
-        if self.address.startswith("ray://") or self.address in ("auto", "local"):
+        named = address or next((os.environ[n] for n in _ADDRESSES if "http" in os.environ.get(n, "")), ADDRESS)
+        self.address = named if "://" in named else f"http://{named}"
+        if not self.address.startswith(("http://", "https://")):
             raise UserError(
-                f"--address {self.address}: a sweep is submitted through the dashboard; name that (http://<head>:8265)"
+                f"--address {named}: a sweep is submitted through the dashboard; name that (http://<head>:8265)"
             )
         logging.getLogger("ray").setLevel(logging.ERROR)
         for name in ("ray.dashboard.modules.dashboard_sdk", "ray._private.authentication.http_token_authentication"):

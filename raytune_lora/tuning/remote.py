@@ -80,7 +80,7 @@ def remote(options: Options, program: str) -> int:
 
 def _submit(options: Options, program: str) -> int:
     root = Path.cwd()
-    cluster = None if options.dry_run and options.resume is None else Cluster(options.address)
+    cluster = Cluster(options.address) if options.resume is not None else None
     overrides = list(options.overrides)
     if cluster is not None and options.resume is not None and not overrides:
         overrides = cluster.get(options.resume).facts["overrides"]
@@ -103,7 +103,7 @@ def _submit(options: Options, program: str) -> int:
     if options.dry_run:
         print(listing(package), f"command: {sweep.entrypoint}", f"name:    {name}", sep="\n")
         return 0
-    assert cluster is not None
+    cluster = cluster or Cluster(options.address)
     with tempfile.TemporaryDirectory() as folder:
         packed = Path(folder) / "package.zip"
         package.write(packed)

@@ -1,18 +1,24 @@
-"""The README's `ray job submit`, on a Ray cluster that is started for it."""
+"""Sweeps as jobs of a Ray cluster that is started for them and wants a token."""
 
 from __future__ import annotations
 
 import json
 import os
+import re
 import shlex
+import shutil
 import signal
 import socket
+import socketserver
 import subprocess
 import sys
+import tempfile
+import threading
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -21,8 +27,18 @@ from tests import readme
 
 pytestmark = [pytest.mark.slow, pytest.mark.e2e, pytest.mark.timeout(400)]
 
-OPEN = {"RAY_AUTH_MODE": "disabled"}  # between processes of one test on this machine
-RAY = str(Path(sys.executable).parent / "ray")
+BIN = Path(sys.executable).parent
+RAY = str(BIN / "ray")
+# what the nodes have from a Kubernetes Secret, and one thing more that a laptop passes on
+PLANTED = {
+    "RAY_AUTH_TOKEN": "planted0token0of0the0cluster0a1b2c3",
+    "HF_TOKEN": "hf_planted0a1b2c3d4e5f6a1b2c3d4e5f6a1",
+    "WANDB_API_KEY": "planted0a1b2c3d4e5f6a1b2c3d4e5f6a1b2c3d4",
+    "MLFLOW_TRACKING_PASSWORD": "planted-mlflow-a1b2",
+    "RAYTUNE_LORA_STORAGE_PASSWORD": "planted-database-a1b2",
+}
+PASSED = {"PASSED_ON": "planted-passed-on-a1b2"}
+SMALL = ("evaluation.generate_rows=2", "evaluation.loss_rows=8", "evaluation.max_new_tokens=8", "search.concurrent=1")
 
 
 def free_port() -> int:
@@ -31,21 +47,170 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-@pytest.fixture
-def dashboard(tmp_path: Path) -> Iterator[str]:
-    """A head node of its own, ended by its process group."""
-    port = free_port()
-    command = [RAY, "start", "--head", "--block", "--num-cpus=4", "--node-ip-address=127.0.0.1"]
-    command += [f"--port={free_port()}", f"--dashboard-port={port}", "--object-store-memory=134217728"]
-    command += [f"--dashboard-agent-listen-port={free_port()}"]  # another Ray on the machine has the usual one
-    with (tmp_path / "head.log").open("w") as log:
-        head = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True, env={**os.environ, **OPEN})
-    yield f"http://127.0.0.1:{port}"
+@dataclass(frozen=True)
+class Cluster:
+    """A head node, with a token."""
+
+    home: Path
+    port: int
+    dashboard_port: int
+
+    @property
+    def dashboard(self) -> str:
+        return f"http://127.0.0.1:{self.dashboard_port}"
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """Of a laptop that has the token."""
+        return laptop() | {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(self.home / "token")}
+
+    def leaks(self, secret: str, *folders: Path) -> set[str]:
+        """The names of the files that hold a secret, among Ray's own logs and in other folders."""
+        files = (file for folder in (*self.home.rglob("logs"), *folders) for file in folder.rglob("*"))
+        return {file.name for file in files if file.is_file() and secret.encode() in file.read_bytes()}
+
+
+def laptop() -> dict[str, str]:
+    """The environment of a machine that knows no cluster."""
+    cleared = {"RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH", "RAY_ADDRESS", *PLANTED}
+    kept = {name: value for name, value in os.environ.items() if name not in cleared}
+    return kept | {"PYTHONPATH": str(readme.ROOT), "PATH": f"{BIN}:{os.environ['PATH']}", "HOME": "/nowhere"}
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[Cluster]:
+    """Its path is short, as sockets need."""
+    home = Path(tempfile.mkdtemp(prefix="rt-", dir="/tmp"))
+    found = Cluster(home, free_port(), free_port())
+    (home / "token").write_text(PLANTED["RAY_AUTH_TOKEN"])
+    command = [RAY, "start", "--head", "--block", "--num-cpus=2", "--node-ip-address=127.0.0.1", f"--port={found.port}"]
+    command += ["--dashboard-host=127.0.0.1", f"--dashboard-port={found.dashboard_port}", f"--temp-dir={home / 'ray'}"]
+    command += [f"--dashboard-agent-listen-port={free_port()}", "--object-store-memory=100000000"]
+    environment = {**found.environment, **PLANTED, "OMP_NUM_THREADS": "1"}
+    environment.pop("PYTHONPATH")  # what runs there is what was sent
+    with (home / "head.log").open("w") as log:
+        head = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True, env=environment)
+    wait_until_up(found.dashboard)
+    yield found
     os.killpg(head.pid, signal.SIGKILL)
     head.wait(60)
+    shutil.rmtree(home)
 
 
-def test_submitted_to_a_cluster(dashboard: str, tmp_path: Path, cache: Path, tiny_folder: Path, rows: Path) -> None:
+def wait_until_up(url: str) -> None:
+    for _ in range(240):
+        try:
+            urllib.request.urlopen(f"{url}/api/version", timeout=2)
+        except urllib.error.HTTPError as refused:
+            if refused.code == 401:  # it wants the token
+                return
+        except OSError:
+            pass
+        time.sleep(0.5)
+    raise AssertionError(f"no dashboard at {url}, or one that wants no token")
+
+
+class Way(socketserver.ThreadingTCPServer):
+    """To the dashboard, as long as the lid is open."""
+
+    daemon_threads = True
+    open = True
+
+    def __init__(self, port: int) -> None:
+        self.port = port
+        super().__init__(("127.0.0.1", 0), _Connection)
+        threading.Thread(target=self.serve_forever, daemon=True).start()
+
+    @property
+    def address(self) -> str:
+        return f"http://127.0.0.1:{self.server_address[1]}"
+
+
+class _Connection(socketserver.BaseRequestHandler):
+    def handle(self) -> None:
+        assert isinstance(self.server, Way)
+        if not self.server.open:
+            return
+        with socket.create_connection(("127.0.0.1", self.server.port)) as there:
+            back = threading.Thread(target=_pour, args=(there, self.request), daemon=True)
+            back.start()
+            _pour(self.request, there)
+            back.join()
+
+
+def _pour(source: socket.socket, target: socket.socket) -> None:
+    while data := source.recv(65536):
+        target.sendall(data)
+    target.shutdown(socket.SHUT_WR)
+
+
+class Submitting:
+    """A submission at work, and what it has printed."""
+
+    def __init__(self, *arguments: str, environment: dict[str, str]) -> None:
+        command = [sys.executable, str(readme.ROOT / "jobs" / "submit.py"), *arguments]
+        self.process = subprocess.Popen(
+            command, env=environment, cwd=readme.ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        )
+        self.lines: list[str] = []
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
+
+    def _read(self) -> None:
+        assert self.process.stdout is not None
+        self.lines.extend(iter(self.process.stdout.readline, ""))  # extend takes them one by one
+
+    def said(self, words: str) -> bool:
+        return any(words in line for line in list(self.lines))
+
+    def wait_for(self, words: str, seconds: float = 150) -> None:
+        wait_for(lambda: self.said(words) or self.process.poll() is not None, seconds)
+        assert self.said(words), self.text
+
+    def end(self, status: int = 0) -> str:
+        assert self.process.wait(200) == status, self.text
+        self._reader.join()
+        return self.text
+
+    @property
+    def text(self) -> str:
+        return "".join(self.lines)
+
+
+def wait_for(condition: Callable[[], bool], seconds: float = 150) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "it never came about"
+        time.sleep(0.1)
+
+
+def events(folder: Path, kind: str) -> list[dict[str, float]]:
+    journal = folder / "journal.jsonl"
+    lines = journal.read_text().splitlines() if journal.exists() else []
+    return [event for event in map(json.loads, lines) if event["event"] == kind]
+
+
+# ---------------------------------------------------------------------------------------------------------------- tests
+
+
+@pytest.mark.parametrize(
+    ("token", "said"),
+    [
+        ({}, "the cluster wants a token, and none was sent; set RAY_AUTH_MODE=token"),
+        ({"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "another0planted0token"}, "the cluster refuses the token in"),
+    ],
+)
+def test_without_the_token(cluster: Cluster, token: dict[str, str], said: str) -> None:
+    refused = Submitting("--address", cluster.dashboard, "--status", "mine", environment=laptop() | token).end(2)
+    assert refused.startswith(f"error: --address {cluster.dashboard}: {said}")
+    assert refused.count("\n") == 1
+    assert not any(secret in refused for secret in token.values() if "planted" in secret)
+    assert not cluster.leaks("another0planted0token")
+
+
+def test_submitted_by_ray_and_no_secret_is_written(
+    cluster: Cluster, tmp_path: Path, cache: Path, tiny_folder: Path, rows: Path
+) -> None:
     text = readme.command("ray job submit")
     for old, new in {
         "<folder or owner/name>": str(tiny_folder),
@@ -55,34 +220,127 @@ def test_submitted_to_a_cluster(dashboard: str, tmp_path: Path, cache: Path, tin
         "search.concurrent=8": "search.concurrent=1",
         "/shared/sweeps/mine": str(tmp_path / "mine"),
         "/shared/cache": str(cache),
-        "-- python": f"-- {sys.executable}",
         "--working-dir .": f"--working-dir {readme.ROOT}",
     }.items():
         assert old in text
         text = text.replace(old, new)
     small = ["search.trials=2", "training.global_batch=8", "training.micro_batch=4", "training.max_steps=2"]
-    small += ["evaluation.generate_rows=2", "evaluation.loss_rows=8", "evaluation.max_new_tokens=8"]
-    command = [RAY, *shlex.split(text)[1:], *small]
-    wait_until_up(dashboard)
-    done = subprocess.run(
-        command,
-        env={**os.environ, **OPEN, "RAY_ADDRESS": dashboard},
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
+    command = [RAY, *shlex.split(text)[1:], *SMALL[:-1], *small, "tracking.trackers=[wandb,mlflow]"]
+    environment = {**cluster.environment, "RAY_ADDRESS": cluster.dashboard}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     results = json.loads((tmp_path / "mine" / "results.json").read_text())
     assert results["state"] == "finished"
     assert len(results["trials"]) == 2
+    for name, secret in PLANTED.items():
+        assert not cluster.leaks(secret, tmp_path), name
+        assert secret not in done.stdout + done.stderr
 
 
-def wait_until_up(url: str) -> None:
-    for _ in range(120):
-        try:
-            urllib.request.urlopen(f"{url}/api/version", timeout=2)
-            return
-        except (urllib.error.URLError, OSError):
-            time.sleep(0.5)
-    raise AssertionError(f"no dashboard at {url}")
+def test_submitted_left_alone_stopped_and_resumed(cluster: Cluster, tmp_path: Path, cache: Path) -> None:
+    way, began = Way(cluster.dashboard_port), time.time()
+    there = ("--address", way.address)
+    environment = cluster.environment | PASSED
+    sweep = ("model=tiny", "data=fake", "deepspeed=off", f"output={tmp_path / 'mine'}", f"cache={cache}", *SMALL)
+    trials = (
+        "search.trials=2",
+        "training.global_batch=8",
+        "training.max_steps=250",
+        "evaluation.every=400",
+        "scheduler=none",
+    )
+    arguments = (*there, "--env", "PASSED_ON", *sweep, *trials)
+    first = Submitting(*arguments, "--to", str(tmp_path / "got"), environment=environment)
+    first.wait_for("mine: submitted as job raytune-lora-mine.1")
+
+    second = Submitting(*arguments, "--detach", environment=environment)
+    way_was_cut_after = len(first.lines)
+    assert re.search(r"error: --name mine: a sweep of that name is (running|pending) ", second.end(2))
+
+    way.open = False
+    first.wait_for("does not answer (ConnectionError); the sweep goes on; trying again in 1 s")
+    way.open = True
+    first.wait_for("measuring the base model")
+    assert len(first.lines) > way_was_cut_after
+    assert len(set(first.lines)) == len(first.lines)  # nothing is told twice
+
+    first.process.send_signal(signal.SIGINT)
+    assert "the sweep goes on without this machine\nto follow it, and fetch its results: " in first.end(0)
+    assert not (tmp_path / "got").exists()
+
+    wait_for(lambda: bool(events(tmp_path / "mine", "trial_result")))
+    print(f"submit to first trial: {events(tmp_path / 'mine', 'trial_started')[0]['time'] - began:.1f} s")
+    assert "mine: running, " in Submitting(*there, "--status", "mine", environment=environment).end()
+    assert "mine: asked to stop" in Submitting(*there, "--stop", "mine", environment=environment).end()
+    last = Submitting(*there, "--logs", "mine", "--to", str(tmp_path / "got"), environment=environment)
+    assert "mine: stopped, " in last.end(1)
+    assert not events(tmp_path / "mine", "phase")[2:]
+
+    resumed = Submitting(*there, "--resume", "mine", "--to", str(tmp_path / "got"), environment=environment)
+    said = resumed.end(0)
+    assert "mine: submitted as job raytune-lora-mine.2" in said
+    assert "mine: succeeded, " in said
+    assert f"results: {tmp_path / 'got'}\n" in said
+    results = json.loads((tmp_path / "got" / "results.json").read_text())
+    assert [trial["status"] for trial in results["trials"]] == ["completed", "completed"]
+    for file in ("report.html", "best/adapter/adapter_model.safetensors", "best/config.yaml"):
+        assert (tmp_path / "got" / file).read_bytes() == (tmp_path / "mine" / file).read_bytes()
+    # Ray's agent writes down what it is passed; nothing of this project does
+    assert cluster.leaks(PASSED["PASSED_ON"], tmp_path) <= {"runtime_env_agent.log"}
+
+
+def test_the_dashboard_of_a_local_cluster_is_for_this_machine_alone() -> None:
+    code = (
+        "import ray\nfrom raytune_lora.cluster.connect import connected\n"
+        "from raytune_lora.config.schema import ClusterConfig\n"
+        "with connected(ClusterConfig(dashboard=True)): print('at', ray._private.worker.global_worker.node.webui_url)\n"
+    )
+    environment = laptop() | {"HOME": os.environ["HOME"], "RAY_AUTH_MODE": "disabled"}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert re.search(r"^at 127\.0\.0\.1:\d+$", done.stdout, re.MULTILINE)
+
+
+def test_a_node_with_another_version_and_other_storage(cluster: Cluster, tmp_path: Path, cache: Path) -> None:
+    """The node's processes find an older package first; and a path that means another folder in each process."""
+    shutil.copytree(readme.ROOT / "raytune_lora", tmp_path / "old" / "raytune_lora")
+    init = tmp_path / "old" / "raytune_lora" / "__init__.py"
+    init.write_text(re.sub(r'__version__ = ".*"', '__version__ = "0.0.9"', init.read_text()))
+    (tmp_path / "old" / "sitecustomize.py").write_text("import raytune_lora\n")
+    command = [
+        RAY,
+        "start",
+        "--block",
+        f"--address=127.0.0.1:{cluster.port}",
+        "--num-cpus=1",
+        "--node-ip-address=127.0.0.1",
+    ]
+    command += [f"--dashboard-agent-listen-port={free_port()}", "--object-store-memory=80000000"]
+    environment = cluster.environment | {"PYTHONPATH": str(tmp_path / "old")}
+    node = subprocess.Popen(
+        command, env=environment, cwd=tmp_path, start_new_session=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    )
+    try:
+        assert node.stdout is not None
+        next(line for line in node.stdout if b"Ray runtime started" in line)
+        job = [sys.executable, str(readme.ROOT / "jobs" / "sweep.py"), "experiment=tiny", f"cache={cache}", *SMALL[-1:]]
+        address = {"RAY_ADDRESS": f"127.0.0.1:{cluster.port}"}
+        (tmp_path / "driver").mkdir()
+        refused = subprocess.run(
+            [*job, "output=/proc/self/cwd/mine"],
+            env=cluster.environment | address,
+            cwd=tmp_path / "driver",
+            capture_output=True,
+            text=True,
+            timeout=200,
+            check=False,
+        )
+    finally:
+        os.killpg(node.pid, signal.SIGKILL)
+        node.wait(60)
+    assert refused.returncode == 2, refused.stderr
+    version, storage = refused.stderr.splitlines()
+    assert re.match(
+        r"error: the node [\d.]+ has raytune-lora 0\.0\.9 \(source \w+\) \(the driver has 0\.1\.0 ", version
+    )
+    assert re.match(r"error: output: /proc/self/cwd/mine is not one folder on all nodes of the cluster: ", storage)
+    assert not any((tmp_path / "driver").iterdir())

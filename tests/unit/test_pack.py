@@ -42,7 +42,9 @@ def test_what_git_ignores_stays(repository: Path) -> None:
 
 def test_data_weights_and_what_sweeps_leave_stay(repository: Path) -> None:
     kept = ("a.py", "settings.json")
-    write(repository, *kept, "rows.jsonl", "rows.csv.gz", "m/model.safetensors", "m/pytorch_model.bin", "sweeps/a/x.yaml")
+    write(
+        repository, *kept, "rows.jsonl", "rows.csv.gz", "m/model.safetensors", "m/pytorch_model.bin", "sweeps/a/x.yaml"
+    )
     write(repository, "runs/x.py", ".venv/lib/y.py", "tests/test_a.py", "sub/__pycache__/z.pyc", ".ssh/config")
     assert names(collect(repository)) == list(kept)
     with_data = collect(repository, [repository / "rows.jsonl"])
@@ -68,8 +70,19 @@ def test_links_out_of_the_folder_stay(repository: Path, tmp_path_factory: pytest
 
 @pytest.mark.parametrize(
     "file",
-    [".env", ".env.production", "certs/server.pem", "id_rsa", "deploy/id_ed25519", "credentials.json", ".netrc", "a.key"]
-    + ["service-account-1.json", "kubeconfig", "auth_token"],
+    [
+        ".env",
+        ".env.production",
+        "certs/server.pem",
+        "id_rsa",
+        "deploy/id_ed25519",
+        "credentials.json",
+        ".netrc",
+        "a.key",
+        "service-account-1.json",
+        "kubeconfig",
+        "auth_token",
+    ],
 )
 def test_files_of_secrets_are_refused_by_name(repository: Path, file: str) -> None:
     write(repository, "a.py", file)

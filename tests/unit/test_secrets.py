@@ -18,8 +18,14 @@ TOKEN = "hf_" + "Ab1" * 11
     ("override", "remedy"),
     [
         ("search.storage=postgresql+psycopg2://me:plain@db/x", "set RAYTUNE_LORA_STORAGE_PASSWORD in the environment"),
-        ("search.storage='mysql+pymysql://me@db/x?password=plain'", "set RAYTUNE_LORA_STORAGE_PASSWORD in the environment"),
-        ("tracking.mlflow_uri=https://me:hunter22@mlflow/", "set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"),
+        (
+            "search.storage='mysql+pymysql://me@db/x?password=plain'",
+            "set RAYTUNE_LORA_STORAGE_PASSWORD in the environment",
+        ),
+        (
+            "tracking.mlflow_uri=https://me:hunter22@mlflow/",
+            "set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD",
+        ),
         (f"tracking.project={TOKEN}", "leave it out, and set the variable that its library reads"),
         ("data=file data.path=https://me:hunter22@host/rows.jsonl", "leave it out"),
     ],
@@ -27,7 +33,9 @@ TOKEN = "hf_" + "Ab1" * 11
 def test_a_secret_in_a_config_is_refused_and_not_shown(override: str, remedy: str) -> None:
     overrides = override.split(" ")
     (problem,) = secrets.problems(compose(["model=tiny", "data=fake", *overrides]))
-    assert problem.startswith(overrides[-1].partition("=")[0] + " holds a secret, which would be written to config.yaml")
+    assert problem.startswith(
+        overrides[-1].partition("=")[0] + " holds a secret, which would be written to config.yaml"
+    )
     assert remedy in problem
     assert not any(part in problem for part in ("plain", "hunter22", TOKEN))
 
@@ -53,14 +61,16 @@ def test_the_password_comes_from_the_environment(monkeypatch: pytest.MonkeyPatch
     assert secrets.with_password("sqlite:////tmp/x.db") == "sqlite:////tmp/x.db"
 
 
-# ------------------------------------------------------------------------------------------------------ models and paths
+# ----------------------------------------------------------------------------------------------------- models and paths
 
 
 def test_pickled_weights_are_refused(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{}")
     (tmp_path / "pytorch_model.bin").write_bytes(b"\x80\x04N.")
     (problem,) = sources.problems(HubModelConfig(path=str(tmp_path)))
-    assert problem.startswith(f"model.path: the weights in {tmp_path} are pickled (pytorch_model.bin); a pickle can run")
+    assert problem.startswith(
+        f"model.path: the weights in {tmp_path} are pickled (pytorch_model.bin); a pickle can run"
+    )
     (tmp_path / "model.safetensors").write_bytes(b"")
     assert not sources.problems(HubModelConfig(path=str(tmp_path)))
 

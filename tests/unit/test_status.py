@@ -162,7 +162,8 @@ def test_no_sweep(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_followed_to_its_end(running: SweepFolder) -> None:
     """In a process of its own, which loads neither torch nor Ray and answers at once."""
-    code = "import sys\nfrom raytune_lora.cli import main\nmain(sys.argv[1:])\nprint(sorted({'ray', 'torch'} & set(sys.modules)))"
+    code = "import sys\nfrom raytune_lora.cli import main\nmain(sys.argv[1:])\n"
+    code += "print(sorted({'ray', 'torch'} & set(sys.modules)))"
     arguments = ["status", str(running.path), "--follow"]
     process = subprocess.Popen([sys.executable, "-c", code, *arguments], stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
