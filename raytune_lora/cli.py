@@ -58,12 +58,12 @@ def job(verb: str, overrides: Sequence[str] | None = None, program: str | None =
     """
     arguments = list(sys.argv[1:] if overrides is None else overrides)
     program = program or f"python {sys.argv[0]}"
-    if "--help" in arguments or "-h" in arguments:
-        print(_help(verb, program))
-        return 0
     from raytune_lora.errors import UserError
 
     try:
+        if "--help" in arguments or "-h" in arguments:
+            print(_help(verb, program))
+            return 0
         return _run(verb, arguments)
     except UserError as error:
         print(*(f"error: {problem}" for problem in error.problems), sep="\n", file=sys.stderr)
