@@ -66,9 +66,13 @@ def job(verb: str, overrides: Sequence[str] | None = None, program: str | None =
     if verb in _WITH_OPTIONS:
         return _said(lambda: _WITH_OPTIONS[verb](arguments, program))
     if "--help" in arguments or "-h" in arguments:
-        print(_help(verb, program))
-        return 0
+        return _said(lambda: _show_help(verb, program))
     return _said(lambda: _run(verb, arguments))
+
+
+def _show_help(verb: str, program: str) -> int:
+    print(_help(verb, program))
+    return 0
 
 
 def _said(run: Callable[[], int]) -> int:

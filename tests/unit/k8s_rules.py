@@ -1,4 +1,4 @@
-"""What KubeRay, Kubernetes and this project ask of the manifests beyond their form: each rule returns what breaks it."""
+"""What KubeRay, Kubernetes and this project ask of the manifests beyond their form: each rule tells what breaks it."""
 
 from __future__ import annotations
 
@@ -125,7 +125,9 @@ def deletion(objects: list[Object]) -> Iterator[str]:
                 yield "deletionStrategy: either both onSuccess and onFailure, or deletionRules"
         stages: dict[tuple[str, str], dict[str, int]] = {}
         for rule in rules:
-            when = {key: rule["condition"][key] for key in ("jobStatus", "jobDeploymentStatus") if key in rule["condition"]}
+            when = {
+                key: rule["condition"][key] for key in ("jobStatus", "jobDeploymentStatus") if key in rule["condition"]
+            }
             if len(when) != 1:
                 yield f"deletionRules: a condition with {len(when)} states"
                 continue
@@ -154,7 +156,8 @@ def gpus(objects: list[Object]) -> Iterator[str]:
         tag = pod.main["image"].rpartition("-")[2]
         if some != bool(re.fullmatch(r"cu\d+", tag)):
             yield f"{pod.role}: image {tag}, and there are {'' if some else 'no '}GPUs"
-        if pod.main["resources"]["requests"] != pod.main["resources"]["limits"]:
+        requests, limits = pod.main["resources"]["requests"], pod.main["resources"]["limits"]
+        if requests["memory"] != limits["memory"] or (some and requests != limits):
             yield f"{pod.role} {pod.group}: requests and limits differ"
         if not pod.limit("nvidia.com/gpu"):
             continue
@@ -323,12 +326,14 @@ def totals(objects: list[Object]) -> dict[str, float]:
 
 
 def _templates(objects: list[Object]) -> list[Object]:
-    deployed = [item["spec"]["template"] for item in kind(objects, "Deployment")]
-    return [pod.template for pod in pods(objects)] + deployed
+    others = [item["spec"]["template"] for item in kind(objects, "Deployment")] + kind(objects, "Pod")
+    return [pod.template for pod in pods(objects)] + others
 
 
 def _containers(objects: list[Object]) -> list[Object]:
-    found = [item for t in _templates(objects) for item in t["spec"]["containers"] + t["spec"].get("initContainers", [])]
+    found = [
+        item for t in _templates(objects) for item in t["spec"]["containers"] + t["spec"].get("initContainers", [])
+    ]
     for cluster in clusters(objects):
         if autoscaled(cluster):
             image = cluster["headGroupSpec"]["template"]["spec"]["containers"][0]["image"]
@@ -367,7 +372,9 @@ def _selections(objects: list[Object]) -> Iterator[tuple[str, dict[str, str], se
     for pod in pods(objects):
         terms = pod.spec.get("topologySpreadConstraints", [])
         terms += (
-            pod.spec.get("affinity", {}).get("podAffinity", {}).get("requiredDuringSchedulingIgnoredDuringExecution", [])
+            pod.spec.get("affinity", {})
+            .get("podAffinity", {})
+            .get("requiredDuringSchedulingIgnoredDuringExecution", [])
         )
         for term in terms:
             yield f"{pod.role} {pod.group}", term["labelSelector"]["matchLabels"], set()

@@ -176,9 +176,13 @@ def test_an_own_group_with_the_name_of_another_is_refused(own: Path) -> None:
     ]
 
 
-def test_a_folder_of_own_groups_that_is_not_there_is_refused(own: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_folder_of_own_groups_that_is_not_there_is_refused(
+    own: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setenv("RAYTUNE_LORA_CONF", str(own / "none"))
     assert problems(*TINY) == [f"RAYTUNE_LORA_CONF: {own}/none is no folder"]
+    assert job("sweep", ["--help"]) == 2
+    assert capsys.readouterr().err == f"error: RAYTUNE_LORA_CONF: {own}/none is no folder\n"
 
 
 # ------------------------------------------------------------------------------------------------------------- mistakes

@@ -135,7 +135,7 @@ def test_a_fault_is_found(old: str, new: str) -> None:
 
 
 def test_its_versions_are_those_of_the_project() -> None:
-    """Python, Ray in the tags of its header, and the CUDA that torch's build on PyPI has, which the manifests' tags name."""
+    """Python, Ray in the tags of its header, and CUDA, all as the manifests' tags name them."""
     pins = dict(re.findall(r"^(\w+)==(\S+)", (ROOT / "constraints.txt").read_text(), re.MULTILINE))
     assert re.search(r"^ARG PYTHON_IMAGE=python:3\.11\.", DOCKERFILE, re.MULTILINE)
     cuda = re.search(r"^ARG CUDA_IMAGE=\S+:(\d+)\.(\d+)\.", DOCKERFILE, re.MULTILINE)
@@ -143,13 +143,13 @@ def test_its_versions_are_those_of_the_project() -> None:
     assert f"/usr/local/cuda-{cuda[1]}.{cuda[2]} /usr/local/cuda" in DOCKERFILE
     (version,) = re.findall(r'__version__ = "(.+)"', (ROOT / "raytune_lora" / "__init__.py").read_text())
     tags = {f"{version}-ray{pins['ray']}-{build}" for build in ("cpu", f"cu{cuda[1]}{cuda[2]}")}
-    assert {tag for tag in re.findall(r"raytune-lora:(\S+) ", DOCKERFILE)} == tags
+    assert set(re.findall(r"raytune-lora:(\S+) ", DOCKERFILE)) == tags
     named = {tag for path in (ROOT / "k8s").rglob("*.yaml") for tag in re.findall(r"newTag: (\S+)", path.read_text())}
     assert named == tags
 
 
 def test_it_installs_by_the_lines_that_ci_runs() -> None:
-    """`make setup` in the image is `make setup` here, but for the folder and the extra dev; CI runs it in a plain one."""
+    """`make setup` in the image is CI's in a plain virtual environment, but for the folder and the extra dev."""
     for stage in ("build-cpu", "build-cuda"):
         whole = stages(DOCKERFILE)[stage]
         environment = " ".join(rest for verb, rest in whole if verb == "ENV")
@@ -203,8 +203,10 @@ def test_what_is_installed_goes_to_the_builder(path: str) -> None:
 
 @pytest.mark.parametrize(
     "path",
-    [".git/config", ".venv/bin/python", "sweeps/mine/best/adapter", "my.jsonl", "k8s/base/rayjob.yaml", "tests/k8s.py"]
-    + ["conf/.env", "raytune_lora/key.pem", "id_rsa", "raytune_lora/__pycache__/cli.cpython-311.pyc"],
+    [
+        *(".git/config", ".venv/bin/python", "sweeps/mine/best/adapter", "my.jsonl", "k8s/base/rayjob.yaml"),
+        *("conf/.env", "raytune_lora/key.pem", "id_rsa", "raytune_lora/__pycache__/cli.cpython-311.pyc"),
+    ],
 )
 def test_nothing_else_does(path: str) -> None:
     assert not sent(path)

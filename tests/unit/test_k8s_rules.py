@@ -75,6 +75,7 @@ FAULTS: list[tuple[Any, str, str, Any]] = [
     (rules.deletion, "overlays/spot", f"{RULE}/0/policy", "DeleteWorkers"),
     (rules.deletion, "base", "RayJob spec/managedBy", "me"),
     (rules.gpus, "overlays/gpu", f"{MAIN}/resources/requests/cpu", "8"),
+    (rules.gpus, "overlays/dev", f"{MAIN}/resources/requests/memory", "1Gi"),
     (rules.gpus, "overlays/gpu", f"{POD}/nodeSelector", GONE),
     (rules.gpus, "overlays/gpu", f"{POD}/tolerations", []),
     (rules.gpus, "overlays/gpu", f"{MAIN}/image", "raytune-lora:0.1.0-ray2.60.0-cpu"),
@@ -104,7 +105,12 @@ FAULTS: list[tuple[Any, str, str, Any]] = [
     (rules.security, "base", "ConfigMap kind", "Secret"),
     (rules.security, "overlays/spot", f"{CLUSTER}/autoscalerOptions/securityContext", GONE),
     (rules.enforced, "base", "Namespace metadata/labels/pod-security.kubernetes.io~1enforce", "baseline"),
-    (rules.enforced, "overlays/multinode-70b", "Namespace metadata/labels/pod-security.kubernetes.io~1enforce", "restricted"),
+    (
+        rules.enforced,
+        "overlays/multinode-70b",
+        "Namespace metadata/labels/pod-security.kubernetes.io~1enforce",
+        "restricted",
+    ),
     (rules.selectors, "base", "NetworkPolicy spec/podSelector/matchLabels/app", "ray"),
     (rules.selectors, "base", "NetworkPolicy spec/ingress/1/ports/0/port", "dash"),
     (rules.selectors, "base", "PodDisruptionBudget spec/selector/matchLabels/ray.io~1node-type", "driver"),
@@ -123,7 +129,12 @@ FAULTS: list[tuple[Any, str, str, Any]] = [
 ]
 STANDING = "RayCluster spec"
 FAULTS += [
-    (rules.fault_tolerance, "overlays/standing", f"{STANDING}/gcsFaultToleranceOptions/redisPassword", {"value": "1234"}),
+    (
+        rules.fault_tolerance,
+        "overlays/standing",
+        f"{STANDING}/gcsFaultToleranceOptions/redisPassword",
+        {"value": "1234"},
+    ),
     (rules.fault_tolerance, "overlays/standing", f"{STANDING}/gcsFaultToleranceOptions/redisAddress", "valkey:6379"),
     (rules.fault_tolerance, "overlays/standing", f"{STANDING}/headGroupSpec/rayStartParams/redis-password", "1234"),
     (rules.fault_tolerance, "overlays/standing", f"{STANDING}/workerGroupSpecs/1", GONE),

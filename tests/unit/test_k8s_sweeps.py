@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from raytune_lora.cluster.connect import Node, placement_problems
 from raytune_lora.config import validate
@@ -17,7 +18,8 @@ from raytune_lora.config.groups import OWN
 from raytune_lora.config.schema import SweepConfig
 from raytune_lora.tuning import space
 from tests import k8s
-from tests.k8s import ROOT, changed
+from tests.k8s import GONE, ROOT, changed
+from tests.unit import k8s_rules
 
 pytestmark = pytest.mark.skipif(shutil.which("kubectl") is None, reason="kubectl, which renders k8s/, is not installed")
 
@@ -112,6 +114,45 @@ def test_no_trial_fits_where_drivers_run() -> None:
     gpu, drivers = k8s.workers(k8s.render("overlays/standing"))
     assert drivers.resources == {"CPU": "0", "driver": "2"}
     assert gpu.resources == {}
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/gke.md", "docs/eks.md"])
+def test_the_kustomizations_of_the_documentation_work(page: str, composed: Any, tmp_path: Path) -> None:
+    """As a folder my-sweep beside k8s/; a page that patches spot nodes leaves the README's other lines as they are."""
+    shutil.copytree(k8s.K8S, tmp_path / "k8s")
+    kustomization, text = documented("README.md", "kind: Kustomization"), (k8s.K8S / page).read_text()
+    (resource,) = re.findall(r"resources: \[\.\./(k8s/overlays/\S+)\]", text)
+    kustomization["resources"] = [f"../{resource}"]
+    if page != "README.md":
+        kustomization["patches"] = documented(page, "patches:")["patches"]
+    folder = tmp_path / "my-sweep"
+    folder.mkdir()
+    (folder / "kustomization.yaml").write_text(yaml.safe_dump(kustomization))
+    sweep = (tmp_path / resource / "sweep.yaml").read_text()
+    concurrent = re.search(r"`search.concurrent: (\d+)`", text)
+    (folder / "sweep.yaml").write_text(
+        re.sub(r"concurrent: \d+\}", f"concurrent: {concurrent[1]}}}", sweep) if concurrent else sweep
+    )
+    objects = k8s.render(str(folder))
+    assert [fault for rule in k8s_rules.RULES for fault in rule(objects)] == []
+    assert {pod.main["image"] for pod in k8s.pods(objects)} == {"<registry>/raytune-lora:0.1.0-ray2.60.0-cu130"}
+    cfg = composed(objects)
+    assert placement_problems(cfg, nodes(objects), concurrent=cfg.search.concurrent) == []
+    assert placement_problems(cfg, nodes(objects), concurrent=cfg.search.concurrent + 1)
+
+
+def documented(page: str, part: str) -> Any:
+    """The one YAML block of a page that has the part."""
+    blocks = re.findall(r"```yaml\n(.*?)```", (k8s.K8S / page).read_text(), re.DOTALL)
+    (block,) = [block for block in blocks if part in block]
+    return yaml.safe_load(block)
+
+
+def test_the_pod_for_files_keeps_the_rules() -> None:
+    objects = [yaml.safe_load((k8s.K8S / "docs" / "files.yaml").read_text())]
+    for rule in (k8s_rules.security, k8s_rules.no_latest):
+        assert list(rule(objects)) == []
+    assert list(k8s_rules.security(changed(objects, "Pod spec/securityContext", GONE)))
 
 
 def commands() -> list[str]:
