@@ -55,17 +55,17 @@ class Pod:
 
 
 @lru_cache
-def _rendered(folder: str) -> str:
+def _rendered(folder: str) -> list[Object]:
     done = subprocess.run(
         ["kubectl", "kustomize", str(K8S / folder)], capture_output=True, text=True, timeout=60, check=False
     )
     assert done.returncode == 0, done.stderr
-    return done.stdout
+    return list(yaml.safe_load_all(done.stdout))
 
 
 def render(folder: str) -> list[Object]:
     """All objects of a kustomization below k8s/."""
-    return list(yaml.safe_load_all(_rendered(folder)))
+    return copy.deepcopy(_rendered(folder))
 
 
 def kind(objects: list[Object], *names: str) -> list[Object]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import re
 import shlex
 import shutil
@@ -66,6 +67,13 @@ def nodes(objects: list[k8s.Object]) -> list[Node]:
     return found
 
 
+def fits(cfg: SweepConfig, objects: list[k8s.Object], more: int = 0) -> bool:
+    """Whether all that are to run at once do so on the cluster at its largest."""
+    grown = copy.deepcopy(cfg)
+    grown.cluster.autoscaler = False
+    return not placement_problems(grown, nodes(objects), concurrent=cfg.search.concurrent + more)
+
+
 @pytest.mark.parametrize("folder", SWEEPS)
 def test_the_command_is_one_of_this_project(folder: str, composed: Any) -> None:
     objects = k8s.render(folder)
@@ -86,10 +94,10 @@ def test_the_trials_fit_the_cluster(folder: str, composed: Any) -> None:
     """At the same time, and where the cluster grows by demand, to its last worker."""
     objects = k8s.render(folder)
     cfg = composed(objects)
-    assert placement_problems(cfg, nodes(objects), concurrent=cfg.search.concurrent) == []
+    assert fits(cfg, objects)
     (cluster,) = k8s.clusters(objects)
     assert cfg.cluster.autoscaler == k8s.autoscaled(cluster)
-    assert placement_problems(cfg, nodes(objects), concurrent=cfg.search.concurrent + 1), "workers would be idle"
+    assert not fits(cfg, objects, more=1), "workers would be idle"
     memory = sum(pod.limit("memory") * pod.high for pod in k8s.workers(objects))
     assert memory / (cfg.search.concurrent * cfg.workers) >= 2 * 2**30, "what a worker imports, and its model"
 
@@ -106,8 +114,7 @@ def test_the_trials_fit_the_cluster(folder: str, composed: Any) -> None:
 )
 def test_a_cluster_that_is_too_small_is_found(folder: str, where: str, value: Any, composed: Any) -> None:
     objects = changed(k8s.render(folder), where, value)
-    cfg = composed(objects)
-    assert placement_problems(cfg, nodes(objects), concurrent=cfg.search.concurrent)
+    assert not fits(composed(objects), objects)
 
 
 def test_no_trial_fits_where_drivers_run() -> None:
@@ -137,8 +144,8 @@ def test_the_kustomizations_of_the_documentation_work(page: str, composed: Any, 
     assert [fault for rule in k8s_rules.RULES for fault in rule(objects)] == []
     assert {pod.main["image"] for pod in k8s.pods(objects)} == {"<registry>/raytune-lora:0.1.0-ray2.60.0-cu130"}
     cfg = composed(objects)
-    assert placement_problems(cfg, nodes(objects), concurrent=cfg.search.concurrent) == []
-    assert placement_problems(cfg, nodes(objects), concurrent=cfg.search.concurrent + 1)
+    assert fits(cfg, objects)
+    assert not fits(cfg, objects, more=1)
 
 
 def documented(page: str, part: str) -> Any:
