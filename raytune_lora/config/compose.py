@@ -76,13 +76,27 @@ def load(path: Path) -> schema.SweepConfig:
         UserError: the file is missing or does not fit this version's schema.
     """
     try:
-        raw = yaml.safe_load(path.read_text())
+        return parse(path.read_text(), str(path))
+    except FileNotFoundError as error:
+        raise UserError(f"{path}: no such file") from error
+
+
+def parse(text: str, path: str) -> schema.SweepConfig:
+    """The config in a text that ``dump`` wrote.
+
+    Args:
+        text: of the file.
+        path: of the file, for what is said of it.
+
+    Raises:
+        UserError: it does not fit this version's schema.
+    """
+    try:
+        raw = yaml.safe_load(text)
         node = OmegaConf.structured(schema.SweepConfig)
         for group in schema.VARIANTS:
             node[group] = OmegaConf.structured(schema.variant(group, raw[group]["kind"]))
         return _to_object(OmegaConf.merge(node, raw))
-    except FileNotFoundError as error:
-        raise UserError(f"{path}: no such file") from error
     except (OmegaConfBaseException, yaml.YAMLError, KeyError, TypeError) as error:
         raise UserError(f"{path}: not a config of this version of raytune-lora: {error}") from error
 

@@ -170,6 +170,7 @@ class ClusterConfig:
     node_cache: str = "~/.cache/raytune-lora"  # folder on each node for what `cache` holds, where that is a URI
     reuse_workers: bool = True  # a worker group takes one trial after the other; false starts a new one for each
     retries: int = 3  # of a trial whose worker or machine was lost: each goes on from its last checkpoint
+    lease: float = 120.0  # seconds without a sign of life of a driver whose `output` is a URI until another may go on
     autoscaler: bool = False  # machines are added when they are asked for: trials that do not fit now wait for them
 
 

@@ -57,6 +57,7 @@ _RANGES: dict[str, _Rule] = {
     "evaluation.examples": _NOT_NEGATIVE,
     "cluster.object_store_mb": (lambda v: v >= 80, ">= 80"),
     "cluster.retries": _NOT_NEGATIVE,
+    "cluster.lease": _COUNT,
     "disk.trial_gb": _POSITIVE,
     "disk.sweep_gb": _POSITIVE,
     "disk.keep_best": _COUNT,

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from raytune_lora import storage
 from raytune_lora.cache import Cache
 from raytune_lora.config.schema import Quantization, RunConfig
 from raytune_lora.data.store import TokenStore
@@ -20,6 +21,7 @@ from raytune_lora.models.sources import materialize
 from raytune_lora.models.tokenizer import load_tokenizer
 from raytune_lora.training.metrics import validation_loss
 from raytune_lora.training.place import Place
+from raytune_lora.working_copy import WorkingCopy
 
 
 def measure(cfg: RunConfig, store: TokenStore, place: Place, *, adapter: str | None) -> None:
@@ -31,7 +33,7 @@ def measure(cfg: RunConfig, store: TokenStore, place: Place, *, adapter: str | N
         cfg: the run.
         store: the data.
         place: of this worker.
-        adapter: folder of an adapter; None measures the untouched model.
+        adapter: folder of an adapter, or its URI in a checkpoint of the sweep; None measures the untouched model.
     """
     began = time.perf_counter()
     folder = materialize(cfg.model, Cache.of(cfg.cache, cfg.cluster.node_cache))
@@ -40,7 +42,7 @@ def measure(cfg: RunConfig, store: TokenStore, place: Place, *, adapter: str | N
     parameters = model.num_parameters()
     if adapter is not None:
         method = method_for(cfg.method)
-        model = method.load(model, Path(adapter), folder)
+        model = method.load(model, _here(cfg, adapter), folder)
         # merged it answers faster; 16 bits or fewer would round the update away
         if method.mergeable and cfg.quantization.kind is Quantization.none and model.dtype is torch.float32:
             model = method.merge(model)
@@ -62,6 +64,13 @@ def measure(cfg: RunConfig, store: TokenStore, place: Place, *, adapter: str | N
         (place.folder / ANSWERS).write_text(lines, encoding="utf-8")
     seconds = time.perf_counter() - began
     place.report({"eval_loss": loss, "exact_match": match, "measuring_seconds": seconds, "parameters": parameters})
+
+
+def _here(cfg: RunConfig, adapter: str) -> Path:
+    if storage.local_path(adapter) is not None:
+        return Path(adapter)
+    checkpoint, _, name = adapter.rpartition("/")
+    return WorkingCopy.of(str(cfg.output), cfg.cluster.node_cache).here(checkpoint) / name
 
 
 def _answers(cfg: RunConfig, store: TokenStore, place: Place, model: Any, tokenizer: Any) -> list[dict[str, str]]:

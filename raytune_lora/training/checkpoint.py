@@ -3,7 +3,8 @@
 A checkpoint is a folder: what was learned in the method's own files (``adapter/``), the trained parameters and the
 optimizer's states whole and by name (``state.py``), and the manifest with the report and each file's size and digest.
 The schedule, the data's position and the random streams follow from the number of steps; weights that do not train
-are never written. The first worker writes it all under another name, the manifest last, and renames the folder.
+are never written. The first worker writes it all under another name, the manifest last, and renames the folder. Where
+the sweep is in an object store, what counts is what is whole there.
 """
 
 from __future__ import annotations
@@ -21,11 +22,13 @@ import torch
 from raytune_lora.artifacts import MANIFEST, read_manifest, remove_folder, write_json
 from raytune_lora.models.export import ADAPTER
 from raytune_lora.models.methods import Method
+from raytune_lora.storage import NotWhole
 from raytune_lora.training import state
+from raytune_lora.training.place import CHECKPOINTS
+from raytune_lora.working_copy import WorkingCopy
 
-SAVING = "saving"  # beside the whole checkpoints: where one is written
 WEIGHTS, OPTIMIZER, EXTRA = "trained", "optimizer", "extra"  # stems of a checkpoint's files
-_PREFIX = "checkpoint-"
+_PREFIX = CHECKPOINTS.removesuffix("*")
 _logger = logging.getLogger(__name__)
 
 
@@ -34,9 +37,14 @@ class Checkpoint:
 
     def __init__(self, path: Path, manifest: dict[str, Any]) -> None:
         self.path = path
+        self._manifest = manifest
         self.step: int = manifest["step"]  # optimizer steps done
         self.progress: dict[str, Any] = manifest["progress"]  # of the reporter
         self.report: dict[str, Any] = manifest["report"] | {"checkpoint": str(path)}  # no loss where none was measured
+
+    def at(self, path: Path) -> Checkpoint:
+        """The same, where another node has it."""
+        return Checkpoint(path, self._manifest)
 
     @property
     def weights(self) -> state.Saved:
@@ -53,9 +61,35 @@ class Checkpoint:
         return state.Saved(self.path, EXTRA).all()
 
 
+def bring_latest(copy: WorkingCopy) -> None:
+    """Have a trial's newest whole checkpoint of the store on this node, and the one that was measured last before it.
+
+    What lies here and not there is deleted: nobody was ever told of it.
+
+    Raises:
+        StorageError: the store refuses or does not answer.
+    """
+    if copy.uri is None:
+        return
+    there = copy.manifests(CHECKPOINTS)
+    for path in sorted(copy.path.glob(CHECKPOINTS)):
+        here = read_manifest(path)
+        if path.name not in there or here is None or _damaged(path, here):
+            remove_folder(path)
+    for name in reversed(there):
+        try:
+            copy.bring_whole(name)
+        except NotWhole as error:
+            _logger.warning("%s: the run goes on from the one before it", error)
+            remove_folder(copy.path / name)
+            continue
+        if there[name]["report"]["eval_loss"] is not None:
+            return
+
+
 def latest(folder: Path) -> Checkpoint | None:
     """The checkpoint of a trial's folder that saw most steps; one that is damaged is passed over with a warning."""
-    for path in sorted(folder.glob(f"{_PREFIX}*"), reverse=True):
+    for path in sorted(folder.glob(CHECKPOINTS), reverse=True):
         manifest = read_manifest(path)
         damaged = ["its manifest, or a file is missing or cut"] if manifest is None else _damaged(path, manifest)
         if manifest is not None and not damaged:
@@ -66,7 +100,7 @@ def latest(folder: Path) -> Checkpoint | None:
 
 def last_report(newest: Checkpoint) -> dict[str, Any] | None:
     """What a trial measured last, as far as its checkpoints up to the newest whole one tell."""
-    for path in sorted(newest.path.parent.glob(f"{_PREFIX}*"), reverse=True):
+    for path in sorted(newest.path.parent.glob(CHECKPOINTS), reverse=True):
         manifest = read_manifest(path) if path.name <= newest.path.name else None
         if manifest is not None and manifest["report"]["eval_loss"] is not None:
             return Checkpoint(path, manifest).report
@@ -135,13 +169,11 @@ def _digest(path: Path) -> str:
     return digest.hexdigest()
 
 
-def forget_others(folder: Path, keep: int) -> None:
+def forget_others(copy: WorkingCopy, keep: int) -> None:
     """Keep the checkpoint of a trial with the lowest validation loss, and so many of the newest."""
-    found: dict[Path, dict[str, Any]] = {
-        path: manifest for path in sorted(folder.glob(f"{_PREFIX}*")) if (manifest := read_manifest(path)) is not None
-    }
-    measured = [path for path in found if found[path]["report"]["eval_loss"] is not None]
-    best = min(measured, key=lambda path: (found[path]["report"]["eval_loss"], -found[path]["step"]), default=None)
-    for path in list(found)[:-keep]:
-        if path != best:
-            remove_folder(path)
+    found = copy.manifests(CHECKPOINTS)
+    measured = [name for name in found if found[name]["report"]["eval_loss"] is not None]
+    best = min(measured, key=lambda name: (found[name]["report"]["eval_loss"], -found[name]["step"]), default=None)
+    for name in list(found)[:-keep]:
+        if name != best:
+            copy.remove(name)

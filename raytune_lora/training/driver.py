@@ -27,16 +27,18 @@ from ray.train import FailureConfig, ScalingConfig
 from ray.train import RunConfig as RayRunConfig
 from ray.util import placement_group_table
 
+from raytune_lora.artifacts import remove_folder
 from raytune_lora.cache import Cache
 from raytune_lora.config.schema import RunConfig
 from raytune_lora.data.store import TokenStore
+from raytune_lora.errors import StorageError
 from raytune_lora.training.board import Board, Report
 from raytune_lora.training.deepspeed import without_mlflow
 from raytune_lora.training.failures import DISK, FAILED, LOST, OOM, Ended, classify
 from raytune_lora.training.output import output_to
-from raytune_lora.training.place import Place
+from raytune_lora.training.place import CHECKPOINTS, LOGS, Place, send_files
+from raytune_lora.working_copy import WorkingCopy
 
-LOGS = "logs"
 _MORE_STARTS = 1  # at least, after one that failed, before a pool goes on with a group less
 _WATCH = 1.0  # seconds between two looks at the groups
 _LEFT_ON_GPU = 2**28  # bytes that a worker may hold between two tasks: cuBLAS keeps its workspaces
@@ -53,7 +55,7 @@ class Task:
     function: Callable[..., None]  # called in each worker with cfg, store, its place, and extra
     cfg: RunConfig
     store: TokenStore
-    folder: Path  # logs and checkpoints; on storage that all nodes share
+    folder: Path  # logs and checkpoints; on storage that all nodes share, or in a working copy of this one
     cpus: int = 0  # a worker's threads; 0: as many as the config gives it
     extra: dict[str, Any] = field(default_factory=dict)
     attempt: int = 0  # at the same thing; no other task of the pool has the same name and attempt
@@ -288,18 +290,22 @@ def _do(task: Task, board: Any, group: str, rank: int, workers: int) -> None:
     def report(metrics: Report) -> bool:
         return rank == 0 and bool(ray.get(board.post.remote(task.key, metrics)))
 
-    log = task.folder / LOGS / f"worker-{rank}.log"
-    log.parent.mkdir(parents=True, exist_ok=True)
-    place = Place(rank, workers, task.folder, report, partial(_asked, board, task.name, group))
+    copy = WorkingCopy.at(task.cfg.output, task.cfg.cluster.node_cache, task.folder)
+    log = _arrive(copy, rank)
+    place = Place(rank, workers, copy.path, report, partial(_asked, board, task.name, group), copy.uri)
     ended = Ended()
     with output_to(log):
         set_up(task.cpus or task.cfg.cpus_per_worker)
         try:
             store = task.store.here(Cache.of(task.cfg.cache, task.cfg.cluster.node_cache))
             task.function(task.cfg, store, place, **task.extra)
+            _leave(copy, rank, log)
         except Exception as error:
             ended = classify(error)
             logging.getLogger(__name__).exception("task %s failed", task.name)
+            if ended.status != DISK:
+                with contextlib.suppress(StorageError):
+                    copy.send(log)
             if not ended.everywhere and not (ended.status == OOM and workers == 1):
                 raise
         finally:
@@ -307,6 +313,35 @@ def _do(task: Task, board: Any, group: str, rank: int, workers: int) -> None:
             clean_up()
     if rank == 0:
         ray.get(board.end.remote(task.key, ended))
+
+
+def _arrive(copy: WorkingCopy, rank: int) -> Path:
+    """Make a task's folder, as the store has it where there is one; its checkpoints are the trial's to bring.
+
+    Returns:
+        The log of this worker, whose alone it is.
+    """
+    log = copy.path / LOGS / f"worker-{rank}.log"
+    log.parent.mkdir(parents=True, exist_ok=True)
+    if copy.uri is not None:
+        log.unlink(missing_ok=True)
+        copy.bring(f"{LOGS}/{log.name}")
+    if rank == 0:
+        copy.clear(keep=(CHECKPOINTS, LOGS))
+        copy.bring("*", but=(f"{CHECKPOINTS}/*", f"{LOGS}/*"))
+    return log
+
+
+def _leave(copy: WorkingCopy, rank: int, log: Path) -> None:
+    """Have a task's files in the store, where there is one, and its checkpoints there alone: a node's disk is small."""
+    if copy.uri is None:
+        return
+    if rank:
+        copy.send(log)
+        return
+    send_files(copy)
+    for path in copy.path.glob(CHECKPOINTS):
+        remove_folder(path)
 
 
 def _collect_garbage() -> None:

@@ -22,7 +22,8 @@ from raytune_lora.config.schema import RunConfig
 from raytune_lora.errors import DivergedError, QuotaError
 from raytune_lora.models.methods import Method
 from raytune_lora.training.batches import training_loader
-from raytune_lora.training.checkpoint import Checkpoint, commit, forget_others, write_parts
+from raytune_lora.training.checkpoint import Checkpoint, commit, write_parts
+from raytune_lora.training.delivery import Delivery
 from raytune_lora.training.metrics import validation_loss
 from raytune_lora.training.place import GO_ON, SAVE_AND_STOP, Place
 from raytune_lora.training.plan import Plan, stream
@@ -171,6 +172,7 @@ class Reporter(TrainerCallback):
         self._in_vain: int = checkpoint.progress["in_vain"] if checkpoint else 0  # evaluations since the lowest loss
         self._size = _STATE_BYTES * facts["trainable_parameters"]  # of a checkpoint
         self.left = False  # it was saved to go on elsewhere
+        self.delivery = Delivery(place, cfg.training.keep_checkpoints)
 
     def on_step_begin(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
         self._began = time.perf_counter()
@@ -184,6 +186,7 @@ class Reporter(TrainerCallback):
         control.should_evaluate = due
         control.should_save = due or self.left
         control.should_training_stop |= asked != GO_ON
+        self.delivery.look()
 
     def on_optimizer_step(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
         self._method.after_step(kwargs["model"], state.global_step + 1)
@@ -223,9 +226,7 @@ class Reporter(TrainerCallback):
         progress = {"lowest": self._lowest, "in_vain": self._in_vain, "losses": self._losses}
         checkpoint = commit(parts, self._place.folder, step, report, progress)
         self._size = folder_bytes(checkpoint)
-        heard = not measured or self._place.report(report | {"checkpoint": str(checkpoint)})
-        if heard:  # else whoever was told of the best one before looks for it where it is
-            forget_others(self._place.folder, self._cfg.training.keep_checkpoints)
+        self.delivery.send(checkpoint, report if measured else None)
 
     def _gave_up(self) -> bool:
         patience = self._cfg.training.patience

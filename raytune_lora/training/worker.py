@@ -29,9 +29,9 @@ from raytune_lora.models.methods import Start, method_for
 from raytune_lora.models.sources import materialize
 from raytune_lora.models.tokenizer import load_tokenizer
 from raytune_lora.training.batches import Samples, collate
-from raytune_lora.training.checkpoint import SAVING, Checkpoint, last_report, latest
+from raytune_lora.training.checkpoint import Checkpoint, bring_latest, last_report, latest
 from raytune_lora.training.deepspeed import deepspeed_config, release
-from raytune_lora.training.place import Place
+from raytune_lora.training.place import SAVING, Place
 from raytune_lora.training.plan import Plan, plan_run, stream
 from raytune_lora.training.sharding import divided_loading
 from raytune_lora.training.state import put_weights, trained
@@ -61,13 +61,15 @@ def train(cfg: RunConfig, store: TokenStore, place: Place) -> None:
     checkpoint = _agreed_checkpoint(place)
     known = last_report(checkpoint) if checkpoint is not None and place.rank == 0 else None
     if known is not None:  # whoever reads the reports may have been killed before it read this one
-        place.report(known)
+        place.report(known | {"checkpoint": place.copy.name(Path(known["checkpoint"]))})
     if checkpoint is not None and checkpoint.report["last"]:
         return
     trainer, watching, reporter = _trainer(cfg, plan, store, place, checkpoint)
     try:
         trainer.train()
+        reporter.delivery.settle()
     finally:
+        reporter.delivery.close()
         for watcher in watching:
             watcher.close()
         _release(trainer)
@@ -136,11 +138,16 @@ def _same_everywhere(cfg: RunConfig, place: Place) -> None:
 
 def _agreed_checkpoint(place: Place) -> Checkpoint | None:
     """The checkpoint to go on from; the first worker looks for it, so that all of them take the same one."""
-    found: list[Any] = [latest(place.folder) if place.rank == 0 else None]
-    if place.workers > 1:
-        torch.distributed.broadcast_object_list(found, src=0)
-    checkpoint: Checkpoint | None = found[0]
-    return checkpoint
+    checkpoint = None
+    if place.rank == 0:
+        bring_latest(place.copy)
+        checkpoint = latest(place.folder)
+    if place.workers == 1:
+        return checkpoint
+    found: list[Any] = [checkpoint]
+    torch.distributed.broadcast_object_list(found, src=0)
+    first: Checkpoint | None = found[0]
+    return first if first is None or place.uri is None else first.at(place.copy.bring_whole(first.path.name))
 
 
 def _start(

@@ -29,6 +29,7 @@ from raytune_lora.tuning.disk import Quota
 from raytune_lora.tuning.isolated import train
 from raytune_lora.tuning.space import apply
 from raytune_lora.tuning.trials import COMPLETED, CONFIRM, Journal, Record, Trial
+from raytune_lora.working_copy import WorkingCopy
 
 SEED = "training.seed"
 NOISE = 0.05  # p from which on a difference may be noise
@@ -95,8 +96,9 @@ def train_runs(
     with ThreadPoolExecutor(at_once) as followers:
         for run in runs:
             followers.submit(follow, run)
+        copy = WorkingCopy.at(cfg.output, cfg.cluster.node_cache, trials)
         try:
-            _record(news, len(runs), journal, cfg.workers * cfg.gpus_per_worker, Quota(cfg.disk, trials))
+            _record(news, len(runs), journal, cfg.workers * cfg.gpus_per_worker, Quota(cfg.disk, copy))
         except BaseException as error:  # interrupted: they go on when the sweep does
             followers.shutdown(wait=False, cancel_futures=True)
             how = SAVE_AND_STOP if isinstance(error, KeyboardInterrupt) else STOP

@@ -7,13 +7,13 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-from raytune_lora.artifacts import folder_bytes, read_manifest, remove_folder
 from raytune_lora.config.schema import DiskConfig, SweepConfig
 from raytune_lora.errors import JobFailed, disk_trouble
+from raytune_lora.training.place import CHECKPOINTS
 from raytune_lora.tuning.trials import ENDED_BADLY, Record, lowest
+from raytune_lora.working_copy import WorkingCopy
 
 GB = 1e9
-_CHECKPOINTS = "checkpoint-*"
 _PARAMETER = 16  # bytes of a trained parameter in a checkpoint: fp32, as the adapter has it, and AdamW's two states
 
 
@@ -43,6 +43,8 @@ def explained(path: Path, remedy: str) -> Iterator[None]:
             trouble = f"{path} is gone"
         if trouble is None:
             raise
+        if "://" in trouble:
+            raise JobFailed(f"{trouble}. Nothing that was recorded is lost: once it answers, {remedy}") from error
         there = path if path.exists() else path.parent
         raise JobFailed(
             f"storage cannot be written ({trouble}); {free_bytes(there) / GB:.3g} GB are free in {there}. "
@@ -90,7 +92,7 @@ def problems(cfg: SweepConfig, trainable: int, output: Path, *, trials: int) -> 
 class Quota:
     """Keeps the checkpoints of all trials of a sweep within ``disk.sweep_gb``."""
 
-    def __init__(self, cfg: DiskConfig, trials: Path) -> None:
+    def __init__(self, cfg: DiskConfig, trials: WorkingCopy) -> None:
         """
         Args:
             cfg: how much, and how many trials keep their best checkpoint.
@@ -107,45 +109,46 @@ class Quota:
 
         Raises:
             JobFailed: what must stay does not fit.
+            StorageError: the store refuses or does not answer.
         """
         if self._cfg.sweep_gb is None:
             return
-        sizes = {path: folder_bytes(path) for path in sorted(self._trials.glob(f"*/{_CHECKPOINTS}"))}
+        room, sizes = self._cfg.sweep_gb * GB, self._trials.sizes(f"*/{CHECKPOINTS}")
         total = sum(sizes.values())
-        for path in _expendable(record, list(sizes), self._cfg.keep_best):
-            if total <= self._cfg.sweep_gb * GB:
+        for name in self._expendable(record, list(sizes)) if total > room else ():
+            self._trials.remove(name)
+            total -= sizes[name]
+            if total <= room:
                 return
-            remove_folder(path)
-            total -= sizes[path]
-        if total > self._cfg.sweep_gb * GB:
+        if total > room:
+            sweep = (self._trials.uri or str(self._trials.path)).rpartition("/")[0]
             raise JobFailed(
                 f"disk.sweep_gb={self._cfg.sweep_gb:g}, and the checkpoints that are never deleted take "
-                f"{total / GB:.3g} GB: go on with resume={self._trials.parent} disk.sweep_gb=<more>"
+                f"{total / GB:.3g} GB: go on with resume={sweep} disk.sweep_gb=<more>"
             )
 
+    def _expendable(self, record: Record, checkpoints: list[str]) -> list[str]:
+        """Checkpoints that may be deleted, those that are missed least first; what is not known of the sweep stays."""
+        best: set[str | None] = set()
+        able = list(record.trials.values())
+        for _ in range(self._cfg.keep_best):
+            if (trial := lowest(able)) is None:
+                break
+            best.add(trial.checkpoint)
+            able.remove(trial)
+        ranked: list[tuple[int, int, str]] = []
+        for trial_id in {name.partition("/")[0] for name in checkpoints} & record.trials.keys():
+            trial = record.trials[trial_id]
+            own = sorted(name for name in checkpoints if name.startswith(f"{trial_id}/"))
+            if trial.ended:
+                rank = 0 if trial.status in ENDED_BADLY else 1
+            else:
+                newest = list(self._trials.within(trial_id).manifests(CHECKPOINTS))[-1:]
+                own, rank = [name for name in own if name.partition("/")[2] not in newest], 2
+                own.sort(key=lambda name: self._named(name) == trial.checkpoint)
+            ranked += [(rank, n, name) for n, name in enumerate(own) if self._named(name) not in best]
+        return [name for _, _, name in sorted(ranked)]
 
-def _expendable(record: Record, checkpoints: list[Path], keep_best: int) -> list[Path]:
-    """Checkpoints that may be deleted, those that are missed least first; what is not known of the sweep stays."""
-    best: set[str | None] = set()
-    able = list(record.trials.values())
-    for _ in range(keep_best):
-        if (trial := lowest(able)) is None:
-            break
-        best.add(trial.checkpoint)
-        able.remove(trial)
-    ranked: list[tuple[int, str, Path]] = []
-    for folder in {path.parent for path in checkpoints}:
-        trial = record.trials.get(folder.name)
-        if trial is None:
-            continue
-        own = sorted(path for path in checkpoints if path.parent == folder)
-        if trial.ended:
-            rank = 0 if trial.status in ENDED_BADLY else 1
-        else:
-            whole = [path for path in own if read_manifest(path) is not None]
-            own, rank = [path for path in own if path not in whole[-1:]], 2
-            own = [path for path in own if str(path) != trial.checkpoint] + [
-                path for path in own if str(path) == trial.checkpoint
-            ]
-        ranked += [(rank, f"{position:04d}", path) for position, path in enumerate(own) if str(path) not in best]
-    return [path for _, _, path in sorted(ranked)]
+    def _named(self, name: str) -> str:
+        """As reports name a checkpoint."""
+        return self._trials.name(self._trials.path / name)

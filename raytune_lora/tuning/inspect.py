@@ -24,8 +24,9 @@ from raytune_lora.data.store import TokenStore
 from raytune_lora.models.tokenizer import load_tokenizer
 from raytune_lora.report.data import render_data
 from raytune_lora.training.plan import plan_run
+from raytune_lora.tuning.folder import SweepFolder
 from raytune_lora.tuning.job import prepare_inputs
-from raytune_lora.tuning.preflight import check_inputs, output_path
+from raytune_lora.tuning.preflight import check_inputs
 
 OPEN, CLOSE = "⟦", "⟧"  # around what is trained, where there is no colour
 PAGE = "data_report.html"
@@ -64,8 +65,9 @@ def show_data(cfg: SweepConfig, console: Console | None = None) -> dict[str, Any
         refused, report = error, error.report
     _print(console, report, store)
     if cfg.output is not None:
-        _write(output_path(cfg), report)
-        console.print(f"report     {output_path(cfg) / PAGE}")
+        folder = SweepFolder.of(cfg).path
+        _write(folder, report)
+        console.print(f"report     {folder / PAGE}")
     if refused is not None:
         raise refused
     return report

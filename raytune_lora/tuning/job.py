@@ -21,24 +21,28 @@ from raytune_lora.config.schema import HubModelConfig, RunConfig, SweepConfig
 from raytune_lora.data.build import REPORT, in_short
 from raytune_lora.data.store import TokenStore, prepare
 from raytune_lora.errors import JobFailed, StorageError, UserError
+from raytune_lora.evaluation import ANSWERS
 from raytune_lora.models.export import ADAPTER, export_adapter
 from raytune_lora.models.methods import method_for
 from raytune_lora.models.methods.fit import model_problems
 from raytune_lora.models.shape import shape_of_folder
 from raytune_lora.models.sources import materialize
 from raytune_lora.models.tokenizer import load_tokenizer, tokenizer_identity
-from raytune_lora.training.driver import LOGS, Pool, Task, TaskFailed
+from raytune_lora.training.driver import Pool, Task, TaskFailed
 from raytune_lora.training.failures import DISK
+from raytune_lora.training.place import LOGS
 from raytune_lora.training.plan import Plan, plan_run
 from raytune_lora.tuning.budget import reopen as reopen_search
 from raytune_lora.tuning.disk import explained
 from raytune_lora.tuning.disk import problems as disk_problems
-from raytune_lora.tuning.folder import SweepFolder, create, reopen
+from raytune_lora.tuning.folder import JOURNAL, SweepFolder, address, create, held, reopen
 from raytune_lora.tuning.interrupt import Interrupts
 from raytune_lora.tuning.isolated import attempts
-from raytune_lora.tuning.preflight import check, output_path
+from raytune_lora.tuning.parts import Parts
+from raytune_lora.tuning.preflight import check
 from raytune_lora.tuning.progress import Progress
 from raytune_lora.tuning.results import BASELINE, BEST, write_results
+from raytune_lora.tuning.search import STUDY_FILE
 from raytune_lora.tuning.space import apply, lookup
 from raytune_lora.tuning.trials import Journal
 
@@ -86,30 +90,35 @@ class Job:
             return
         winner = apply(self.cfg, best.params)
         with self.phase(BEST, f"measuring the best model, trial {best.trial_id}") as facts:
-            facts |= self._measure(winner, BEST, str(Path(best.checkpoint) / ADAPTER))
+            facts |= self._measure(winner, BEST, f"{best.checkpoint}/{ADAPTER}")
+            checkpoint = self.folder.copy.here(best.checkpoint)
             model = self.cfg.model
             name = model.path if isinstance(model, HubModelConfig) and model.path else str(self.model_folder)
-            export_adapter(
-                Path(best.checkpoint), self.folder.best / "adapter", model_folder=self.model_folder, base_name=name
-            )
+            export_adapter(checkpoint, self.folder.best / "adapter", model_folder=self.model_folder, base_name=name)
             (self.folder.best / "config.yaml").write_text(dump(winner))
             write_json(self.folder.best / "params.json", best.params)
+            self.folder.copy.send(self.folder.best)
 
     def write_results(self) -> dict[str, Any]:
-        """``results.json`` and ``report.html``."""
+        """``results.json`` and ``report.html``, and the study as it now is in the store."""
+        self.journal.check()
         record = self.journal.record
-        return write_results(self.folder, self.cfg, self.store, record, kind=self.kind, learned=self.learned)
+        results = write_results(self.folder, self.cfg, self.store, record, kind=self.kind, learned=self.learned)
+        self.folder.copy.send(self.folder.results, self.folder.report, self.folder.path / STUDY_FILE)
+        return results
 
     def _measure(self, cfg: SweepConfig, name: str, adapter: str | None) -> dict[str, Any]:
         folder = self.folder.phase(name)
         cpus = cfg.cpus_per_worker * (cfg.search.concurrent if self.kind == SWEEP else 1)  # nothing else is running
         task = Task(name, _measure, plain_run(cfg), self.store, folder, cpus, {"adapter": adapter})
         try:
-            return list(attempts(self.pool.board, task))[-1]
+            measured = list(attempts(self.pool.board, task))[-1]
         except TaskFailed as error:
             if error.ended.status == DISK:
                 raise StorageError(error.ended.error) from error
             raise JobFailed(f"measuring failed: {error}; log: {folder / LOGS}") from error
+        self.folder.copy.within(name).bring(ANSWERS)
+        return measured
 
 
 def _measure(*arguments: Any, **extra: Any) -> None:
@@ -144,27 +153,31 @@ def open_job(kind: str, cfg: SweepConfig, moved: Sequence[str], run: Callable[[J
     if fresh:
         if cfg.output is None:
             cfg.output = f"{kind}s/{time.strftime('%Y%m%d-%H%M%S')}"
-        cfg.output = str(output_path(cfg))
+        cfg.output = address(cfg.output)
     else:
         changes = {key: lookup(cfg, key) for key in moved}
-        cfg = apply(reopen(Path(str(cfg.resume)).expanduser().absolute(), kind), changes)
+        cfg = apply(reopen(address(str(cfg.resume)), kind), changes)
     check(cfg, searching=kind == SWEEP, fresh=fresh)
-    folder = SweepFolder(output_path(cfg))
-    progress = Progress(folder.path.name, cfg.search.trials if kind == SWEEP else 1)
-    with contextlib.ExitStack() as held:
+    folder = SweepFolder.of(cfg)
+    progress = Progress(folder.name, cfg.search.trials if kind == SWEEP else 1)
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(progress.shown())
         if not fresh:
-            held.callback(folder.lock().release)
-        held.enter_context(progress.shown())
-        interrupts = held.enter_context(Interrupts(progress.note))
+            stack.enter_context(explained(folder.path, f"go on with resume={folder.address}"))
+        claim = None if fresh else stack.enter_context(held(folder, cfg.cluster.lease, progress.note))
+        interrupts = stack.enter_context(Interrupts(progress.note))
         began = time.monotonic()
         cache = Path(cfg.cache).expanduser().absolute()
         with progress.doing("preparing the model and the data"), explained(cache, "start it again"):
             model_folder, store = prepare_inputs(cfg)
         if fresh:
             _room(cfg, model_folder, folder.path, kind)
-            held.callback(create(folder.path, cfg, kind).lock().release)
-        held.enter_context(explained(folder.path, f"go on with resume={folder.path}"))
-        journal = Journal(folder.journal, progress.watch, began)
+            with explained(folder.path, "start it again"):
+                create(folder.path, cfg, kind, folder.uri)
+            stack.enter_context(explained(folder.path, f"go on with resume={folder.address}"))
+            claim = stack.enter_context(held(folder, cfg.cluster.lease, progress.note))
+        parts = None if claim is None else Parts(f"{folder.uri}/{JOURNAL}", claim.label, claim.check)
+        journal = Journal(folder.journal, progress.watch, began, parts)
         if changes:
             journal.append("moved", changes=to_plain(changes))
             folder.rewrite(cfg)
@@ -174,6 +187,7 @@ def open_job(kind: str, cfg: SweepConfig, moved: Sequence[str], run: Callable[[J
         if BEST in journal.record.phases:
             return job.write_results()
         shutil.copyfile(store.folder / REPORT, folder.path / REPORT)
+        folder.copy.send(folder.path / REPORT)
         progress.note(in_short(json.loads((folder.path / REPORT).read_text())))
         journal.append("phase", name="prepare", seconds=round(time.monotonic() - began, 3))
         return _work(job, run)
@@ -189,12 +203,12 @@ def _work(job: Job, run: Callable[[Job], None]) -> dict[str, Any]:
                 job.pool = pool
                 run(job)
         except BaseException as error:
-            with contextlib.suppress(OSError):  # where storage is full, that is said once
+            with contextlib.suppress(OSError, StorageError, JobFailed):  # where storage is full, that is said once
                 job.write_results()
             if isinstance(error, RayActorError):
                 raise JobFailed(
                     f"a process of Ray that the job needs has ended ({str(error).splitlines()[0]}); "
-                    f"go on with resume={job.folder.path}"
+                    f"go on with resume={job.folder.address}"
                 ) from error
             raise
         return job.write_results()
@@ -207,7 +221,10 @@ def _room(cfg: SweepConfig, model_folder: Path, output: Path, kind: str) -> None
         UserError: with the numbers.
     """
     trainable = method_for(cfg.method).count(shape_of_folder(model_folder, cfg.model))
-    if found := disk_problems(cfg, trainable, output, trials=cfg.search.trials if kind == SWEEP else 1):
+    trials = cfg.search.trials if kind == SWEEP else 1
+    if SweepFolder.of(cfg).uri:  # checkpoints lie here while their trials run
+        trials = min(trials, cfg.search.concurrent)
+    if found := disk_problems(cfg, trainable, output, trials=trials):
         raise UserError(found)
 
 

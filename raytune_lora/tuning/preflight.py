@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+import os
 
 from raytune_lora import storage
 from raytune_lora.cache import Cache
@@ -17,6 +17,8 @@ from raytune_lora.models import sources as model_sources
 from raytune_lora.models.methods.fit import problems as method_problems
 from raytune_lora.training import tracking
 from raytune_lora.tuning import folder, search, secrets, space
+
+_MLFLOW = "MLFLOW_TRACKING_URI"
 
 
 def check(cfg: SweepConfig, *, searching: bool, fresh: bool) -> None:
@@ -35,7 +37,7 @@ def check(cfg: SweepConfig, *, searching: bool, fresh: bool) -> None:
         found += space.problems(cfg.space, cfg) or extremes(cfg) or search.problems(cfg)
     found += method_problems(cfg) + tracking.problems(cfg.tracking) + _input_problems(cfg)
     if fresh:
-        found += folder.problems(output_path(cfg))
+        found += _output_problems(cfg)
     if not found:
         found += _cluster_problems(cfg, cfg.search.concurrent if searching else 1)
     if found:
@@ -50,7 +52,10 @@ def check_inputs(cfg: SweepConfig) -> None:
     """
     found = validate.problems(cfg) + secrets.problems(cfg) + _input_problems(cfg, preparing=True)
     if cfg.output is not None:
-        found += folder.problems(output_path(cfg))
+        if storage.local_path(cfg.output) is None:
+            found.append(f"output={cfg.output}: the report on the data is written here; name a folder, or leave it out")
+        else:
+            found += folder.problems(folder.SweepFolder.of(cfg).path)
     if found:
         raise UserError(found)
 
@@ -73,15 +78,19 @@ def _cluster_problems(cfg: SweepConfig, concurrent: int) -> list[str]:
         return placement_problems(cfg, nodes(cfg.cluster), concurrent=concurrent)
     with connected(cfg.cluster):
         found = placement_problems(cfg, nodes(cfg.cluster), concurrent=concurrent)
-        folders = {"output": output_path(cfg), "cache": Path(cfg.cache).expanduser().absolute()}
+        named = {"output": str(cfg.output), "cache": cfg.cache}
+        folders = {key: path for key, name in named.items() if (path := storage.local_path(name)) is not None}
         return found or disagreements(cfg, folders)
 
 
-def output_path(cfg: SweepConfig) -> Path:
-    """The absolute path of the sweep or run folder."""
-    if cfg.output is None:
-        raise UserError("output: no folder named")
-    return Path(cfg.output).expanduser().absolute()
+def _output_problems(cfg: SweepConfig) -> list[str]:
+    home = folder.SweepFolder.of(cfg)
+    found = folder.problems(home.path, home.uri)
+    if home.uri and "mlflow" in cfg.tracking.trackers and not (cfg.tracking.mlflow_uri or os.environ.get(_MLFLOW)):
+        found.append(
+            f"tracking.mlflow_uri: a database of MLflow's cannot lie in {home.uri}; name a server, or set ${_MLFLOW}"
+        )
+    return found
 
 
 def extremes(cfg: SweepConfig) -> list[str]:

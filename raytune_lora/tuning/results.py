@@ -39,7 +39,7 @@ from raytune_lora.data.store import TokenStore
 from raytune_lora.evaluation import ANSWERS
 from raytune_lora.models.sources import display_name
 from raytune_lora.report import render
-from raytune_lora.training.driver import LOGS
+from raytune_lora.training.place import LOGS
 from raytune_lora.tuning.budget import remedy
 from raytune_lora.tuning.confirm import verdict
 from raytune_lora.tuning.folder import SweepFolder
@@ -76,7 +76,7 @@ def _results(
     return {
         "schema_version": SCHEMA_VERSION,
         "kind": kind,
-        "name": folder.path.name,
+        "name": folder.name,
         "version": __version__,
         "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "state": "finished" if record.finished else "interrupted",

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
-from raytune_lora.config.compose import load, to_plain
+from raytune_lora.config.compose import to_plain
 from raytune_lora.config.schema import SweepConfig
 from raytune_lora.errors import UserError
-from raytune_lora.tuning.folder import SweepFolder
+from raytune_lora.tuning.folder import address, exists, read
 from raytune_lora.tuning.space import lookup
 
 AUTO = "auto"
@@ -55,10 +54,9 @@ def settle(cfg: SweepConfig, overrides: Sequence[str]) -> list[str]:
         return typed
     if cfg.output is None:
         raise UserError("resume=auto goes on with what is in the output folder: name it (output=…)")
-    path = Path(cfg.output).expanduser().absolute()
-    file = SweepFolder(path).config
-    cfg.resume = str(path) if file.exists() else None
-    return _changes(cfg, load(file), typed) if cfg.resume else []
+    where = address(cfg.output)
+    cfg.resume = where if exists(where) else None
+    return _changes(cfg, read(where, "resume: ")[0], typed) if cfg.resume else []
 
 
 def _changes(cfg: SweepConfig, known: SweepConfig, typed: Sequence[str]) -> list[str]:

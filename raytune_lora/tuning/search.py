@@ -29,7 +29,7 @@ from raytune_lora.errors import UserError
 from raytune_lora.training.failures import OOM, STOPPED
 from raytune_lora.tuning import samplers, secrets
 from raytune_lora.tuning.samplers import WARM
-from raytune_lora.tuning.space import Space, configured_point, fitting, sample
+from raytune_lora.tuning.space import Space, configured_point, drawn_point, fitting, sample
 from raytune_lora.tuning.trials import COMPLETED, Record, Trial, trial_name
 
 STUDY_FILE = "study.db"
@@ -171,6 +171,38 @@ def reconcile(study: optuna.Study, record: Record) -> list[Trial]:
     return [trial for trial in record.trials.values() if not trial.ended]
 
 
+def rebuild(study: optuna.Study, record: Record, cfg: SweepConfig) -> None:
+    """Fill an empty study with what the journal knows, as where another machine goes on with a sweep.
+
+    Each trial has its number again. Numbers that the journal does not know were proposed and never started: they
+    failed. A study that has trials stays as it is.
+
+    Args:
+        study: of the sweep.
+        record: of the journal.
+        cfg: of the sweep.
+    """
+    known = {int(trial.trial_id): trial for trial in record.searched}
+    if not known or study.get_trials(deepcopy=False):
+        return
+    warm_start(study, cfg.space, cfg)
+    for number in range(len(study.get_trials(deepcopy=False)), max(known) + 1):
+        trial = known.get(number)
+        study.add_trial(create_trial(state=TrialState.FAIL) if trial is None else _rebuilt(study, trial, cfg))
+
+
+def _rebuilt(study: optuna.Study, trial: Trial, cfg: SweepConfig) -> FrozenTrial:
+    point = drawn_point(cfg.space, cfg, trial.params)
+    distributions = fitting(cfg.space, cfg, point)
+    facts: dict[str, Any] = {"params": point if distributions else {}, "distributions": distributions}
+    if len(study.directions) == 1:
+        facts["intermediate_values"] = {int(p["samples_seen"]): p["eval_loss"] for p in trial.curve}
+    if not trial.ended:
+        return create_trial(state=TrialState.RUNNING, **facts)
+    state, values, user_attrs, system_attrs = _outcome(study, trial)
+    return create_trial(state=state, values=values, user_attrs=user_attrs, system_attrs=system_attrs, **facts)
+
+
 def report(study: optuna.Study, trial: Trial) -> None:
     """Give the study what has been measured of a trial that runs.
 
@@ -193,20 +225,28 @@ def tell(study: optuna.Study, trial: Trial) -> None:
     - out of memory: pruned and infeasible, of which TPE keeps away; other samplers learn nothing of it
     - failed, diverged, or completed without a finite value: failed
     """
-    number, trial_id = int(trial.trial_id), _id(study, trial)
+    trial_id = _id(study, trial)
     if study._storage.get_trial(trial_id).state.is_finished():
         return
     report(study, trial)
+    state, values, user_attrs, system_attrs = _outcome(study, trial)
+    for name, text in user_attrs.items():
+        study._storage.set_trial_user_attr(trial_id, name, text)
+    for name, value in system_attrs.items():
+        study._storage.set_trial_system_attr(trial_id, name, value)
+    study.tell(int(trial.trial_id), values, state=state)
+
+
+def _outcome(
+    study: optuna.Study, trial: Trial
+) -> tuple[TrialState, list[float] | None, dict[str, str], dict[str, float]]:
+    """State, values, user and system attributes of a trial that has ended, as ``tell`` explains them."""
     reached = _values(study, trial)
     if trial.status == COMPLETED and reached:
-        study.tell(number, reached)
-        return
-    study._storage.set_trial_user_attr(trial_id, "status", trial.status)
-    if trial.error:
-        study._storage.set_trial_user_attr(trial_id, "error", trial.error)
-    if trial.status == OOM:
-        study._storage.set_trial_system_attr(trial_id, _MEMORY, 1.0)
-    study.tell(number, state=TrialState.PRUNED if trial.status in (STOPPED, OOM) else TrialState.FAIL)
+        return TrialState.COMPLETE, reached, {}, {}
+    attributes = {"status": trial.status} | ({"error": trial.error} if trial.error else {})
+    state = TrialState.PRUNED if trial.status in (STOPPED, OOM) else TrialState.FAIL
+    return state, None, attributes, {_MEMORY: 1.0} if trial.status == OOM else {}
 
 
 def _id(study: optuna.Study, trial: Trial) -> int:

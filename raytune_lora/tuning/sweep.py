@@ -28,7 +28,7 @@ from raytune_lora.tuning.isolated import run_trial
 from raytune_lora.tuning.job import SWEEP, Job, open_job, plain_run
 from raytune_lora.tuning.results import TRIALS
 from raytune_lora.tuning.scheduler import build
-from raytune_lora.tuning.search import StudySearcher, open_study, pareto, reconcile, report, tell
+from raytune_lora.tuning.search import NAME_FILE, StudySearcher, open_study, pareto, rebuild, reconcile, report, tell
 from raytune_lora.tuning.trials import COMPLETED, CONFIRM, Journal, Trial
 
 _ENOUGH = 10  # completed trials before parameter importance says anything
@@ -56,6 +56,8 @@ def _sweep(job: Job) -> None:
     job.measure_baseline()
     record = job.journal.record
     study = open_study(job.folder.path, job.cfg.search)
+    job.folder.copy.send(job.folder.path / NAME_FILE)
+    rebuild(study, record, job.cfg)
     interrupted = [trial for trial in reconcile(study, record) if trial.confirms is None]
     budget = Budget(job.cfg.budget, job.journal, job.cfg.search.trials, job.progress.note)
     if budget.spent():
@@ -188,7 +190,7 @@ class _Recorder(Callback):
         self._study = study
         self._board = job.pool.board
         self._budget = budget
-        self._quota = Quota(job.cfg.disk, job.folder.trials)
+        self._quota = Quota(job.cfg.disk, job.folder.copy.within(job.folder.trials.name))
         self._gpus = job.cfg.workers * job.cfg.gpus_per_worker  # of a trial
         self._began: dict[str, float] = {}
         self._told: set[str] = set()  # trials that were asked to end

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from raytune_lora.training.failures import DIVERGED, FAILED, LOST, OOM, QUOTA
+from raytune_lora.tuning.parts import Parts
 
 COMPLETED = "completed"
 ENDED_BADLY = (FAILED, DIVERGED, OOM, LOST, QUOTA)
@@ -179,17 +180,22 @@ class Journal:
         path: Path,
         watch: Callable[[dict[str, Any], Record], None] = lambda _event, _record: None,
         began: float | None = None,
+        parts: Parts | None = None,
     ) -> None:
         """
         Args:
             path: of the file; what it holds already is read.
             watch: called with each new event of a trial or phase once it is on disk and in the record.
             began: when this sitting began, as ``time.monotonic`` says; None: now.
+            parts: of the journal in a store, where the sweep is in one: what it holds replaces the file.
         """
         self.record = Record()
         self._began = time.monotonic() if began is None else began
         self._path = path
         self._watch = watch
+        self._parts = parts
+        if parts is not None:
+            path.write_bytes(parts.open())
         if path.exists():
             events, whole = read_events(path)
             for event in events:
@@ -203,9 +209,20 @@ class Journal:
         return self._before + time.monotonic() - self._began
 
     def keep_time(self) -> None:
-        """Write the clock down where nothing else has for a while."""
+        """Write the clock down where nothing else has for a while, and see that this process may still write."""
+        self.check()
         if self.clock - self.record.clock > _HEARTBEAT:
             self.append("clock")
+
+    def check(self) -> None:
+        """See that this process may write, where the sweep is in a store.
+
+        Raises:
+            StorageError: another may soon.
+            JobFailed: another may.
+        """
+        if self._parts is not None:
+            self._parts.check()
 
     def append(self, event: str, **values: Any) -> None:
         """Record one event durably."""
@@ -223,6 +240,8 @@ class Journal:
 
     def _write(self, line: bytes) -> None:
         """A line whole, or nothing: what follows half a line could not be read."""
+        if self._parts is not None:
+            self._parts.append(line)
         with self._path.open("ab", buffering=0) as file:
             whole = file.tell()
             try:

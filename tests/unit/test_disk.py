@@ -16,6 +16,7 @@ from raytune_lora.config.schema import DiskConfig
 from raytune_lora.errors import JobFailed
 from raytune_lora.tuning import disk
 from raytune_lora.tuning.trials import Record, Trial
+from raytune_lora.working_copy import WorkingCopy
 
 SIZE = 10_000  # bytes of a checkpoint, the manifest aside
 
@@ -71,7 +72,7 @@ def test_those_that_ended_badly_go_first_and_the_best_and_what_runs_stay(
     room: int, stay: list[str], sweep: tuple[Path, Record]
 ) -> None:
     trials, record = sweep
-    disk.Quota(quota(room), trials).keep(record)
+    disk.Quota(quota(room), WorkingCopy(trials)).keep(record)
     assert left(trials) == stay
     assert not list(trials.glob("*/.*")), "nothing half deleted"
 
@@ -79,7 +80,7 @@ def test_those_that_ended_badly_go_first_and_the_best_and_what_runs_stay(
 def test_where_what_must_stay_does_not_fit_that_is_said(sweep: tuple[Path, Record]) -> None:
     trials, record = sweep
     with pytest.raises(JobFailed, match=r"disk\.sweep_gb=.* never deleted.* resume=.* disk\.sweep_gb=<more>"):
-        disk.Quota(quota(1), trials).keep(record)
+        disk.Quota(quota(1), WorkingCopy(trials)).keep(record)
     assert left(trials) == ["0001/1", "0003/2"]
 
 
@@ -87,7 +88,7 @@ def test_a_checkpoint_of_no_known_trial_stays(sweep: tuple[Path, Record]) -> Non
     trials, record = sweep
     checkpoint(trials, "mine", 1)
     with pytest.raises(JobFailed):
-        disk.Quota(quota(1), trials).keep(record)
+        disk.Quota(quota(1), WorkingCopy(trials)).keep(record)
     assert "mine/1" in left(trials)
 
 
