@@ -7,7 +7,6 @@ import contextlib
 import os
 import sys
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 VERBS = {
     "sweep": "search for the best fine-tune",
@@ -35,7 +34,7 @@ _EXAMPLES = {
     ),
 }
 _FOLDERS = (
-    "  output=<folder>   where everything of it goes; it must be new",
+    "  output=<folder>   where everything of it goes; it must be new; or the URI of one in an object store",
     "  resume=<folder>   go on with one that was interrupted",
     "  resume=auto       go on with the one in output=<folder>, or begin it: the same command works again and again",
 )
@@ -128,7 +127,7 @@ def _run(verb: str, arguments: list[str]) -> int:
 
 def _status(arguments: list[str], program: str) -> int:
     parser = argparse.ArgumentParser(prog=program, description="Show how a sweep or run stands, from its folder alone.")
-    parser.add_argument("folder", help="of the sweep or run")
+    parser.add_argument("folder", help="of the sweep or run, or its URI")
     parser.add_argument("--json", action="store_true", help="for programs; tuning/status.py documents the schema")
     parser.add_argument("--follow", action="store_true", help="go on until no process works on it any more")
     parser.add_argument("--trial", metavar="ID", help="one trial: its numbers, its newest steps and lines of its log")
@@ -136,7 +135,7 @@ def _status(arguments: list[str], program: str) -> int:
     from raytune_lora.tuning.show import show
 
     with contextlib.suppress(KeyboardInterrupt):
-        return show(Path(asked.folder), as_json=asked.json, follow=asked.follow, trial_id=asked.trial)
+        return show(asked.folder, as_json=asked.json, follow=asked.follow, trial_id=asked.trial)
     return 0
 
 

@@ -200,6 +200,8 @@ def _rebuilt(study: optuna.Study, trial: Trial, cfg: SweepConfig) -> FrozenTrial
     if not trial.ended:
         return create_trial(state=TrialState.RUNNING, **facts)
     state, values, user_attrs, system_attrs = _outcome(study, trial)
+    if state is TrialState.PRUNED and (curve := facts.get("intermediate_values")):
+        values = [curve[max(curve)]]  # as ``Study.tell`` has it
     return create_trial(state=state, values=values, user_attrs=user_attrs, system_attrs=system_attrs, **facts)
 
 

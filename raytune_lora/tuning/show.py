@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,11 +21,11 @@ from raytune_lora.tuning.trials import Record
 _EVERY = 1.0  # seconds between two looks
 
 
-def show(folder: Path, *, as_json: bool = False, follow: bool = False, trial_id: str | None = None) -> int:
+def show(folder: str, *, as_json: bool = False, follow: bool = False, trial_id: str | None = None) -> int:
     """Print how a sweep stands, and with ``follow`` go on until no process works on it any more.
 
     Args:
-        folder: of the sweep or run.
+        folder: of the sweep or run, or its URI.
         as_json: print an object for programs; followed, one a line, whenever something has changed.
         follow: do not end before the sweep does.
         trial_id: show this trial.
@@ -35,10 +36,15 @@ def show(folder: Path, *, as_json: bool = False, follow: bool = False, trial_id:
     Raises:
         UserError: there is no such sweep, or no such trial in it.
     """
-    status = look(folder)
+    with tempfile.TemporaryDirectory() as scratch:
+        _show(look(folder, Path(scratch)), as_json, follow, trial_id)
+    return 0
+
+
+def _show(status: Status, as_json: bool, follow: bool, trial_id: str | None) -> None:
     if as_json:
         _print_json(status, trial_id, follow)
-        return 0
+        return
     console = Console(highlight=False, markup=False, emoji=False)
     if not (follow and console.is_terminal):
         console.print(_view(status, trial_id), soft_wrap=trial_id is not None)
@@ -48,7 +54,6 @@ def show(folder: Path, *, as_json: bool = False, follow: bool = False, trial_id:
                 live.update(_view(now, trial_id), refresh=True)
     elif follow:
         _print_news(status, trial_id)
-    return 0
 
 
 def _looks(status: Status) -> Iterator[Status]:
@@ -87,7 +92,7 @@ def _print_news(status: Status, trial_id: str | None) -> None:
             told = _print_log(now, trial_id, told)
             if now.record.trials[trial_id].ended:
                 return
-    print(f"{now.folder.path.name}: {now.state}", *(f"hint: {hint}" for hint in hints(now)), sep="\n")
+    print(f"{now.folder.name}: {now.state}", *(f"hint: {hint}" for hint in hints(now)), sep="\n")
 
 
 def _log_size(status: Status, trial_id: str) -> int:
@@ -145,7 +150,7 @@ def _age(status: Status) -> str:
 
 def _trial_view(status: Status, trial_id: str) -> Group:
     facts = detail(status, trial_id)
-    head = [f"trial {trial_id} of {status.folder.path.name}: {facts['status']}, {facts['samples_seen']} samples"]
+    head = [f"trial {trial_id} of {status.folder.name}: {facts['status']}, {facts['samples_seen']} samples"]
     head += [f"  {key}={value}" for key, value in facts["params"].items()]
     head += [f"error: {facts['error']}"] if facts["error"] else []
     curve = [f"validation loss {p['eval_loss']:.4f} after {p['samples_seen']} samples" for p in facts["curve"]]

@@ -1,4 +1,4 @@
-"""How a sweep stands, from its folder alone: no cluster, no Ray and no torch are needed to look.
+"""How a sweep stands, from its folder alone, here or in a store: no cluster, no Ray and no torch are needed to look.
 
 ``--json`` prints one object, schema version 1. Null stands for what is not known.
 
@@ -22,18 +22,22 @@
 from __future__ import annotations
 
 import json
+import tempfile
 import time
 from collections import Counter
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from raytune_lora import storage
 from raytune_lora.config.compose import to_plain
 from raytune_lora.config.schema import SweepConfig
-from raytune_lora.errors import UserError
+from raytune_lora.errors import StorageError, UserError
 from raytune_lora.training.plan import plan_run
+from raytune_lora.tuning import parts
 from raytune_lora.tuning.budget import remedy
-from raytune_lora.tuning.folder import SweepFolder, read
+from raytune_lora.tuning.claim import lives
+from raytune_lora.tuning.folder import JOURNAL, SweepFolder, address, read
 from raytune_lora.tuning.trials import BASELINE, CONFIRM, PHASES, TRIALS, Record, Trial, read_events
 
 SCHEMA_VERSION = 1
@@ -99,7 +103,8 @@ class Status:
         return plan_run(self.cfg, rows).total
 
     def log(self, trial_id: str) -> Path:
-        """What the first worker of a trial prints."""
+        """What the first worker of a trial prints; in a store, as of its last checkpoint."""
+        self.folder.copy.within(self.folder.trials.name, trial_id).bring("steps.jsonl", "logs/worker-0.log")
         return self.folder.trials / trial_id / "logs" / "worker-0.log"
 
     @property
@@ -117,20 +122,36 @@ class Status:
 def refresh(status: Status) -> Status:
     """The same folder, looked at again; the journal is read where it has grown."""
     journal = status.folder.journal
+    if status.folder.uri is not None:
+        return look(status.folder.uri, status.folder.path)
     if journal.is_file() and journal.stat().st_size != status.size:
         return look(status.folder.path)
     return replace(status, busy=status.folder.busy(), now=time.time())
 
 
-def look(path: Path) -> Status:
+def look(output: str | Path, scratch: Path | None = None) -> Status:
     """Read a sweep's folder, which may be written to at the same time.
 
+    Args:
+        output: the folder, or its URI.
+        scratch: a folder for what is read of one in a store.
+
     Raises:
-        UserError: it holds no sweep or run.
+        UserError: it holds no sweep or run, or the store does not answer.
     """
-    folder = SweepFolder(path.expanduser().absolute())
-    cfg, kind = read(folder.path)
-    busy = folder.busy()
+    where = address(str(output))
+    cfg, kind = read(where)
+    if storage.local_path(where) is not None:
+        folder = SweepFolder(Path(where))
+        busy = folder.busy()
+    else:
+        folder = SweepFolder(scratch or Path(tempfile.mkdtemp()), where)
+        try:
+            folder.journal.write_bytes(parts.read(storage.join(where, JOURNAL)))
+            folder.copy.bring("data_report.json")
+        except StorageError as error:
+            raise UserError(str(error)) from error
+        busy = lives(where)
     size = folder.journal.stat().st_size if folder.journal.is_file() else 0
     events = read_events(folder.journal)[0] if size else []
     record = Record()
@@ -141,7 +162,7 @@ def look(path: Path) -> Status:
 
 def hints(status: Status) -> list[str]:
     """What looks wrong, and what to do about it."""
-    path, found = status.folder.path, list[str]()
+    path, found = status.folder.address, list[str]()
     age, state = status.age, status.state
     if age is not None and age < -_SKEW:
         found.append(
@@ -171,8 +192,8 @@ def summary(status: Status) -> dict[str, Any]:
     baseline = record.phases.get(BASELINE)
     return {
         "schema_version": SCHEMA_VERSION,
-        "name": status.folder.path.name,
-        "folder": str(status.folder.path),
+        "name": status.folder.name,
+        "folder": status.folder.address,
         "kind": status.kind,
         "state": status.state,
         "doing": status.doing,
@@ -218,9 +239,9 @@ def detail(status: Status, trial_id: str) -> dict[str, Any]:
     if trial is None:
         known = ", ".join(status.record.trials) or "none yet"
         raise UserError(f"--trial {trial_id}: there is no such trial; there are: {known}")
-    folder = status.folder.trials / trial_id
-    steps = [json.loads(line) for line in _last_lines(folder / "steps.jsonl")]
-    return {**_trial(trial), "curve": trial.curve, "steps": steps, "lines": _last_lines(status.log(trial.trial_id))}
+    log = status.log(trial_id)
+    steps = [json.loads(line) for line in _last_lines(status.folder.trials / trial_id / "steps.jsonl")]
+    return {**_trial(trial), "curve": trial.curve, "steps": steps, "lines": _last_lines(log)}
 
 
 def _trial(trial: Trial) -> dict[str, Any]:
@@ -238,7 +259,9 @@ def _trial(trial: Trial) -> dict[str, Any]:
 
 
 def _silence(status: Status, trial: Trial) -> float | None:
-    """Seconds since a trial that runs wrote anything; None of one that has ended or written nothing."""
+    """Seconds since a trial that runs wrote anything; None of one that has ended or written nothing, or in a store."""
+    if status.folder.uri is not None:
+        return None
     files = [status.folder.trials / trial.trial_id / "steps.jsonl", status.log(trial.trial_id)]
     newest = max((file.stat().st_mtime for file in files if file.is_file()), default=None)
     return None if trial.ended or newest is None else status.now - newest

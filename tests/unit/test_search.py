@@ -27,7 +27,7 @@ from raytune_lora.config.compose import compose, dump
 from raytune_lora.config.schema import SweepConfig
 from raytune_lora.config.search import Objective, SearchConfig
 from raytune_lora.errors import UserError
-from raytune_lora.tuning.search import StudySearcher, open_study, pareto, reconcile, report, tell, warm_start
+from raytune_lora.tuning.search import StudySearcher, open_study, pareto, rebuild, reconcile, report, tell, warm_start
 from raytune_lora.tuning.search import problems as search_problems
 from raytune_lora.tuning.space import lookup
 from raytune_lora.tuning.trials import Record, Trial, trial_name
@@ -432,3 +432,61 @@ def test_a_finished_study_stays_as_it_is(tmp_path: Path, cfg: SweepConfig) -> No
     assert states(study) == ["COMPLETE"]
     assert searching.suggest("b")["trial_id"] == "0001"
     assert study.trials[0].state is TrialState.COMPLETE
+
+
+# ------------------------------------------------------------------------------------------------------ another machine
+
+
+@pytest.mark.parametrize("objectives", [[Objective.eval_loss], [Objective.eval_loss, Objective.training_seconds]])
+def test_a_study_is_rebuilt_from_the_journal(objectives: list[Objective], tmp_path: Path) -> None:
+    cfg = compose(["experiment=quickstart", "+space.alpha={key: method.alpha, multiple_of: method.r, low: 1, high: 4}"])
+    cfg.search.objectives = objectives
+    study = open_study(make(tmp_path / "first"), cfg.search)
+    searching = searcher(study, cfg)
+    known = []
+    for number, status in enumerate(("completed", "stopped", "oom", "failed", "running")):
+        params = searching.suggest("")["params"]
+        if number == 3:
+            searching.suggest("")  # the sweep was killed before it started
+        facts: dict[str, Any] = {"params": params, "curve": list(CURVE), "training_seconds": 3.0}
+        facts["error"] = "why" if status in ("oom", "failed") else None
+        each = trial(number + (number > 3), status, 2.0, **facts)
+        (tell if each.ended else report)(study, each)
+        known.append(each)
+    study.tell(4, state=TrialState.FAIL)
+
+    other = open_study(make(tmp_path / "other"), cfg.search)
+    rebuild(other, record(*known), cfg)
+    for one, again in zip(study.get_trials(), other.get_trials(), strict=True):
+        if one.number == 4:
+            assert again.state is TrialState.FAIL
+            continue
+        for name in ("number", "state", "values", "distributions", "intermediate_values", "user_attrs", "constraints"):
+            assert getattr(again, name) == getattr(one, name), name
+        assert again.params == pytest.approx(one.params)
+    assert [each.trial_id for each in reconcile(other, record(*known))] == ["0005"]
+    ended = trial(5, "completed", 1.5, params=known[4].params, curve=list(CURVE), training_seconds=1.0)
+    tell(other, ended)
+    assert other.get_trials()[5].state is TrialState.COMPLETE
+    rebuild(other, record(*known), cfg)
+    assert searcher(other, cfg).suggest("")["trial_id"] == "0006"
+
+
+def make(folder: Path) -> Path:
+    folder.mkdir()
+    return folder
+
+
+def test_a_rebuilt_study_has_its_warm_start_first(tmp_path: Path, cfg: SweepConfig) -> None:
+    earlier = open_study(make(tmp_path / "earlier"), cfg.search)
+    params = searcher(earlier, cfg).suggest("")["params"]
+    tell(earlier, trial(0, "completed", 2.0, params=params))
+    warm = copy.deepcopy(cfg)
+    warm.search.warm_start = [str(tmp_path / "earlier")]
+    study = open_study(make(tmp_path / "first"), warm.search)
+    own = searcher(study, warm).suggest("")
+    assert own["trial_id"] == "0001"
+    other = open_study(make(tmp_path / "other"), warm.search)
+    rebuild(other, record(trial(1, "completed", 1.0, params=own["params"])), warm)
+    assert [t.values for t in other.get_trials()] == [[2.0], [1.0]]
+    assert searcher(other, warm).suggest("")["trial_id"] == "0002"

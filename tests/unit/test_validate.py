@@ -52,6 +52,7 @@ EDGES: dict[str, tuple[float, float]] = {
     "evaluation.examples": (-1, 0),
     "cluster.object_store_mb": (79, 80),
     "cluster.retries": (-1, 0),
+    "cluster.lease": (0.5, 1.0),
     "disk.trial_gb": (0.0, 0.001),
     "disk.sweep_gb": (0.0, 0.001),
     "disk.keep_best": (0, 1),
