@@ -8,8 +8,10 @@ first event of a later one never happened.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import re
+import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -52,6 +54,7 @@ class Parts:
         self._check = check
         self._next = 0  # number of the next event
         self._loose: list[bytes] = []  # the newest events, each an object of its own
+        self.cleaning = threading.Thread()  # deletes what counts no longer
 
     def open(self) -> bytes:
         """All events, one a line, to go on after them.
@@ -89,17 +92,22 @@ class Parts:
             self._unite()
 
     def _unite(self) -> None:
-        """Make one object of the newest events; those that it replaces go after it is there."""
+        """Make one object of the newest events; those that it replaces are deleted after that, and nobody waits."""
         if not self._loose:
             return
         one = Part(self._next - len(self._loose), self._next - 1, self._label)
-        with as_trouble(), ThreadPoolExecutor(_AT_ONCE) as pool:
-            self._check()
+        self._check()
+        with as_trouble():
             storage.write(self._at(one), b"".join(self._loose))
-            replaced = [part for part in _parts(self._uri) if part != one and one.first <= part.first <= one.last]
-            for _ in pool.map(lambda part: storage.delete(self._at(part)), replaced):
-                pass
         self._loose = []
+        self.cleaning = threading.Thread(target=self._clean, daemon=True)
+        self.cleaning.start()
+
+    def _clean(self) -> None:
+        with contextlib.suppress(storage.StorageError), ThreadPoolExecutor(_AT_ONCE) as pool:  # else the next time
+            there = _parts(self._uri)
+            for _ in pool.map(lambda part: storage.delete(self._at(part)), set(there) - set(valid(there))):
+                pass
 
     def _at(self, part: Part) -> str:
         return storage.join(self._uri, part.name)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import secrets
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from raytune_lora.config.schema import RunConfig
 from raytune_lora.data.store import TokenStore
 from raytune_lora.training.driver import Pool
 from raytune_lora.tuning.job import plain_run, prepare_inputs
+from tests import s3
 
 TINY = ("model=tiny", "data=fake", "training.global_batch=8", "training.max_steps=8", "training.learning_rate=3e-3")
 EVALUATION = ("evaluation.every=32", "evaluation.loss_rows=16", "evaluation.generate_rows=4")
@@ -59,3 +61,27 @@ def pair(ray_instance: None, configure: Configure, tmp_path_factory: pytest.Temp
     """A resident group of two workers."""
     with Pool(configure("workers=2"), tmp_path_factory.mktemp("pair"), groups=1) as pool:
         yield pool
+
+
+@pytest.fixture(scope="session")
+def upstream() -> Iterator[int]:
+    with s3.server() as port:
+        yield port
+
+
+@pytest.fixture
+def proxy(upstream: int, monkeypatch: pytest.MonkeyPatch) -> Iterator[s3.Proxy]:
+    """A proxy, to which the environment's settings of S3 lead."""
+    proxy = s3.Proxy(upstream)
+    with proxy.listening() as port:
+        settings = {"ACCESS_KEY_ID": "test", "SECRET_ACCESS_KEY": "test", "REGION": "us-east-1"}
+        for name, value in {**settings, "ENDPOINT_URL": f"http://127.0.0.1:{port}"}.items():
+            monkeypatch.setenv(f"AWS_{name}", value)
+        yield proxy
+
+
+@pytest.fixture
+def bucket(proxy: s3.Proxy, upstream: int) -> str:
+    name = f"bucket-{secrets.token_hex(4)}"
+    s3.make_bucket(upstream, name)
+    return f"s3://{name}"

@@ -44,30 +44,6 @@ SHORT = storage.Patience(attempts=4, silence=10.0)  # a few seconds of pauses
 ROWS = [{"instruction": "Say it.", "input": "", "output": f"word {number}"} for number in range(300)]
 
 
-@pytest.fixture(scope="session")
-def upstream() -> Iterator[int]:
-    with s3.server() as port:
-        yield port
-
-
-@pytest.fixture
-def proxy(upstream: int, monkeypatch: pytest.MonkeyPatch) -> Iterator[s3.Proxy]:
-    """A proxy, to which the environment's settings of S3 lead."""
-    proxy = s3.Proxy(upstream)
-    with proxy.listening() as port:
-        settings = {"ACCESS_KEY_ID": "test", "SECRET_ACCESS_KEY": "test", "REGION": "us-east-1"}
-        for name, value in {**settings, "ENDPOINT_URL": f"http://127.0.0.1:{port}"}.items():
-            monkeypatch.setenv(f"AWS_{name}", value)
-        yield proxy
-
-
-@pytest.fixture
-def bucket(proxy: s3.Proxy, upstream: int) -> str:
-    name = f"bucket-{secrets.token_hex(4)}"
-    s3.make_bucket(upstream, name)
-    return f"s3://{name}"
-
-
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     """A whole folder."""
@@ -401,12 +377,12 @@ def test_a_run_on_another_node_trains_from_the_store(
     command = [sys.executable, str(ROOT / "jobs" / "train.py"), "model=tiny", f"data.path={bucket}/rows.jsonl"]
     command += [f"cache={bucket}/cache", 'cluster.node_cache="~/cache"', f"cluster.address={cluster}", "deepspeed=off"]
     command += ["training.global_batch=8", "training.max_steps=4", "evaluation.loss_rows=8", "workers=2"]
-    command += ["evaluation.generate_rows=2", "evaluation.max_new_tokens=4", f"output={tmp_path}/run"]
+    command += ["evaluation.generate_rows=2", "evaluation.max_new_tokens=4", f"output={bucket}/run"]
     done = subprocess.run(
         command, env=os.environ | at_home(tmp_path / "job"), capture_output=True, text=True, timeout=200, check=False
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    results = json.loads(storage.read(f"{bucket}/run/results.json") or b"")
     assert [trial["status"] for trial in results["trials"]] == ["completed"]
     store = f"tokens/{results['data']['fingerprint']}"
     assert contents(tmp_path / "node" / "cache" / store) == contents(tmp_path / "job" / "cache" / store)
@@ -414,3 +390,6 @@ def test_a_run_on_another_node_trains_from_the_store(
     assert (tmp_path / "node" / "cache" / "models" / model / "model.safetensors").is_file()
     assert train_files(proxy) == (1, 1), "two workers of a node bring it once"
     assert proxy.count("GET", "model.safetensors") == 1
+    there = storage.sizes(f"{bucket}/run")
+    assert {"best/adapter/adapter_model.safetensors", "report.html", "trials/0000/logs/worker-1.log"} <= set(there)
+    assert not list((tmp_path / "node" / "cache" / "outputs").glob("*/trials/*/checkpoint-*")), "they are in the store"

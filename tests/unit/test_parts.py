@@ -53,11 +53,13 @@ def test_events_are_objects_and_become_one_when_a_sweep_goes_on(uri: str) -> Non
     assert names(uri) == ["00000000-00000000", "00000001-00000001", "00000002-00000002"]
     second = Parts(uri, "000002-b")
     assert second.open() == b"0\n1\n2\n"
+    second.cleaning.join(20)
     assert names(uri) == ["00000000-00000002"]
     fill(second, 3, 2)
     assert numbers(uri) == list(range(5))
     third = Parts(uri, "000003-c")
     third.open()
+    third.cleaning.join(20)
     assert names(uri) == ["00000000-00000002", "00000003-00000004"]
 
 
@@ -66,6 +68,7 @@ def test_many_events_become_one_while_they_come(uri: str, monkeypatch: pytest.Mo
     journal = Parts(uri, "000001-a")
     journal.open()
     fill(journal, 0, 10)
+    journal.cleaning.join(20)
     assert names(uri) == [*("00000000-00000003", "00000004-00000007"), "00000008-00000008", "00000009-00000009"]
     assert numbers(uri) == list(range(10))
 
@@ -90,7 +93,10 @@ def test_a_kill_between_the_whole_and_the_end_of_its_parts_loses_nothing(uri: st
     storage.write(f"{uri}/00000000-00000002.000001-a.jsonl", b"0\n1\n2\n")
     storage.delete(f"{uri}/00000001-00000001.000001-a.jsonl")
     assert numbers(uri) == [0, 1, 2, 3]
-    assert Parts(uri, "000002-b").open() == b"0\n1\n2\n3\n"
+    again = Parts(uri, "000002-b")
+    assert again.open() == b"0\n1\n2\n3\n"
+    again.cleaning.join(20)
+    assert names(uri) == ["00000000-00000002", "00000003-00000003"]
 
 
 def test_what_a_driver_writes_after_it_was_given_up_never_happened(uri: str) -> None:

@@ -1,0 +1,100 @@
+"""Sweeps whose folder is in an object store, on machines whose disks have nothing of them."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from raytune_lora import storage
+from raytune_lora.errors import StorageError
+from raytune_lora.tuning import parts, status
+from tests import s3
+from tests.integration.test_jobs import finish, nothing_left, start, wait_for
+
+pytestmark = [pytest.mark.slow, pytest.mark.e2e, pytest.mark.timeout(400)]
+
+TINY = ("experiment=tiny", "deepspeed=off", "evaluation.generate_rows=0", "search.concurrent=1", "cluster.lease=10")
+SWEEP = (*TINY, "search.trials=2", "search.sampler=grid", "scheduler=none", "space.learning_rate.step=0.0099")
+
+
+def events(uri: str, kind: str) -> list[dict[str, Any]]:
+    try:
+        found = [json.loads(line) for line in parts.read(f"{uri}/journal").splitlines()]
+    except StorageError:  # it changes while it is read
+        return []
+    return [event for event in found if event["event"] == kind]
+
+
+def reported(uri: str, process: subprocess.Popen[str], trial: str) -> None:
+    """Wait until a trial has been measured."""
+    wait_for(lambda: any(e["trial_id"] == trial for e in events(uri, "trial_result")) or process.poll() is not None)
+
+
+def trials(results: bytes | None) -> list[dict[str, Any]]:
+    """What is the same of a trial, wherever and in how many sittings it ran."""
+    same = ("trial_id", "status", "params", "eval_loss", "samples_seen", "curve")
+    return [{key: trial[key] for key in same} for trial in json.loads(results or b"")["trials"]]
+
+
+def losses(steps: bytes | None) -> list[float]:
+    return [json.loads(line)["loss"] for line in (steps or b"").splitlines()]
+
+
+def test_a_sweep_that_is_killed_twice_goes_on_elsewhere(
+    bucket: str, proxy: s3.Proxy, tmp_path: Path, cache: Path
+) -> None:
+    uri, whole = f"{bucket}/sweeps/mine", tmp_path / "whole"
+    finish(start("sweep", *SWEEP, f"output={whole}", f"cache={cache}"))
+    proxy.faults += [s3.Fault(kind, "PUT", "journal/", times=2) for kind in ("busy", "cut_request")]
+    proxy.faults += [s3.Fault(kind, "PUT", "checkpoint-", times=2) for kind in ("busy", "cut_request")]
+    for number in (0, 1):  # killed in each trial, on a machine that is never seen again
+        typed = (*SWEEP, f"output={uri}", "resume=auto", f"cache={cache}", f"cluster.node_cache={tmp_path / 'node'}")
+        process = start("sweep", *typed)
+        reported(uri, process, f"000{number}")
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        nothing_left(process.pid)
+        shutil.rmtree(tmp_path / "node")
+    out, _ = finish(start("sweep", f"resume={uri}", f"cluster.node_cache={tmp_path / 'other'}"))
+    assert f"resume={uri}" not in out
+    assert trials(storage.read(f"{uri}/results.json")) == trials((whole / "results.json").read_bytes())
+    assert sorted(event["trial_id"] for event in events(uri, "trial_ended")) == ["0000", "0001"]
+    for trial in ("0000", "0001"):
+        again = losses(storage.read(f"{uri}/trials/{trial}/steps.jsonl"))
+        assert again == losses((whole / "trials" / trial / "steps.jsonl").read_bytes())
+    best = "best/adapter/adapter_model.safetensors"
+    assert storage.read(f"{uri}/{best}") == (whole / best).read_bytes()
+    assert storage.read(f"{uri}/study.db")
+    found = status.summary(status.look(uri, tmp_path))
+    assert (found["state"], found["name"], found["folder"]) == ("finished", "mine", uri)
+    assert status.detail(status.look(uri, tmp_path), "0001")["lines"]
+
+
+def test_a_store_that_is_gone_halts_a_run_in_order(bucket: str, proxy: s3.Proxy, tmp_path: Path, cache: Path) -> None:
+    uri = f"{bucket}/run"
+    typed = (*TINY[1:3], "model=tiny", "data=fake", "training.max_steps=400", "training.global_batch=8")
+    typed += ("evaluation.every=16", "evaluation.loss_rows=8", "training.patience=null", f"cache={cache}")
+    process = start("train", *typed, f"output={uri}", f"cluster.node_cache={tmp_path / 'node'}", TINY[-1])
+    reported(uri, process, "0000")
+    outage = [s3.Fault("busy", method, bucket[5:], times=10**6) for method in ("GET", "PUT", "POST", "DELETE", "HEAD")]
+    proxy.faults += outage
+    _, err = finish(process, status=1)
+    nothing_left(process.pid)
+    for fault in outage:
+        fault.times = 0
+    assert "error: " in err
+    assert f"go on with resume={uri}" in err
+    assert "Traceback" not in err
+    assert not events(uri, "trial_ended")
+    before = len(events(uri, "trial_result"))
+    finish(start("train", f"resume={uri}", f"cluster.node_cache={tmp_path / 'other'}"))
+    (trial,) = trials(storage.read(f"{uri}/results.json"))
+    assert (trial["status"], trial["samples_seen"]) == ("completed", 3200)
+    assert len(events(uri, "trial_result")) > before
