@@ -13,12 +13,17 @@ from typing import Any
 import pytest
 
 from raytune_lora import storage
+from raytune_lora.config.schema import RunConfig
+from raytune_lora.data.store import TokenStore
 from raytune_lora.errors import StorageError
+from raytune_lora.training.place import CHECKPOINTS, GO_ON, STOP, Place
 from raytune_lora.tuning import parts, status
+from raytune_lora.working_copy import WorkingCopy
 from tests import s3
+from tests.integration.conftest import Configure
 from tests.integration.test_jobs import finish, nothing_left, start, wait_for
 
-pytestmark = [pytest.mark.slow, pytest.mark.e2e, pytest.mark.timeout(400)]
+pytestmark = [pytest.mark.timeout(400)]
 
 TINY = ("experiment=tiny", "deepspeed=off", "evaluation.generate_rows=0", "search.concurrent=1", "cluster.lease=10")
 SWEEP = (*TINY, "search.trials=2", "search.sampler=grid", "scheduler=none", "space.learning_rate.step=0.0099")
@@ -47,6 +52,58 @@ def losses(steps: bytes | None) -> list[float]:
     return [json.loads(line)["loss"] for line in (steps or b"").splitlines()]
 
 
+# --------------------------------------------------------------------------------------------------------- one worker
+
+
+def train(copy: WorkingCopy, cfg: RunConfig, store: TokenStore, steps: int = 100) -> list[dict[str, Any]]:
+    """Train in this process, until a number of steps, and return what was reported."""
+    from raytune_lora.training import worker
+
+    reports: list[dict[str, Any]] = []
+    left = iter(range(steps))
+
+    def report(metrics: dict[str, Any]) -> bool:
+        name = metrics["checkpoint"].removeprefix(f"{copy.uri}/")
+        assert copy.uri is None or name in copy.manifests(CHECKPOINTS), "it is told of before it lasts"
+        reports.append(metrics)
+        return True
+
+    copy.path.mkdir(parents=True, exist_ok=True)
+    stopped = lambda: GO_ON if next(left, None) is not None else STOP  # noqa: E731
+    worker.train(cfg, store, Place(0, 1, copy.path, report, stopped, copy.uri))
+    return reports
+
+
+@pytest.mark.timeout(200)
+def test_a_trial_goes_on_from_what_is_whole_in_the_store(
+    bucket: str, proxy: s3.Proxy, configure: Configure, store: TokenStore, tmp_path: Path
+) -> None:
+    cfg = configure("deepspeed=off", "evaluation.every=16", "training.keep_checkpoints=2")
+    whole = train(WorkingCopy(tmp_path / "whole"), cfg, store)
+    proxy.faults += [s3.Fault(kind, "PUT", "checkpoint-") for kind in ("busy", "cut_request")]
+    first, second, third = (WorkingCopy(tmp_path / name, f"{bucket}/run/trials/0000") for name in ("a", "b", "c"))
+    began = train(first, cfg, store, steps=6)
+    assert [report["samples_seen"] for report in began] == [16, 32, 48]
+    names = list(first.manifests(CHECKPOINTS))
+    storage.write(f"{first.uri}/{names[-1]}/trained-00000.safetensors", b"cut")
+
+    went_on = train(second, cfg, store)
+    assert [report["samples_seen"] for report in went_on] == [32, 48, 64], "what was measured last is told again"
+    assert went_on[0]["checkpoint"] == f"{first.uri}/{names[-2]}"
+    assert [r["eval_loss"] for r in began[:1] + went_on] == [r["eval_loss"] for r in whole]
+    assert sorted(second.manifests(CHECKPOINTS)) == sorted(path.name for path in (tmp_path / "whole").glob(CHECKPOINTS))
+    assert [r["samples_seen"] for r in train(third, cfg, store)] == [64], "it had come to its end"
+
+    proxy.faults.append(s3.Fault("denied", "PUT", "checkpoint-", times=100))
+    with pytest.raises(StorageError, match="ACCESS_DENIED"):
+        train(WorkingCopy(tmp_path / "d", f"{bucket}/run/trials/0001"), cfg, store)
+
+
+# ---------------------------------------------------------------------------------------------------------- whole jobs
+
+
+@pytest.mark.slow
+@pytest.mark.e2e
 def test_a_sweep_that_is_killed_twice_goes_on_elsewhere(
     bucket: str, proxy: s3.Proxy, tmp_path: Path, cache: Path
 ) -> None:
@@ -77,6 +134,8 @@ def test_a_sweep_that_is_killed_twice_goes_on_elsewhere(
     assert status.detail(status.look(uri, tmp_path), "0001")["lines"]
 
 
+@pytest.mark.slow
+@pytest.mark.e2e
 def test_a_store_that_is_gone_halts_a_run_in_order(bucket: str, proxy: s3.Proxy, tmp_path: Path, cache: Path) -> None:
     uri = f"{bucket}/run"
     typed = (*TINY[1:3], "model=tiny", "data=fake", "training.max_steps=400", "training.global_batch=8")
