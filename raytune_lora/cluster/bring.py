@@ -1,7 +1,8 @@
 """The results of a sweep, brought from the cluster's storage to a machine that cannot see it.
 
 The dashboard gives away nothing but logs. So a small job packs the files and prints them, in base64 and with a digest,
-and this machine reads its log. That is meant for reports and adapters: hundreds of megabytes, not models.
+and this machine reads its log. That is meant for reports and adapters: hundreds of megabytes, not models. What is in
+an object store is read from there, with this machine's own rights.
 """
 
 from __future__ import annotations
@@ -16,8 +17,10 @@ import tarfile
 from pathlib import Path
 from typing import Any
 
+from raytune_lora import storage
 from raytune_lora.cluster.submit import Cluster
-from raytune_lora.errors import UserError
+from raytune_lora.errors import StorageError, UserError
+from raytune_lora.working_copy import WorkingCopy
 
 LIMIT = 200  # megabytes
 _MARK = "raytune-lora results"
@@ -61,6 +64,9 @@ def bring(cluster: Cluster, name: str, facts: dict[str, Any], target: Path, limi
     Raises:
         UserError: there are no results, or they did not arrive whole.
     """
+    if storage.local_path(facts["output"]) is None:
+        _bring_from_store(facts["output"], name, target)
+        return []
     arguments = [facts["output"], str(limit * 10**6), _MARK]
     command = shlex.join(["python", "-c", _SENDER.strip(), *arguments])
     log = cluster.run(f"results-of-{name}", command, facts["resource"])
@@ -71,6 +77,15 @@ def bring(cluster: Cluster, name: str, facts: dict[str, Any], target: Path, limi
     with tarfile.open(fileobj=io.BytesIO(data)) as archive:
         archive.extractall(target, filter="data")
     return [f"{file} ({size / 1e6:.0f} MB)" for file, size in said["left_out"]]
+
+
+def _bring_from_store(uri: str, name: str, target: Path) -> None:
+    try:
+        WorkingCopy(target, uri).bring("report.html", "results.json", "data_report.json", "best/*")
+    except StorageError as error:
+        raise UserError(f"the results of {name} are in the store, and cannot be read from here: {error}") from error
+    if not target.exists():
+        raise UserError(f"{uri} holds no results of {name}")
 
 
 def received(log: str) -> tuple[dict[str, Any], bytes]:

@@ -6,8 +6,11 @@ from pathlib import Path
 
 import pytest
 
+from raytune_lora import storage
 from raytune_lora.config.compose import compose
-from raytune_lora.tuning.folder import create, problems, reopen
+from raytune_lora.errors import UserError
+from raytune_lora.tuning import claim
+from raytune_lora.tuning.folder import SweepFolder, create, held, problems, reopen
 from raytune_lora.tuning.resume import settle
 
 TYPED = ["experiment=tiny", "resume=auto", "+space.decay={key: training.weight_decay, low: 0.0, high: 0.1}"]
@@ -54,3 +57,37 @@ def test_a_folder_whose_first_write_was_killed_is_begun_anew(typed: list[str], t
     begin(tmp_path, typed)
     assert reopen(folder, "sweep").search.trials == 4
     assert sorted(path.name for path in folder.iterdir()) == [".lock", "config.yaml"]
+
+
+def test_a_sweep_in_a_store_is_begun_once_and_found_from_any_machine(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(claim, "_SETTLES", 0.05)
+    uri = f"memory://{tmp_path.name}/sweeps/mine"
+    typed = [*TYPED, f"output={uri}/", f"cluster.node_cache={tmp_path / 'node'}"]
+    cfg = compose(typed)
+    assert settle(cfg, typed) == []
+    assert cfg.resume is None
+    home = SweepFolder.of(cfg)
+    (home.path / "trials").mkdir(parents=True)
+    (home.path / "study.db").write_text("of a sweep that was deleted from the store")
+    create(home.path, cfg, "sweep", home.uri)
+    assert not (home.path / "study.db").exists()
+
+    typed[-1] = f"cluster.node_cache={tmp_path / 'elsewhere'}"
+    again = compose(typed)
+    assert settle(again, typed) == ["cluster.node_cache"]
+    assert again.resume == uri
+    assert reopen(uri, "sweep").search.trials == 4
+    with pytest.raises(UserError, match=f"{uri} holds a sweep, not a run"):
+        reopen(uri, "run")
+    other = SweepFolder.of(again)
+    (said,) = problems(other.path, other.uri)
+    assert f"go on with it (resume={uri})" in said
+    with held(other, 30, print) as claimed:
+        assert claimed is not None
+        assert other.config.read_text() == home.config.read_text()
+        assert (other.name, other.address) == ("mine", uri)
+    storage.delete(f"{uri}/config.yaml")
+    storage.write(f"{uri}/mine.txt", b"")
+    assert problems(other.path, other.uri) == [f"output: {uri} is not empty (mine.txt is in it); name a new folder"]

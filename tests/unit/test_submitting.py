@@ -15,6 +15,7 @@ from raytune_lora.cluster import bring
 from raytune_lora.errors import UserError
 from raytune_lora.tuning.progress import Progress, Tally
 from raytune_lora.tuning.trials import Journal
+from raytune_lora.working_copy import WorkingCopy
 from tests.unit.test_status import RESULT
 
 TOKEN = "hf_" + "Ab1" * 11
@@ -170,3 +171,14 @@ def test_help_is_the_commands_own(capsys: pytest.CaptureFixture[str]) -> None:
         with contextlib.suppress(SystemExit):
             main([verb, "--help"])
         assert capsys.readouterr().out.startswith(f"usage: raytune-lora {verb} ")
+
+
+def test_results_in_a_store_are_read_from_there(folder: Path, tmp_path: Path) -> None:
+    uri = f"memory://{tmp_path.name}/sweeps/mine"
+    facts = {"output": uri, "resource": None}
+    with pytest.raises(UserError, match="holds no results of mine"):
+        bring.bring(None, "mine", facts, tmp_path / "back")  # type: ignore[arg-type]  # no cluster is asked
+    WorkingCopy(folder, uri).send(folder)
+    assert bring.bring(None, "mine", facts, tmp_path / "back") == []  # type: ignore[arg-type]
+    files = {str(path.relative_to(tmp_path / "back")) for path in (tmp_path / "back").rglob("*") if path.is_file()}
+    assert files == {"results.json", "report.html", "best/adapter/adapter_model.safetensors"}
