@@ -167,7 +167,7 @@ class ClusterConfig:
     address: str | None = None  # of a running Ray cluster; null: $RAY_ADDRESS, or else a local one made for the job
     object_store_mb: int = 128  # of the local one
     dashboard: bool = False  # of the local one
-    node_cache: str = "~/.cache/raytune-lora"  # folder on each node for what `cache` holds, where that is a URI
+    node_cache: str = "~/.cache/raytune-lora"  # on each node: copies of `cache` and `output` where they are URIs
     reuse_workers: bool = True  # a worker group takes one trial after the other; false starts a new one for each
     retries: int = 3  # of a trial whose worker or machine was lost: each goes on from its last checkpoint
     lease: float = 120.0  # seconds without a sign of life of a driver whose `output` is a URI until another may go on
@@ -210,7 +210,7 @@ class RunConfig:
     workers: int = 1  # processes that train one model together
     cpus_per_worker: int = 1
     gpus_per_worker: int = 0
-    output: str | None = None  # folder of the sweep or run; null: sweeps/<time> or runs/<time>
+    output: str | None = None  # folder of the sweep or run, or URI; null: sweeps/<time> or runs/<time>
     cache: str = "~/.cache/raytune-lora"  # folder that all nodes share, or URI: token stores and converted models
 
 

@@ -28,7 +28,7 @@ from raytune_lora.training.place import CHECKPOINTS
 from raytune_lora.working_copy import WorkingCopy
 
 WEIGHTS, OPTIMIZER, EXTRA = "trained", "optimizer", "extra"  # stems of a checkpoint's files
-_PREFIX = CHECKPOINTS.removesuffix("*")
+_PREFIX = CHECKPOINTS.rstrip("?")
 _logger = logging.getLogger(__name__)
 
 

@@ -11,7 +11,7 @@ from typing import Any
 from raytune_lora.working_copy import WorkingCopy
 
 LOGS = "logs"  # in a task's folder
-CHECKPOINTS = "checkpoint-*"  # the same, of a trial
+CHECKPOINTS = "checkpoint-????????"  # the same, of a trial: by the steps done
 SAVING = "saving"  # beside the whole checkpoints: where one is written
 
 # what a worker can be asked to do at its next step, the more urgent the higher
@@ -43,4 +43,4 @@ def send_files(copy: WorkingCopy) -> None:
     """
     if copy.uri is not None:
         there = (path for path in copy.path.iterdir() if path.name != SAVING)
-        copy.send(*(path for path in there if not fnmatch(path.name, CHECKPOINTS)))
+        copy.send(*(path for path in there if not fnmatch(path.name, f"{CHECKPOINTS}*")))  # nor their locks

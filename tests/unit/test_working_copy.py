@@ -78,6 +78,7 @@ def test_a_checkpoint_comes_whole_and_as_the_store_has_it(tmp_path: Path, uri: s
     other = build_once(second.path / name, lambda work: {"step": (work / "other").write_text("")})
     assert second.bring_whole(name) == second.path / name
     assert (second.path / name / "adapter" / "it").read_text() == "weights"
+    assert [path.name for path in second.path.glob(CHECKPOINTS)] == [name], "a lock is none"
     manifest = read_manifest(second.path / name)
     assert manifest != other
     assert list(manifest["sha256"]) == ["adapter/it"]  # type: ignore[index]
