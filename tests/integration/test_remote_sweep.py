@@ -26,7 +26,9 @@ from tests.integration.test_jobs import finish, nothing_left, start, wait_for
 pytestmark = [pytest.mark.timeout(400)]
 
 TINY = ("experiment=tiny", "deepspeed=off", "evaluation.generate_rows=0", "search.concurrent=1", "cluster.lease=10")
-SWEEP = (*TINY, "search.trials=2", "search.sampler=grid", "scheduler=none", "space.learning_rate.step=0.0099")
+RATES = "+space.rate={key: training.learning_rate, kind: categorical, choices: [0.003, 0.001]}"
+SPACE = ("~space.rank", "~space.alpha", "~space.dropout", "~space.learning_rate", RATES)
+SWEEP = (*TINY, *SPACE, "search.trials=2", "search.sampler=grid", "scheduler=none")
 
 
 def events(uri: str, kind: str) -> list[dict[str, Any]]:
@@ -138,7 +140,7 @@ def test_a_sweep_that_is_killed_twice_goes_on_elsewhere(
 @pytest.mark.e2e
 def test_a_store_that_is_gone_halts_a_run_in_order(bucket: str, proxy: s3.Proxy, tmp_path: Path, cache: Path) -> None:
     uri = f"{bucket}/run"
-    typed = (*TINY[1:3], "model=tiny", "data=fake", "training.max_steps=400", "training.global_batch=8")
+    typed = (*TINY[1:3], "model=tiny", "data=fake", "training.max_steps=60", "training.global_batch=8")
     typed += ("evaluation.every=16", "evaluation.loss_rows=8", "training.patience=null", f"cache={cache}")
     process = start("train", *typed, f"output={uri}", f"cluster.node_cache={tmp_path / 'node'}", TINY[-1])
     reported(uri, process, "0000")
@@ -155,5 +157,5 @@ def test_a_store_that_is_gone_halts_a_run_in_order(bucket: str, proxy: s3.Proxy,
     before = len(events(uri, "trial_result"))
     finish(start("train", f"resume={uri}", f"cluster.node_cache={tmp_path / 'other'}"))
     (trial,) = trials(storage.read(f"{uri}/results.json"))
-    assert (trial["status"], trial["samples_seen"]) == ("completed", 3200)
+    assert (trial["status"], trial["samples_seen"]) == ("completed", 480)
     assert len(events(uri, "trial_result")) > before
