@@ -50,8 +50,10 @@ def trials(results: bytes | None) -> list[dict[str, Any]]:
     return [{key: trial[key] for key in same} for trial in json.loads(results or b"")["trials"]]
 
 
-def losses(steps: bytes | None) -> list[float]:
-    return [json.loads(line)["loss"] for line in (steps or b"").splitlines()]
+def losses(steps: bytes | None) -> set[tuple[int, float]]:
+    """The loss of each step; those after a checkpoint that a trial went on from were made twice, to the same losses."""
+    lines = map(json.loads, (steps or b"").splitlines())
+    return {(line["step"], line["loss"]) for line in lines}
 
 
 # --------------------------------------------------------------------------------------------------------- one worker
@@ -127,6 +129,7 @@ def test_a_sweep_that_is_killed_twice_goes_on_elsewhere(
     assert sorted(event["trial_id"] for event in events(uri, "trial_ended")) == ["0000", "0001"]
     for trial in ("0000", "0001"):
         again = losses(storage.read(f"{uri}/trials/{trial}/steps.jsonl"))
+        assert len(again) == 8
         assert again == losses((whole / "trials" / trial / "steps.jsonl").read_bytes())
     best = "best/adapter/adapter_model.safetensors"
     assert storage.read(f"{uri}/{best}") == (whole / best).read_bytes()
