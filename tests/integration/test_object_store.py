@@ -389,7 +389,7 @@ def test_a_run_on_another_node_trains_from_the_store(
     (model,) = (path.name for path in (tmp_path / "job" / "cache" / "models").iterdir() if path.is_dir())
     assert (tmp_path / "node" / "cache" / "models" / model / "model.safetensors").is_file()
     assert train_files(proxy) == (1, 1), "two workers of a node bring it once"
-    assert proxy.count("GET", "model.safetensors") == 1
+    assert proxy.count("GET", "/model.safetensors") == 1
     there = storage.sizes(f"{bucket}/run")
     assert {"best/adapter/adapter_model.safetensors", "report.html", "trials/0000/logs/worker-1.log"} <= set(there)
     assert not list((tmp_path / "node" / "cache" / "outputs").glob("*/trials/*/checkpoint-*")), "they are in the store"

@@ -147,7 +147,10 @@ def test_a_store_that_is_gone_halts_a_run_in_order(bucket: str, proxy: s3.Proxy,
     typed += ("evaluation.every=16", "evaluation.loss_rows=8", "training.patience=null", f"cache={cache}")
     process = start("train", *typed, f"output={uri}", f"cluster.node_cache={tmp_path / 'node'}", TINY[-1])
     reported(uri, process, "0000")
-    outage = [s3.Fault("busy", method, bucket[5:], times=10**6) for method in ("GET", "PUT", "POST", "DELETE", "HEAD")]
+    # refused, and not busy: that is not tried again for a minute
+    outage = [
+        s3.Fault("denied", method, bucket[5:], times=10**6) for method in ("GET", "PUT", "POST", "DELETE", "HEAD")
+    ]
     proxy.faults += outage
     _, err = finish(process, status=1)
     nothing_left(process.pid)
