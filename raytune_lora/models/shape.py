@@ -61,8 +61,8 @@ def _linears(model: Any) -> list[Linear]:
             continue
         parent, _, leaf = name.rpartition(".")
         source = f"{parent}.{'inside' if leaf in _LAST else 'input'}"
-        widths = module.weight.shape if isinstance(module, Conv1D) else module.weight.shape[::-1]
-        found.append(Linear(name, *widths, source=source, bias=module.bias is not None))
+        d_in, d_out = module.weight.shape if isinstance(module, Conv1D) else module.weight.shape[::-1]
+        found.append(Linear(name, d_in, d_out, source))
     return found
 
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from raytune_lora.config.schema import Attention, RunConfig
 from raytune_lora.planning.added import Added
-from raytune_lora.planning.shape import Linear, Shape
+from raytune_lora.planning.shape import Shape
 
 _FP32, _BF16 = 4, 2
 _LOSS = 12  # bytes an element: log-probabilities, and twice their gradient, in fp32
@@ -165,5 +165,3 @@ def _logits(shape: Shape, formats: Formats, tokens: int, liger: bool) -> int:
     # Liger's loss goes over as many tokens at once as make the logits no larger than the hidden states
     chunk = -(-tokens // max(1, -(-shape.vocab // shape.hidden)))
     return tokens * shape.hidden * formats.compute + chunk * shape.vocab * (_FP32 + formats.compute)
-
-

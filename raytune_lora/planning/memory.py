@@ -171,9 +171,7 @@ def _peak(one: Pass, checkpointing: bool) -> tuple[int, int]:
     return one.inputs + again, max(0, one.logits - again)
 
 
-def _working(
-    cfg: RunConfig, layers: list[Linear], formats: Formats, stage: int, added: Added, shape: Shape
-) -> int:
+def _working(cfg: RunConfig, layers: list[Linear], formats: Formats, stage: int, added: Added, shape: Shape) -> int:
     largest = max((linear.d_in * linear.d_out for linear in layers), default=0)
     total = 0
     if cfg.quantization.kind is not Quantization.none:

@@ -15,7 +15,6 @@ class Linear:
     d_in: int
     d_out: int
     source: str = ""  # layers with the same one are fed the same tensor
-    bias: bool = False
 
 
 @dataclass(frozen=True)

@@ -26,6 +26,7 @@ from raytune_lora.models.tokenizer import load_tokenizer, tokenizer_identity
 from raytune_lora.training.driver import LOGS, Pool, Task, TaskFailed
 from raytune_lora.training.plan import Plan, plan_run
 from raytune_lora.tuning.budget import reopen as reopen_search
+from raytune_lora.tuning.constraints import Constraints, memory_limit
 from raytune_lora.tuning.folder import SweepFolder, create, reopen
 from raytune_lora.tuning.preflight import check, output_path
 from raytune_lora.tuning.progress import Progress
@@ -47,6 +48,7 @@ class Job:
     progress: Progress
     store: TokenStore
     model_folder: Path
+    constraints: Constraints
     pool: Pool = field(init=False)  # while it is at work
     learned: dict[str, Any] = field(default_factory=dict)  # what the study says: ``importance`` and ``pareto``
 
@@ -150,6 +152,8 @@ def open_job(kind: str, cfg: SweepConfig, moved: Sequence[str], run: Callable[[J
         began = time.monotonic()
         with progress.doing("preparing the model and the data"):
             model_folder, store = prepare_inputs(cfg)
+            constraints = Constraints(cfg, memory_limit(cfg, model_folder, store))
+            constraints.check(searching=kind == SWEEP)
         if fresh:
             held.callback(create(folder.path, cfg, kind).lock().release)
         journal = Journal(folder.journal, progress.watch, began)
@@ -157,7 +161,7 @@ def open_job(kind: str, cfg: SweepConfig, moved: Sequence[str], run: Callable[[J
             journal.append("moved", changes=to_plain(changes))
             folder.rewrite(cfg)
             reopen_search(journal, cfg.budget, cfg.search.trials)
-        job = Job(kind, cfg, folder, journal, progress, store, model_folder)
+        job = Job(kind, cfg, folder, journal, progress, store, model_folder, constraints)
         progress.know(job.plan.total, journal.record)
         if BEST in journal.record.phases:
             return job.write_results()

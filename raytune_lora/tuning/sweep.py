@@ -17,13 +17,13 @@ from ray.tune import RunConfig as TuneRunConfig
 
 from raytune_lora.config.schema import SweepConfig
 from raytune_lora.training.failures import FAILED, STOPPED
-from raytune_lora.tuning.budget import Budget
+from raytune_lora.tuning.budget import SPACE, Budget
 from raytune_lora.tuning.confirm import best_configurations, planned, ranked, train_runs
 from raytune_lora.tuning.isolated import run_trial
 from raytune_lora.tuning.job import SWEEP, Job, open_job, plain_run
 from raytune_lora.tuning.results import TRIALS
 from raytune_lora.tuning.scheduler import build
-from raytune_lora.tuning.search import StudySearcher, open_study, pareto, reconcile, report, tell
+from raytune_lora.tuning.search import StudySearcher, open_study, pareto, reconcile, refused, report, tell
 from raytune_lora.tuning.trials import COMPLETED, CONFIRM, MEASURED, Journal, Trial
 
 _ENOUGH = 10  # completed trials before parameter importance says anything
@@ -60,7 +60,8 @@ def _sweep(job: Job) -> None:
             if record.ended < job.cfg.search.trials and not budget.spent():
                 _tune(job, study, interrupted, budget)
     several = len(job.cfg.search.objectives) > 1
-    job.learned = {"importance": _importance(study), "pareto": pareto(study) if several else []}
+    front = pareto(study) if several else []
+    job.learned = {"importance": _importance(study), "pareto": front, "refused": refused(study)}
     _confirm(job)
     job.finish()
 
@@ -86,19 +87,23 @@ def _confirm(job: Job) -> None:
 
 
 class _Searcher(StudySearcher):
-    """Proposes nothing more once the budget is spent."""
+    """Proposes nothing more once the budget is spent; where nothing is left to propose, that ends the search too."""
 
     budget: Budget
 
     def suggest(self, trial_id: str) -> Any:
         return self.FINISHED if self.budget.spent() else super().suggest(trial_id)
 
+    def exhausted(self, why: str) -> Any:
+        self.budget.end(SPACE, why)
+        return super().exhausted(why)
+
 
 def _tune(job: Job, study: optuna.Study, interrupted: list[Trial], budget: Budget) -> None:
     logging.getLogger("ray.tune").setLevel(logging.ERROR)
     cfg = job.cfg
     board = job.pool.board
-    searcher = _Searcher(study, cfg.space, cfg, interrupted)
+    searcher = _Searcher(study, cfg.space, cfg, interrupted, job.constraints)
     searcher.budget = budget
     trainable = partial(run_trial, board=board, cfg=plain_run(cfg), store=job.store, trials=job.folder.trials)
     tuner = Tuner(
@@ -166,7 +171,7 @@ class _Recorder(Callback):
 
     def on_step_end(self, iteration: int, trials: list[Any], **_: Any) -> None:
         self._journal.keep_time()
-        if not self._budget.spent():
+        if not self._budget.spent() or self._budget.is_out_of_points:
             return
         for trial in trials:
             name = trial.config["trial_id"]

@@ -13,7 +13,6 @@ from raytune_lora.models.shape import shape_of
 from raytune_lora.planning.added import Added
 from raytune_lora.planning.shape import Linear, Shape
 
-
 _KEPT = 4  # tensors of a layer's size that a forward pass keeps: the draws, the gates, their product with D
 
 

@@ -133,9 +133,7 @@ class Ia3(TargetedMethod[Ia3MethodConfig]):
         """What each scale multiplies is kept."""
         inputs = shape.targets(list(self.cfg.feedforward_modules))
         outputs = [linear for linear in self.targets(shape) if linear not in inputs]
-        return Added(
-            trained=self.count(shape), inputs=tuple(inputs), per_token=sum(linear.d_out for linear in outputs)
-        )
+        return Added(trained=self.count(shape), inputs=tuple(inputs), per_token=sum(linear.d_out for linear in outputs))
 
     def problems(self, shape: Shape) -> list[str]:
         found = super().problems(shape)
