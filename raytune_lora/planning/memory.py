@@ -66,7 +66,7 @@ def plan_memory(cfg: RunConfig, shape: Shape, added: Added, length: int) -> Memo
         added: what its method adds.
         length: tokens of the longest row.
     """
-    formats, workers = _formats(cfg, added), cfg.workers
+    formats, workers = formats_of(cfg, added), cfg.workers
     stage = cfg.deepspeed.stage if cfg.deepspeed.enabled else 0
     layers = [linear for linear in shape.linears if linear.name != shape.head]
     layer_weights = sum(linear.d_in * linear.d_out for linear in layers)
@@ -141,7 +141,8 @@ def _training_state(cfg: RunConfig, count: int, formats: Formats, stage: int) ->
     return _State(gradients, master + 2 * part * _FP32, part * _FP32)
 
 
-def _formats(cfg: RunConfig, added: Added) -> Formats:
+def formats_of(cfg: RunConfig, added: Added) -> Formats:
+    """Bytes of an element of each kind of tensor of a run."""
     on_gpu, quantized = cfg.gpus_per_worker > 0, cfg.quantization.kind is not Quantization.none
     asked = cfg.model.precision
     bf16 = asked is Precision.bf16 or (asked is Precision.auto and on_gpu)

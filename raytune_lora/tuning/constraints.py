@@ -158,7 +158,7 @@ def _memory_problems(cfg: SweepConfig, limit: MemoryLimit) -> list[str]:
     asked = cfg.search.constraints.memory_gb
     where = f"{_KEY}.memory_gb={asked:g}" if asked else f"{_KEY}.memory_gb: the smallest GPU has {limit.gb:.1f} GB"
     return [
-        f"{where}: a worker's planned memory is {plan.gb:.2f} GB "
+        f"{where}: a worker's planned memory is {plan.gb:.3g} GB "
         f"(micro batch {cfg.training.micro_batch}, rows of up to {min(limit.length, cfg.data.max_length)} tokens)\n"
         f"{plan.table()}\n  what would fit: {able} ({_KEY}.memory_gb=0 sets no limit)"
     ]

@@ -56,7 +56,7 @@ class Relation:
 
     def shown(self, cfg: RunConfig) -> str:
         """The values of its keys in a config."""
-        return ", ".join(f"{key}={plain(lookup(cfg, key))}" for key in self.keys)
+        return ", ".join(f"{key}={plain(lookup(cfg, key)):g}" for key in self.keys)
 
 
 def parse(text: str) -> Relation:
@@ -68,7 +68,7 @@ def parse(text: str) -> Relation:
     try:
         tree = ast.parse(text, mode="eval").body
     except (SyntaxError, ValueError, RecursionError) as error:
-        column = getattr(error, "offset", None) or 1
+        column = getattr(error, "offset", None) or len(text) + 1  # none where the text ends too early
         raise Unreadable(f"at character {column}: this is no comparison; it may have {_ALLOWED}") from error
     if not isinstance(tree, ast.Compare):
         raise Unreadable("at character 1: it compares nothing; write for example method.alpha <= 4 * method.r")
