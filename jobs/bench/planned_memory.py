@@ -206,7 +206,7 @@ FAMILIES: dict[str, Callable[[], Any]] = {
     "qwen3": _family("qwen3", SMALL, head_dim=64),
     "gemma": _family("gemma", SMALL, head_dim=32),
     "phi3": _family("phi3", SMALL),
-    "neox": _family("gpt_neox", SMALL),
+    "neox": _family("gpt_neox", SMALL, num_key_value_heads=8),
 }
 
 

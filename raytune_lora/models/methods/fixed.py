@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from raytune_lora.config.methods import (
@@ -164,7 +165,9 @@ class Shira(TargetedMethod[ShiraMethodConfig]):
         return sum(self.cfg.r * (linear.d_in + linear.d_out) for linear in self.targets(shape))
 
     def added(self, shape: Shape) -> Added:
-        return _whole_update(self, shape)
+        """The places of its weights, two numbers of 64 bits each, are made anew at each step."""
+        whole, places = _whole_update(self, shape), 4 * self.count(shape)
+        return replace(whole, fixed=places, weights=whole.weights + places)
 
     def problems(self, shape: Shape) -> list[str]:
         found = super().problems(shape)
