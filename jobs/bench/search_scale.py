@@ -64,6 +64,7 @@ def run(folder: Path, args: argparse.Namespace) -> dict[str, Any]:
     from raytune_lora.training.board import Board
     from raytune_lora.tuning import sweep
     from raytune_lora.tuning.budget import Budget
+    from raytune_lora.tuning.constraints import Constraints
     from raytune_lora.tuning.folder import SweepFolder
     from raytune_lora.tuning.interrupt import Interrupts
     from raytune_lora.tuning.job import SWEEP, Job
@@ -85,7 +86,9 @@ def run(folder: Path, args: argparse.Namespace) -> dict[str, Any]:
         store = TokenStore(folder / "store", {"rows": {"train": rows, "validation": 4}})
         clock = Clock()
         journal = Journal(folder / "journal.jsonl", clock.around("progress", progress.watch))
-        job = Job(SWEEP, cfg, SweepFolder(folder), journal, progress, store, folder, Interrupts(print))
+        job = Job(
+            SWEEP, cfg, SweepFolder(folder), journal, progress, store, folder, Interrupts(print), Constraints(cfg)
+        )
         pool: Any = SimpleNamespace(board=ray.remote(num_cpus=0)(Board).remote())
         job.pool = pool
         study = open_study(folder, cfg.search)

@@ -130,6 +130,17 @@ def is_given(cfg: ClusterConfig) -> bool:
     return ray.is_initialized() or _address(cfg) is not None
 
 
+def smallest_gpu(cfg: ClusterConfig) -> float | None:
+    """GB of 10^9 bytes of the smallest GPU; None where it is not known, as on a cluster that is elsewhere."""
+    tool = shutil.which("nvidia-smi")
+    if _address(cfg) is not None or tool is None:
+        return None
+    query = [tool, "--query-gpu=memory.total", "--format=csv,noheader,nounits"]
+    listed = subprocess.run(query, capture_output=True, text=True, timeout=20, check=False)
+    sizes = [int(line) for line in listed.stdout.split() if line.isdigit()]  # MiB
+    return min(sizes) * 2**20 / 10**9 if sizes else None
+
+
 def local_node() -> Node:
     """This machine, as far as this process may use it."""
     return Node(float(len(os.sched_getaffinity(0))), float(_local_gpus()))

@@ -60,6 +60,14 @@ class DimensionConfig:
 
 
 @dataclass
+class ConstraintsConfig:
+    """What a proposed point must fulfil; one that does not is never trained, and the sampler is told."""
+
+    memory_gb: float | None = None  # a worker's planned memory, 10^9 bytes; null: the smallest GPU's; 0: no limit
+    relations: list[str] = field(default_factory=list)  # between config keys: `method.alpha <= 4 * method.r`
+
+
+@dataclass
 class SearchConfig:
     trials: int = 16
     concurrent: int = 1  # trials at a time
@@ -69,6 +77,7 @@ class SearchConfig:
     startup_trials: int = 8  # random ones before the sampler learns
     seed: int = 0
     storage: str | None = None  # URL of the study's database, no password in it; null: study.db in the sweep's folder
+    constraints: ConstraintsConfig = field(default_factory=ConstraintsConfig)
     warm_start: list[str] = field(default_factory=list)  # folders of earlier sweeps to learn from
 
 

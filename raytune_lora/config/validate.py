@@ -98,6 +98,7 @@ _RANGES: dict[str, _Rule] = {
     "search.startup_trials": _NOT_NEGATIVE,
     "search.seed": _NOT_NEGATIVE,
     "search.stalled": _POSITIVE,
+    "search.constraints.memory_gb": _NOT_NEGATIVE,
     "scheduler.grace": _COUNT,
     "scheduler.reduction": (lambda v: v > 1, "> 1"),
     "budget.hours": _POSITIVE,

@@ -31,6 +31,7 @@ from raytune_lora.training.driver import LOGS, Pool, Task, TaskFailed
 from raytune_lora.training.failures import DISK
 from raytune_lora.training.plan import Plan, plan_run
 from raytune_lora.tuning.budget import reopen as reopen_search
+from raytune_lora.tuning.constraints import Constraints, memory_limit
 from raytune_lora.tuning.disk import explained
 from raytune_lora.tuning.disk import problems as disk_problems
 from raytune_lora.tuning.folder import SweepFolder, create, reopen
@@ -57,6 +58,7 @@ class Job:
     store: TokenStore
     model_folder: Path
     interrupts: Interrupts
+    constraints: Constraints
     pool: Pool = field(init=False)  # while it is at work
     learned: dict[str, Any] = field(default_factory=dict)  # what the study says: ``importance`` and ``pareto``
 
@@ -160,6 +162,8 @@ def open_job(kind: str, cfg: SweepConfig, moved: Sequence[str], run: Callable[[J
         cache = Path(cfg.cache).expanduser().absolute()
         with progress.doing("preparing the model and the data"), explained(cache, "start it again"):
             model_folder, store = prepare_inputs(cfg)
+            constraints = Constraints(cfg, memory_limit(cfg, model_folder, store))
+            constraints.check(searching=kind == SWEEP)
         if fresh:
             _room(cfg, model_folder, folder.path, kind)
             held.callback(create(folder.path, cfg, kind).lock().release)
@@ -169,7 +173,7 @@ def open_job(kind: str, cfg: SweepConfig, moved: Sequence[str], run: Callable[[J
             journal.append("moved", changes=to_plain(changes))
             folder.rewrite(cfg)
             reopen_search(journal, cfg.budget, cfg.search.trials)
-        job = Job(kind, cfg, folder, journal, progress, store, model_folder, interrupts)
+        job = Job(kind, cfg, folder, journal, progress, store, model_folder, interrupts, constraints)
         progress.know(job.plan.total, journal.record)
         if BEST in journal.record.phases:
             return job.write_results()

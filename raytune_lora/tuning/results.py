@@ -8,7 +8,8 @@ Schema, version 1. Null stands for what was not measured.
   ``generate_rows`` as configured; ``search``: ``sampler``, ``scheduler``, ``trials``, ``concurrent`` (null for a run)
 - ``baseline``: ``eval_loss`` (nats a token, validation split), ``exact_match`` (share, test split)
 - ``best``: the same, and ``trial_id``, ``params``, ``adapter`` (folder relative to the sweep's); null without one
-- ``ended_by``: the budget that ended the search: ``budget`` (its key after ``budget.``), ``why`` and ``remedy``; null
+- ``ended_by``: the budget that ended the search: ``budget`` (its key after ``budget.``, or ``space`` where no point
+  fulfils the constraints), ``why`` and ``remedy``; null
   where none did
 - ``confirmation``: ``winner``, ``runner_up`` (null without one), ``differs`` (whether their means differ by more than
   noise; null where that cannot be said), ``p`` (of Welch's t-test), ``words``, and ``configurations``, the best first:
@@ -20,6 +21,7 @@ Schema, version 1. Null stands for what was not measured.
   the sweep's), ``curve``, ``peak_memory_bytes`` (of the first worker), ``micro_batch`` (smaller than the config's where
   memory ran out), ``retries`` (new attempts, after memory ran out or a worker or machine was lost or about to be)
 - ``examples``: ``prompt``, ``expected``, ``base``, ``tuned``; ``importance`` by parameter;
+  ``refused``: by constraint, how many proposals broke it, none of them a trial;
   ``pareto``: with several objectives, the trials that none beats in all of them, the lowest loss first
 - ``seconds``: ``total`` and each phase
 """
@@ -96,6 +98,7 @@ def _results(
         "trials": [_trial(folder, record.trials[name]) for name in sorted(record.trials)],
         "importance": learned.get("importance", {}),
         "pareto": learned.get("pareto", []),
+        "refused": learned.get("refused", {}),
         "examples": _examples(folder, cfg.evaluation.examples),
         "seconds": {"total": sum(phases.values()), **phases},
     }

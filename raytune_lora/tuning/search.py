@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import uuid
 import warnings
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ from raytune_lora.config.search import Objective, SearchConfig
 from raytune_lora.errors import UserError
 from raytune_lora.training.failures import OOM, STOPPED
 from raytune_lora.tuning import samplers, secrets
+from raytune_lora.tuning.constraints import Constraints
 from raytune_lora.tuning.samplers import WARM
 from raytune_lora.tuning.space import Space, configured_point, fitting, sample
 from raytune_lora.tuning.trials import COMPLETED, Record, Trial, trial_name
@@ -38,6 +40,9 @@ NAME_FILE = "study_name"  # in the folder: the study's name in a database that s
 
 _JOURNAL = "journal://"
 _MEMORY = "constraints:memory"  # system attribute that Optuna reads a constraint from: above zero is infeasible
+_REFUSED = "refused"  # user attribute of a proposal that broke constraints: their names
+_OWN_TRIES, _TRIES = 20, 1000  # refusals in a row after which points are drawn at random, and after which none is
+_WORST = 1e9  # a violation that a database can hold
 _DRIVERS = {
     "postgresql": "pip install psycopg2-binary, and write postgresql+psycopg2://…",
     "mysql": "pip install pymysql, and write mysql+pymysql://…",
@@ -209,6 +214,20 @@ def tell(study: optuna.Study, trial: Trial) -> None:
     study.tell(number, state=TrialState.PRUNED if trial.status in (STOPPED, OOM) else TrialState.FAIL)
 
 
+def _refuse(study: optuna.Study, trial: optuna.Trial, broken: dict[str, float]) -> None:
+    """Tell the study that a proposal is infeasible, and by how much; it takes a number, so trials' names have holes."""
+    trial.set_user_attr(_REFUSED, list(broken))
+    for name, amount in broken.items():
+        trial.set_constraint(name, min(amount, _WORST))
+    study.tell(trial, state=TrialState.PRUNED)
+
+
+def refused(study: optuna.Study) -> dict[str, int]:
+    """How many proposals broke each constraint."""
+    names = (name for t in study.get_trials(deepcopy=False) for name in t.user_attrs.get(_REFUSED, ()))
+    return dict(Counter(names))
+
+
 def _id(study: optuna.Study, trial: Trial) -> int:
     """The storage's own number of a trial."""
     return study._storage.get_trial_id_from_study_id_trial_number(study._study_id, int(trial.trial_id))
@@ -299,8 +318,16 @@ def _warm_problems(cfg: SweepConfig) -> list[str]:
 class StudySearcher(Searcher):
     """Proposes what the study asks for; the trials that were interrupted come first."""
 
-    def __init__(self, study: optuna.Study, space: Space, cfg: SweepConfig, interrupted: list[Trial]) -> None:
+    def __init__(
+        self,
+        study: optuna.Study,
+        space: Space,
+        cfg: SweepConfig,
+        interrupted: list[Trial],
+        constraints: Constraints | None = None,
+    ) -> None:
         super().__init__(metric="eval_loss", mode="min")
+        self._constraints = constraints or Constraints(cfg)
         self._study = study
         self._space = space
         self._cfg = cfg
@@ -308,14 +335,34 @@ class StudySearcher(Searcher):
         if all(WARM in trial.user_attrs for trial in study.get_trials(deepcopy=False)):
             warm_start(study, space, cfg)
             study.enqueue_trial(configured_point(space, cfg))
-        study.sampler = samplers.build(cfg, study)
+        study.sampler = samplers.build(cfg, study, self._constraints)
 
     def suggest(self, trial_id: str) -> dict[str, Any]:
         if self._interrupted:
             known = self._interrupted.pop(0)
             return {"trial_id": known.trial_id, "params": known.params}
-        trial = self._study.ask()
-        return {"trial_id": trial_name(trial.number), "params": sample(trial, self._space, self._cfg)}
+        return self._feasible() or self.exhausted(f"none of {_TRIES} proposals fulfils search.constraints")
+
+    def exhausted(self, why: str) -> Any:
+        """What is answered where nothing is left to propose."""
+        return self.FINISHED
+
+    def _feasible(self) -> dict[str, Any] | None:
+        """A proposal that fulfils the constraints; those that do not are told as infeasible. None after many tries."""
+        own = self._study.sampler
+        try:
+            for tries in range(_TRIES):
+                if tries == _OWN_TRIES:  # some samplers learn nothing of what is refused, and would ask for it for ever
+                    self._study.sampler = samplers.at_random(self._cfg, self._study)
+                trial = self._study.ask()
+                params = sample(trial, self._space, self._cfg)
+                broken = self._constraints.broken(params)
+                if not broken:
+                    return {"trial_id": trial_name(trial.number), "params": params}
+                _refuse(self._study, trial, broken)
+        finally:
+            self._study.sampler = own
+        return None
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
         """Nothing: the study hears of measures and ends from the journal, by ``report`` and ``tell``."""

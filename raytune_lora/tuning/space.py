@@ -61,6 +61,11 @@ def configured_point(space: Space, cfg: RunConfig) -> dict[str, Any]:
     return point
 
 
+def settings(space: Space, cfg: RunConfig, point: dict[str, Any]) -> dict[str, Any]:
+    """What a point, given as the sampler's parameters, sets the config's keys to, as ``apply`` takes it."""
+    return _walk(space, cfg, lambda d: point.get(parameter(d)))
+
+
 def fitting(space: Space, cfg: RunConfig, params: dict[str, Any]) -> dict[str, optuna.distributions.BaseDistribution]:
     """The distributions of a point, given as the sampler's parameters; empty where the space has no such point."""
     names: list[str] = []

@@ -20,7 +20,7 @@ from raytune_lora.errors import StorageError
 from raytune_lora.training.driver import this_node
 from raytune_lora.training.failures import DISK, FAILED, STOPPED
 from raytune_lora.training.place import SAVE_AND_STOP, STOP
-from raytune_lora.tuning.budget import Budget
+from raytune_lora.tuning.budget import SPACE, Budget
 from raytune_lora.tuning.confirm import best_configurations, planned, ranked, train_runs
 from raytune_lora.tuning.disk import Quota
 from raytune_lora.tuning.interrupt import Interrupts
@@ -28,7 +28,7 @@ from raytune_lora.tuning.isolated import run_trial
 from raytune_lora.tuning.job import SWEEP, Job, open_job, plain_run
 from raytune_lora.tuning.results import TRIALS
 from raytune_lora.tuning.scheduler import build
-from raytune_lora.tuning.search import StudySearcher, open_study, pareto, reconcile, report, tell
+from raytune_lora.tuning.search import StudySearcher, open_study, pareto, reconcile, refused, report, tell
 from raytune_lora.tuning.trials import COMPLETED, CONFIRM, Journal, Trial
 
 _ENOUGH = 10  # completed trials before parameter importance says anything
@@ -65,7 +65,8 @@ def _sweep(job: Job) -> None:
             if record.ended < job.cfg.search.trials and not budget.spent():
                 _tune(job, study, interrupted, budget)
     several = len(job.cfg.search.objectives) > 1
-    job.learned = {"importance": _importance(study), "pareto": pareto(study) if several else []}
+    front = pareto(study) if several else []
+    job.learned = {"importance": _importance(study), "pareto": front, "refused": refused(study)}
     _confirm(job)
     job.finish()
 
@@ -124,7 +125,7 @@ def _halting(method: Callable[..., Any]) -> Callable[..., Any]:
 
 
 class _Searcher(StudySearcher):
-    """Proposes nothing more once the budget is spent."""
+    """Proposes nothing more once the budget is spent; where nothing is left to propose, that ends the search too."""
 
     budget: Budget
     halt: _Halt
@@ -133,12 +134,16 @@ class _Searcher(StudySearcher):
     def suggest(self, trial_id: str) -> Any:
         return self.FINISHED if self.budget.spent() else super().suggest(trial_id)
 
+    def exhausted(self, why: str) -> Any:
+        self.budget.end(SPACE, why)
+        return super().exhausted(why)
+
 
 def _tune(job: Job, study: optuna.Study, interrupted: list[Trial], budget: Budget) -> None:
     logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # what goes wrong is in the journal
     cfg = job.cfg
     board = job.pool.board
-    searcher = _Searcher(study, cfg.space, cfg, interrupted)
+    searcher = _Searcher(study, cfg.space, cfg, interrupted, job.constraints)
     halt = _Halt(job.interrupts)
     searcher.budget, searcher.halt = budget, halt
     trainable = partial(run_trial, board=board, cfg=plain_run(cfg), store=job.store, trials=job.folder.trials)
@@ -235,7 +240,7 @@ class _Recorder(Callback):
     @_halting
     def _spent(self) -> bool:
         self._journal.keep_time()
-        return self._budget.spent()
+        return self._budget.spent() and not self._budget.is_out_of_points
 
     @_halting
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:

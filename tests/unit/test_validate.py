@@ -93,6 +93,7 @@ EDGES: dict[str, tuple[float, float]] = {
     "search.startup_trials": (-1, 0),
     "search.seed": (-1, 0),
     "search.stalled": (0.0, 1.0),
+    "search.constraints.memory_gb": (-0.1, 0.0),
     "scheduler.grace": (0, 1),
     "scheduler.reduction": (1.0, 1.1),
     "budget.hours": (0.0, 0.1),
