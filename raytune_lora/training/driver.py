@@ -63,7 +63,12 @@ class Task:
 class Board:
     """Tasks wait here for a group, and reports for their reader. An asyncio actor: each method yields to the others."""
 
-    def __init__(self) -> None:
+    def __init__(self, title: str = "") -> None:
+        """
+        Args:
+            title: of the sweep or run; Ray's dashboard shows it beside the actor.
+        """
+        self._title = title
         self._waiting: asyncio.Queue[Task | None] = asyncio.Queue()
         self._taken: dict[str, list[Task | None]] = {}
         self._locks: dict[str, asyncio.Lock] = {}
@@ -75,6 +80,9 @@ class Board:
         self._workers: dict[str, list[Any]] = {}  # of each group
         self._signs: dict[str, float] = {}  # when a task last showed that it lives, by name
         self._broken: Ended | None = None
+
+    def __repr__(self) -> str:
+        return f"{self._title} board"
 
     async def submit(self, task: Task) -> None:
         """Let a group have the task.
@@ -194,7 +202,8 @@ class Pool:
         """
         self._cfg = cfg
         self._folder = folder
-        self.board: Any = ray.remote(num_cpus=0)(Board).remote()
+        self._title = Path(cfg.output).name if cfg.output else folder.parent.name
+        self.board: Any = ray.remote(num_cpus=0)(Board).remote(self._title)
         self._closing, self._closed = threading.Event(), threading.Event()
         self._lock = threading.Lock()
         self._groups = groups
@@ -232,7 +241,7 @@ class Pool:
             group = f"group-{number}-{os.getpid()}-{generation}"
             generation += 1
             try:
-                self._run_group(group)
+                self._run_group(group, number)
             except Exception as error:  # whatever ended it, the reader of its task must not wait for ever
                 ended = classify(error)
                 had_task = ray.get(self.board.group_failed.remote(group, ended))
@@ -254,7 +263,7 @@ class Pool:
             if self._groups == 0:
                 ray.get(self.board.give_up.remote(ended))
 
-    def _run_group(self, group: str) -> None:
+    def _run_group(self, group: str, slot: int) -> None:
         from ray.train.torch import TorchConfig  # here: it brings torch
 
         from raytune_lora.training.group import GroupTrainer
@@ -262,10 +271,12 @@ class Pool:
         cfg = self._cfg
         gpus = {"GPU": float(cfg.gpus_per_worker)} if cfg.gpus_per_worker else {}
         GroupTrainer(
+            f"{self._title} group {slot}",
             _workers,
             train_loop_config={
                 "board": self.board,
                 "group": group,
+                "slot": slot,
                 "once": not cfg.cluster.reuse_workers,
                 "watched": self._stalled is not None,
             },
@@ -315,13 +326,13 @@ def _workers(config: dict[str, Any]) -> None:
         ray.get(board.join.remote(group, ray.get_runtime_context().current_actor))
     number = 0
     while (task := ray.get(board.take.remote(group, number))) is not None:
-        _do(task, board, context.get_world_rank(), context.get_world_size())
+        _do(task, board, context.get_world_rank(), context.get_world_size(), config["slot"])
         number += 1
         if config["once"]:
             return
 
 
-def _do(task: Task, board: Any, rank: int, workers: int) -> None:
+def _do(task: Task, board: Any, rank: int, workers: int, slot: int) -> None:
     """Do a task.
 
     A failure that all workers have at the same step ends the task, and so does the want of memory where there is one
@@ -336,7 +347,7 @@ def _do(task: Task, board: Any, rank: int, workers: int) -> None:
 
     log = task.folder / LOGS / f"worker-{rank}.log"
     log.parent.mkdir(parents=True, exist_ok=True)
-    place = Place(rank, workers, task.folder, report, partial(_is_stopped, board, task.name))
+    place = Place(rank, workers, task.folder, report, partial(_is_stopped, board, task.name), slot)
     ended = Ended()
     with output_to(log):
         set_up(task.cpus or task.cfg.cpus_per_worker)

@@ -17,3 +17,4 @@ class Place:
     folder: Path  # of the task: checkpoints and logs
     report: Callable[[dict[str, Any]], None]  # heard from the first worker only
     stopped: Callable[[], bool]  # whether the task's end was asked for
+    slot: int = 0  # number of the group among those of its pool

@@ -32,7 +32,7 @@ from raytune_lora.training.place import Place
 from raytune_lora.training.plan import Plan, plan_run, stream
 from raytune_lora.training.sharding import divided_loading
 from raytune_lora.training.state import put_weights, trained
-from raytune_lora.training.tracking.watch import watchers
+from raytune_lora.training.tracking.watch import AfterSave, watchers
 from raytune_lora.training.trainer import PlannedTrainer, Reporter
 from raytune_lora.training.warmup import build_shared_memory_op
 
@@ -89,6 +89,7 @@ def _trainer(
         model._hf_peft_config_loaded = True  # transformers trains on a quantized base only what PEFT has seen
     rows = store.split("train")
     watching = watchers(cfg, plan, place, rows, model)
+    reporter = Reporter(cfg.training, plan, place, method, _facts(model, plan), checkpoint)
     trainer = PlannedTrainer(
         cfg=cfg,
         plan=plan,
@@ -99,7 +100,7 @@ def _trainer(
         checkpoint=checkpoint,
         model=model,
         args=args,
-        callbacks=[*watching, Reporter(cfg.training, plan, place, method, _facts(model, plan), checkpoint)],
+        callbacks=[*watching, reporter, *(AfterSave(watcher) for watcher in watching)],
     )
     trainer.remove_callback(PrinterCallback)
     if (trainer.accelerator.num_processes, args.process_index) != (place.workers, place.rank):

@@ -27,6 +27,7 @@ from raytune_lora.training.driver import LOGS, Pool, Task, TaskFailed
 from raytune_lora.training.plan import Plan, plan_run
 from raytune_lora.tuning.budget import reopen as reopen_search
 from raytune_lora.tuning.folder import SweepFolder, create, reopen
+from raytune_lora.tuning.gauges import exported
 from raytune_lora.tuning.preflight import check, output_path
 from raytune_lora.tuning.progress import Progress
 from raytune_lora.tuning.results import BASELINE, BEST, write_results
@@ -169,8 +170,10 @@ def open_job(kind: str, cfg: SweepConfig, moved: Sequence[str], run: Callable[[J
 
 def _work(job: Job, run: Callable[[Job], None]) -> dict[str, Any]:
     groups = job.cfg.search.concurrent if job.kind == SWEEP else 1
+    trials = job.cfg.search.trials if job.kind == SWEEP else 1
     with (
-        connected(job.cfg.cluster),
+        connected(job.cfg.cluster, name=job.folder.path.name),
+        exported(job.cfg, job.folder, job.journal, trials),
         Pool(plain_run(job.cfg), job.folder.groups, groups, job.cfg.search.stalled) as pool,
     ):
         job.pool = pool
