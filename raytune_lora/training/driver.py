@@ -350,6 +350,7 @@ def _do(task: Task, board: Any, rank: int, workers: int, slot: int) -> None:
     place = Place(rank, workers, task.folder, report, partial(_is_stopped, board, task.name), slot)
     ended = Ended()
     with output_to(log):
+        print(f"worker {rank} of {workers}, process {os.getpid()}")  # by which Ray's dashboard shows the actor
         set_up(task.cpus or task.cfg.cpus_per_worker)
         try:
             task.function(task.cfg, task.store, place, **task.extra)

@@ -101,6 +101,7 @@ def _tune(job: Job, study: optuna.Study, interrupted: list[Trial], budget: Budge
     searcher = _Searcher(study, cfg.space, cfg, interrupted)
     searcher.budget = budget
     trainable = partial(run_trial, board=board, cfg=plain_run(cfg), store=job.store, trials=job.folder.trials)
+    trainable.__name__ = f"{job.folder.path.name} trials"  # type: ignore[attr-defined]  # Ray's dashboard shows it
     tuner = Tuner(
         tune.with_resources(trainable, _RESOURCES),
         tune_config=TuneConfig(

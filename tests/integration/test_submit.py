@@ -14,6 +14,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -76,6 +77,22 @@ def test_submitted_to_a_cluster(dashboard: str, tmp_path: Path, cache: Path, tin
     results = json.loads((tmp_path / "mine" / "results.json").read_text())
     assert results["state"] == "finished"
     assert len(results["trials"]) == 2
+    names = {actor["class_name"]: actor["repr_name"] for actor in listed(f"{dashboard}/api/v0/actors?detail=true")}
+    assert names["Board"] == "mine board"
+    assert names["RayTrainWorker"] == "mine group 0"
+    assert names["ImplicitFunc"] == "mine trials"
+    assert [job["metadata"]["raytune_lora"] for job in answer(f"{dashboard}/api/jobs/")] == ["mine"]
+
+
+def answer(url: str) -> Any:
+    with urllib.request.urlopen(url, timeout=20) as response:
+        return json.load(response)
+
+
+def listed(url: str) -> list[dict[str, Any]]:
+    """What the state API lists, those that ended included."""
+    found: list[dict[str, Any]] = answer(url)["data"]["result"]["result"]
+    return found
 
 
 def wait_until_up(url: str) -> None:
