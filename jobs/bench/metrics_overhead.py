@@ -109,22 +109,20 @@ def main() -> int:
     off = statistics.median(step(run) for run, _ in found)
     ratios = [step(on) / step(without) for without, on in found]
     cpu = [on.cpu[-1] - on.cpu[SKIPPED] for _, on in found], [run.cpu[-1] - run.cpu[SKIPPED] for run, _ in found]
+    shares = {"measured": share(cost, off), "0.1": share(cost, 0.1)}  # by seconds of the step
     answer = {
         "cost": cost,
         "step_seconds": off,
-        "share": share(cost, off),
-        "share_of_a_step_of_a_tenth": share(cost, 0.1),
+        "shares": shares,
         "ratios": ratios,
         "cpu_ratios": [with_it / without for with_it, without in zip(*cpu, strict=True)],
         "limit": args.limit,
     }
     print(f"noting a step:   {cost['step'] * 1e6:8.1f} us of CPU, once a step")
     print(f"giving it to Ray:{cost['reading'] * 1e6:8.1f} us of CPU, {cost['readings_a_second']:g} times a second")
-    print(
-        f"of a step of {off:.3f} s: {answer['share']:.4%}; of one of 0.1 s: {answer['share_of_a_step_of_a_tenth']:.4%}"
-    )
+    print(f"of a step of {off:.3f} s: {shares['measured']:.4%}; of one of 0.1 s: {shares['0.1']:.4%}")
     print(f"step on / off:   {statistics.median(ratios):.4f}  ({min(ratios):.4f} to {max(ratios):.4f})")
-    within = share(cost, off) <= args.limit
+    within = shares["measured"] <= args.limit
     print(f"{'within' if within else 'ABOVE'} the limit of {args.limit:.2%}")
     if args.json:
         args.json.write_text(json.dumps(answer, indent=2) + "\n")

@@ -126,9 +126,8 @@ def test_ten_thousand_trials_are_no_more_series_than_four(
             if len(at_work) == slots:
                 at_work.pop(0).close()
             at_work.append(tracker_class("ray")(TrackingConfig()))
-            at_work[-1].start(
-                TrackedTrial(name, sweep, folder.path, folder.trials, number % slots, to_plain(cfg), name)
-            )
+            trial = TrackedTrial(name, sweep, folder.path, folder.trials, number % slots, config, name)
+            at_work[-1].start(trial)
             at_work[-1].log(1, values)
             journal.record.add({"event": "trial_started", "trial_id": name, "params": {}, "gpus": 1})
             measured = dict.fromkeys(MEASURED_BY_TRIALS, 1) | {"eval_loss": number / trials, "training_seconds": 1.0}
