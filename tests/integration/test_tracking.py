@@ -66,14 +66,18 @@ def test_trackers_that_fail_leave_the_losses_as_they_are(
     assert all(line["checkpoint_seconds"] > 0 for line in lines if line["step"] in after)
 
 
-def exported(sweep: str) -> dict[tuple[str, str], float]:
-    """What the node gives to Prometheus of a sweep, by metric and its label beside ``sweep``."""
+def series(sweep: str) -> list[tuple[str, str, str]]:
+    """What the node gives to Prometheus of a sweep: each series' name, labels and value."""
     port = ray.nodes()[0]["MetricsExportPort"]
     with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=20) as answer:
         text = answer.read().decode()
-    found = re.findall(rf'^ray_raytune_lora_(\w+)\{{(.*sweep="{sweep}".*)\}} (\S+)$', text, re.M)
+    return re.findall(rf'^ray_raytune_lora_(\w+)\{{(.*sweep="{sweep}".*)\}} (\S+)$', text, re.M)
+
+
+def exported(sweep: str) -> dict[tuple[str, str], float]:
+    """The values, by metric and its label beside ``sweep``."""
     own = re.compile(r'(?:slot|state|rank|budget)="(\w+)"')
-    return {(name, "".join(own.findall(labels))): float(value) for name, labels, value in found}
+    return {(name, "".join(own.findall(labels))): float(value) for name, labels, value in series(sweep)}
 
 
 def test_ray_exports_the_numbers_of_a_trial_until_it_ends(
@@ -136,8 +140,8 @@ def test_ten_thousand_trials_are_no_more_series_than_four(
         while exported(sweep).get(("sweep_trials", "running")) != trials or len(exported(sweep)) < most_series(slots):
             assert time.monotonic() < deadline, f"{len(exported(sweep))} of {most_series(slots)}: {exported(sweep)}"
             time.sleep(0.5)
+        assert len(series(sweep)) == most_series(slots)
         found = exported(sweep)
-        assert len(found) == most_series(slots)
         assert {found["trial_number", str(slot)] for slot in range(slots)} == set(range(trials - slots, trials))
         for tracker in at_work:
             tracker.close()

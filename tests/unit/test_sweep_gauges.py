@@ -13,6 +13,7 @@ from raytune_lora.training.tracking.series import RANKS, SERIES, STATES, most_se
 from raytune_lora.tuning.folder import SweepFolder
 from raytune_lora.tuning.gauges import SweepGauges
 from raytune_lora.tuning.trials import Journal
+from tests import readme
 
 Key = tuple[str, str]  # a metric, and the value of its label beside ``sweep``
 
@@ -131,4 +132,7 @@ def test_ten_thousand_trials_are_read_in_milliseconds_and_are_no_more_series(jou
     assert time.process_time() - began < 0.5
     of_sweeps = sum(name.startswith("sweep_") for name in SERIES)
     assert len(found) == of_sweeps - 4 + len(STATES) + 3 + 2 * RANKS
-    assert most_series(4) == len(found) + 4 * (len(SERIES) - of_sweeps)
+    slot = len(SERIES) - of_sweeps
+    assert most_series(4) == len(found) + 4 * slot
+    said = f"the same number of series, {most_series(1)} and {slot} for each further slot"
+    assert said in readme.ROOT.joinpath("README.md").read_text()
