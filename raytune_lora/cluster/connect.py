@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import ray
+from ray.job_config import JobConfig
 
 from raytune_lora.config.schema import ClusterConfig, RunConfig
 from raytune_lora.errors import UserError
@@ -42,8 +43,12 @@ class Node:
 
 
 @contextlib.contextmanager
-def connected(cfg: ClusterConfig) -> Iterator[None]:
+def connected(cfg: ClusterConfig, name: str = "") -> Iterator[None]:
     """Connect to the cluster for the time of a job; a local one is stopped afterwards.
+
+    Args:
+        cfg: which cluster.
+        name: of the sweep or run, which Ray's dashboard shows with the job.
 
     Raises:
         UserError: there is no cluster at the address.
@@ -54,6 +59,7 @@ def connected(cfg: ClusterConfig) -> Iterator[None]:
     os.environ.update(ENVIRONMENT)
     logging.getLogger("ray").setLevel(logging.ERROR)
     address = _address(cfg)
+    job = JobConfig(metadata={"raytune_lora": name} if name else None)
     if address is None:
         ray.init(
             address="local",
@@ -62,6 +68,7 @@ def connected(cfg: ClusterConfig) -> Iterator[None]:
             object_store_memory=cfg.object_store_mb * 2**20,
             include_dashboard=cfg.dashboard,
             dashboard_host="127.0.0.1",  # whoever reaches it can run code here
+            job_config=job,
             log_to_driver=False,
             logging_level=logging.ERROR,
         )
@@ -72,6 +79,7 @@ def connected(cfg: ClusterConfig) -> Iterator[None]:
                 log_to_driver=False,
                 logging_level=logging.ERROR,
                 runtime_env={"env_vars": ENVIRONMENT},
+                job_config=job,
             )
         except ConnectionError as error:
             raise UserError(f"cluster.address: no Ray cluster at {address}: {error}") from error

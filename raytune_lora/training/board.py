@@ -44,7 +44,12 @@ class _Group:
 class Board:
     """Hands tasks to groups and reports to readers. An asyncio actor: each method yields to the others."""
 
-    def __init__(self) -> None:
+    def __init__(self, title: str = "") -> None:
+        """
+        Args:
+            title: of the sweep or run; Ray's dashboard shows it beside the actor.
+        """
+        self._title = title
         self._waiting: deque[Task] = deque()
         self._news = asyncio.Condition()  # a task to take, or a reason to take none; an item to read
         self._closed = False
@@ -55,6 +60,9 @@ class Board:
         self._signs: dict[str, float] = {}  # when a task last showed that it lives, by name
         self._broken: Ended | None = None
         self._notes: list[str] = []
+
+    def __repr__(self) -> str:
+        return f"{self._title} board"
 
     # ------------------------------------------------------------------------------------------- for readers of tasks
 

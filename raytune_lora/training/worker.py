@@ -35,7 +35,7 @@ from raytune_lora.training.place import Place
 from raytune_lora.training.plan import Plan, plan_run, stream
 from raytune_lora.training.sharding import divided_loading
 from raytune_lora.training.state import put_weights, trained
-from raytune_lora.training.tracking.watch import watchers
+from raytune_lora.training.tracking.watch import AfterSave, watchers
 from raytune_lora.training.trainer import PlannedTrainer, Reporter
 from raytune_lora.training.warmup import build_shared_memory_op
 
@@ -108,7 +108,7 @@ def _trainer(
         checkpoint=checkpoint,
         model=model,
         args=args,
-        callbacks=[*watching, reporter],
+        callbacks=[*watching, reporter, *(AfterSave(watcher) for watcher in watching)],
     )
     trainer.remove_callback(PrinterCallback)
     if (trainer.accelerator.num_processes, args.process_index) != (place.workers, place.rank):

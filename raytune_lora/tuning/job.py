@@ -35,6 +35,7 @@ from raytune_lora.tuning.constraints import Constraints, memory_limit
 from raytune_lora.tuning.disk import explained
 from raytune_lora.tuning.disk import problems as disk_problems
 from raytune_lora.tuning.folder import SweepFolder, create, reopen
+from raytune_lora.tuning.gauges import exported
 from raytune_lora.tuning.interrupt import Interrupts
 from raytune_lora.tuning.isolated import attempts
 from raytune_lora.tuning.preflight import check, output_path
@@ -186,7 +187,8 @@ def open_job(kind: str, cfg: SweepConfig, moved: Sequence[str], run: Callable[[J
 def _work(job: Job, run: Callable[[Job], None]) -> dict[str, Any]:
     cfg = job.cfg
     groups = cfg.search.concurrent if job.kind == SWEEP else 1
-    with connected(cfg.cluster):
+    trials = cfg.search.trials if job.kind == SWEEP else 1
+    with connected(cfg.cluster, name=job.folder.path.name), exported(cfg, job.folder, job.journal, trials):
         pool = Pool(plain_run(cfg), job.folder.groups, groups, cfg.search.stalled, job.progress.note)
         try:
             with pool:

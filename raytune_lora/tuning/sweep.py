@@ -147,6 +147,7 @@ def _tune(job: Job, study: optuna.Study, interrupted: list[Trial], budget: Budge
     halt = _Halt(job.interrupts)
     searcher.budget, searcher.halt = budget, halt
     trainable = partial(run_trial, board=board, cfg=plain_run(cfg), store=job.store, trials=job.folder.trials)
+    trainable.__name__ = f"{job.folder.path.name} trials"  # type: ignore[attr-defined]  # Ray's dashboard shows it
     tuner = Tuner(
         tune.with_resources(trainable, _on_this_node()),
         tune_config=TuneConfig(

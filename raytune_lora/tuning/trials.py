@@ -75,6 +75,7 @@ class Record:
     trials: dict[str, Trial] = field(default_factory=dict)
     phases: dict[str, dict[str, Any]] = field(default_factory=dict)  # finished ones: seconds and what they measured
     clock: float = 0.0  # seconds at work, in all sittings
+    progressed: float = 0.0  # Unix time of the last event that was not the clock's
     ended_by: dict[str, Any] | None = None  # the budget that ended the search, and why
     # of the search's trials:
     ended: int = 0  # how many have ended, well or badly
@@ -87,6 +88,8 @@ class Record:
         """Take one event in."""
         kind = event["event"]
         self.clock = event.get("clock", self.clock)
+        if kind != "clock":
+            self.progressed = event.get("time", self.progressed)
         if kind == "phase":
             self.phases[event["name"]] = event
         elif kind == "trial_started":

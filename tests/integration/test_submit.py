@@ -20,6 +20,7 @@ import urllib.request
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -235,6 +236,25 @@ def test_submitted_by_ray_and_no_secret_is_written(
     for name, secret in PLANTED.items():
         assert not cluster.leaks(secret, tmp_path), name
         assert secret not in done.stdout + done.stderr
+    names = {actor["class_name"]: actor["repr_name"] for actor in listed("/api/v0/actors?detail=true", cluster)}
+    assert names["Board"] == "mine board"
+    assert names["RayTrainWorker"] == "mine group 0"
+    assert names["ImplicitFunc"] == "mine trials"
+    assert [job["metadata"]["raytune_lora"] for job in answer("/api/jobs/", cluster)] == ["mine"]
+
+
+def answer(path: str, cluster: Cluster) -> Any:
+    token = {"Authorization": f"Bearer {PLANTED['RAY_AUTH_TOKEN']}"}
+    with urllib.request.urlopen(
+        urllib.request.Request(cluster.dashboard + path, headers=token), timeout=20
+    ) as response:
+        return json.load(response)
+
+
+def listed(path: str, cluster: Cluster) -> list[dict[str, Any]]:
+    """What the state API lists, those that ended included."""
+    found: list[dict[str, Any]] = answer(path, cluster)["data"]["result"]["result"]
+    return found
 
 
 def test_submitted_left_alone_stopped_and_resumed(cluster: Cluster, tmp_path: Path, cache: Path) -> None:
