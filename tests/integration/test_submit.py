@@ -245,9 +245,8 @@ def test_submitted_by_ray_and_no_secret_is_written(
 
 def answer(path: str, cluster: Cluster) -> Any:
     token = {"Authorization": f"Bearer {PLANTED['RAY_AUTH_TOKEN']}"}
-    with urllib.request.urlopen(
-        urllib.request.Request(cluster.dashboard + path, headers=token), timeout=20
-    ) as response:
+    request = urllib.request.Request(cluster.dashboard + path, headers=token)
+    with urllib.request.urlopen(request, timeout=20) as response:
         return json.load(response)
 
 

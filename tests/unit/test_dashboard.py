@@ -181,12 +181,12 @@ def run(folder: Path, *arguments: str) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-# -------------------------------------------------------------------------------------------------------------- component
+# ------------------------------------------------------------------------------------------------------------ component
 
 
 def test_the_component_names_files_that_are_there() -> None:
     component = yaml.safe_load((FOLDER / "kustomization.yaml").read_text())
-    own = [name for name in component["resources"]]
+    own = list(component["resources"])
     own += [name for generated in component["configMapGenerator"] for name in generated["files"]]
     there = {str(path.relative_to(FOLDER)) for path in FOLDER.rglob("*") if path.is_file()}
     assert set(own) == there - {"kustomization.yaml"}
