@@ -37,7 +37,7 @@ _FOLDERS = (
 # what may change when a sweep or run goes on: where and how it is computed and when it ends, and not what
 _WHERE = (
     r"workers|[cg]pus_per_worker|training\.micro_batch|search\.concurrent|search\.stalled"
-    r"|(deepspeed|cluster|tracking|budget)(\..*)?"
+    r"|(deepspeed|cluster|tracking|budget|search\.constraints)(\..*)?"
 )
 _SEARCH_ONLY = ("search", "scheduler", "space", "budget", "confirm")
 
