@@ -81,7 +81,7 @@ def reached(cfg: BudgetConfig, record: Record, clock: float) -> tuple[str, str] 
 def remedy(budget: str) -> str:
     """The override with which a sweep that a budget ended goes on searching."""
     if budget == SPACE:
-        return "search.trials=<fewer>, or a new sweep with a wider space or looser search.constraints"
+        return "search.constraints.relations=[<looser>] (or search.constraints.memory_gb=<more>)"
     return f"budget.{budget}={'<lower>' if budget == 'target' else '<more>'} (or null)"
 
 

@@ -71,19 +71,14 @@ class Constraints:
         """The same of a point given as the sampler's parameters."""
         return self.broken(spaces.settings(self._cfg.space, self._cfg, point))
 
-    def check(self, *, searching: bool) -> None:
+    def check(self) -> None:
         """Refuse what can be known to be infeasible once the model and the data are there.
-
-        Args:
-            searching: whether there is a search, or one run of the config as it stands.
 
         Raises:
             UserError: the config as it stands does not fit, or a grid has fewer feasible points than trials.
         """
-        first = self._first() if searching else self._cfg
-        found = [] if self._limit is None else _memory_problems(first, self._limit)
-        if searching and not found:
-            found = self._grid_problems()
+        found = [] if self._limit is None else _memory_problems(self._first(), self._limit)
+        found = found or self._grid_problems()
         if found:
             raise UserError(found)
 

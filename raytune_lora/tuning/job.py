@@ -163,8 +163,10 @@ def open_job(kind: str, cfg: SweepConfig, moved: Sequence[str], run: Callable[[J
         cache = Path(cfg.cache).expanduser().absolute()
         with progress.doing("preparing the model and the data"), explained(cache, "start it again"):
             model_folder, store = prepare_inputs(cfg)
-            constraints = Constraints(cfg, memory_limit(cfg, model_folder, store))
-            constraints.check(searching=kind == SWEEP)
+            searching = kind == SWEEP  # a run that does not fit goes on with a smaller micro batch
+            constraints = Constraints(cfg, memory_limit(cfg, model_folder, store) if searching else None)
+            if searching:
+                constraints.check()
         if fresh:
             _room(cfg, model_folder, folder.path, kind)
             held.callback(create(folder.path, cfg, kind).lock().release)

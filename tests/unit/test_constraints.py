@@ -222,9 +222,9 @@ def test_points_that_do_not_fit_the_memory_are_refused() -> None:
 def test_a_config_that_does_not_fit_is_refused_with_the_parts_and_what_would_fit() -> None:
     cfg = on_gpu()
     plan = MemoryLimit(1, LLAMA, 1024).plan(cfg)
-    limited(cfg, plan.gb + 0.01).check(searching=True)
+    limited(cfg, plan.gb + 0.01).check()
     with pytest.raises(UserError) as caught:
-        limited(cfg, round(0.8 * plan.gb, 1)).check(searching=True)
+        limited(cfg, round(0.8 * plan.gb, 1)).check()
     (problem,) = caught.value.problems
     assert f"a worker's planned memory is {plan.gb:.3g} GB (micro batch 8, rows of up to 1024 tokens)" in problem
     assert all(part in problem for part in ("activations", "optimizer", "total"))
@@ -236,8 +236,8 @@ def test_each_remedy_fits() -> None:
     cfg = on_gpu()
     limit = round(0.8 * MemoryLimit(1, LLAMA, 1024).plan(cfg).gb, 1)
     with pytest.raises(UserError) as caught:
-        limited(cfg, limit).check(searching=False)
+        limited(cfg, limit).check()
     ways = caught.value.problems[0].partition("what would fit: ")[2].partition(" (")[0].split("; or ")
     assert len(ways) >= 2
     for way in ways:
-        limited(on_gpu(*way.split()), limit).check(searching=False)
+        limited(on_gpu(*way.split()), limit).check()
