@@ -73,7 +73,7 @@ def _print_json(status: Status, trial_id: str | None, follow: bool) -> None:
 
 def _print_news(status: Status, trial_id: str | None) -> None:
     """What is new at each look, in lines: of the sweep's journal, or of a trial's log."""
-    told = len(status.events) if trial_id is None else _log_size(status, trial_id)
+    told = len(status.events) if trial_id is None else _whole_lines(status.log(trial_id))
     now = status
     for now in _looks(status):
         if trial_id is None:
@@ -90,9 +90,9 @@ def _print_news(status: Status, trial_id: str | None) -> None:
     print(f"{now.folder.path.name}: {now.state}", *(f"hint: {hint}" for hint in hints(now)), sep="\n")
 
 
-def _log_size(status: Status, trial_id: str) -> int:
-    log = status.log(trial_id)
-    return log.stat().st_size if log.is_file() else 0
+def _whole_lines(log: Path) -> int:
+    """Bytes of a log up to the end of its last whole line, which is what has been shown of it."""
+    return log.read_bytes().rfind(b"\n") + 1 if log.is_file() else 0
 
 
 def _print_log(status: Status, trial_id: str, told: int) -> int:
