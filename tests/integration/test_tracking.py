@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
+import sys
 import time
 import urllib.request
 import uuid
@@ -109,6 +111,21 @@ def test_ray_exports_the_numbers_of_a_trial_until_it_ends(
     assert found["trial_checkpoint_timestamp_seconds", "3"] == pytest.approx(began - 2, abs=1), "before the step"
     tracker.close()
     wait_for(None)
+
+
+def test_a_job_says_which_sweep_it_is() -> None:
+    """By the table that the dashboard's jobs page shows; in a process that starts its own Ray."""
+    program = """
+import ray
+from raytune_lora.cluster.connect import connected
+from raytune_lora.config.schema import ClusterConfig
+
+with connected(ClusterConfig(), name="mine"):
+    jobs = ray._private.worker.global_worker.gcs_client.get_all_job_info()
+    print([job.config.metadata["raytune_lora"] for job in jobs.values()])
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120, check=False)
+    assert done.stdout.splitlines()[-1:] == ["['mine']"], done.stderr
 
 
 def test_ten_thousand_trials_are_no_more_series_than_four(
