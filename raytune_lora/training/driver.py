@@ -72,12 +72,13 @@ class Board:
         self._stopped: set[str] = set()
         self._dead: set[str] = set()
         self._idle: set[str] = set()  # groups that wait for a task
+        self._left: dict[Path, asyncio.Event] = {}  # whether the group that took a task in a folder has left it
         self._workers: dict[str, list[Any]] = {}  # of each group
         self._signs: dict[str, float] = {}  # when a task last showed that it lives, by name
         self._broken: Ended | None = None
 
     async def submit(self, task: Task) -> None:
-        """Let a group have the task.
+        """Let a group have the task, once no group is at work in its folder: one that was told to stop ends later.
 
         Raises:
             ValueError: a task of that name and attempt was there before.
@@ -85,6 +86,8 @@ class Board:
         if task.key in self._streams:
             raise ValueError(f"there was a task {task.key} before: its reports would be mixed up")
         self._streams[task.key] = asyncio.Queue()
+        if task.folder in self._left:
+            await self._left[task.folder].wait()
         if self._broken is not None:
             await self.end(task.key, self._broken)
         elif task.name in self._stopped:
@@ -109,6 +112,7 @@ class Board:
                 if task is not None:
                     self._idle.discard(group)
                     self._signs[task.name] = time.monotonic()
+                    self._left[task.folder] = asyncio.Event()
                 taken.append(task)
         return taken[number]
 
@@ -122,6 +126,11 @@ class Board:
         if key not in self._ended:
             self._ended.add(key)
             await self._streams[key].put(ended)
+
+    async def leave(self, key: Key, folder: Path, ended: Ended) -> None:
+        """Close a task's stream; its group does nothing more in its folder."""
+        await self.end(key, ended)
+        self._left[folder].set()
 
     async def next(self, key: Key) -> Report | Ended:
         """The next item of a task's stream."""
@@ -158,7 +167,7 @@ class Board:
         self._workers.pop(group, None)
         taken = [task for task in self._taken.pop(group, []) if task is not None]
         if taken:
-            await self.end(taken[-1].key, ended)
+            await self.leave(taken[-1].key, taken[-1].folder, ended)
         return bool(taken)
 
     async def close(self, groups: int) -> None:
@@ -351,7 +360,7 @@ def _do(task: Task, board: Any, rank: int, workers: int) -> None:
             _collect_garbage()
             clean_up()
     if rank == 0:
-        ray.get(board.end.remote(task.key, ended))
+        ray.get(board.leave.remote(task.key, task.folder, ended))
 
 
 def _collect_garbage() -> None:

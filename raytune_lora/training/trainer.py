@@ -172,8 +172,9 @@ class Reporter(TrainerCallback):
     def on_step_end(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
         self._training_seconds += time.perf_counter() - self._began
         control.should_log = True
-        control.should_evaluate = control.should_save = self._plan.evaluates_after(state.global_step)
-        control.should_training_stop |= self._stopped()
+        control.should_evaluate = control.should_save = due = self._plan.evaluates_after(state.global_step)
+        pauses = due and self._plan.pauses_at(self._plan.samples_seen(state.global_step))
+        control.should_training_stop |= self._stopped() or pauses
 
     def on_optimizer_step(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
         self._method.after_step(kwargs["model"], state.global_step + 1)

@@ -131,6 +131,10 @@ def _line(event: dict[str, Any], record: Record) -> str:
     trial: Trial = record.trials[event["trial_id"]]
     if event["event"] == "trial_started":
         values = ", ".join(f"{key.rpartition('.')[2]}={_short(value)}" for key, value in trial.params.items())
+        if event.get("parent") and not trial.curve:
+            return f"trial {trial.trial_id} started from {trial.parent} at {trial.born} samples: {values}"
+        if trial.curve:
+            return f"trial {trial.trial_id} goes on after {trial.samples_seen} samples"
         return f"trial {trial.trial_id} started: {values}"
     if event["event"] == "trial_result":
         return f"trial {trial.trial_id}: validation loss {event['eval_loss']:.4f} after {event['samples_seen']} samples"

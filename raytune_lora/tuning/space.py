@@ -61,6 +61,11 @@ def configured_point(space: Space, cfg: RunConfig) -> dict[str, Any]:
     return point
 
 
+def point(space: Space, cfg: RunConfig, params: dict[str, Any]) -> dict[str, Any]:
+    """The value of each key at a point that is given as the sampler's parameters."""
+    return _walk(space, cfg, lambda d: params.get(parameter(d)))
+
+
 def fitting(space: Space, cfg: RunConfig, params: dict[str, Any]) -> dict[str, optuna.distributions.BaseDistribution]:
     """The distributions of a point, given as the sampler's parameters; empty where the space has no such point."""
     names: list[str] = []

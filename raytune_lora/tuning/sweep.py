@@ -16,15 +16,16 @@ from ray.tune import Callback, TuneConfig, Tuner
 from ray.tune import RunConfig as TuneRunConfig
 
 from raytune_lora.config.schema import SweepConfig
+from raytune_lora.config.search import Scheduler
 from raytune_lora.training.failures import FAILED, STOPPED
 from raytune_lora.tuning.budget import Budget
 from raytune_lora.tuning.confirm import best_configurations, planned, ranked, train_runs
-from raytune_lora.tuning.isolated import run_trial
+from raytune_lora.tuning.isolated import run_trial, task_name
 from raytune_lora.tuning.job import SWEEP, Job, open_job, plain_run
 from raytune_lora.tuning.results import TRIALS
-from raytune_lora.tuning.scheduler import build
+from raytune_lora.tuning.scheduler import build, turns
 from raytune_lora.tuning.search import StudySearcher, open_study, pareto, reconcile, report, tell
-from raytune_lora.tuning.trials import COMPLETED, CONFIRM, MEASURED, Journal, Trial
+from raytune_lora.tuning.trials import COMPLETED, CONFIRM, MEASURED, PAUSED, RUNNING, Journal, Trial
 
 _ENOUGH = 10  # completed trials before parameter importance says anything
 _RESOURCES: dict[str, float] = {"memory": 1}  # a byte: a Tune trial only waits for its workers, and zero is refused
@@ -55,18 +56,19 @@ def _sweep(job: Job) -> None:
     budget = Budget(job.cfg.budget, job.journal, job.cfg.search.trials, job.progress.note)
     if budget.spent():
         _end(interrupted, job.journal, study)
-    if TRIALS not in record.phases or (record.ended < job.cfg.search.trials and not budget.spent()):
+    more = record.ended < job.cfg.search.trials and not job.cfg.scheduler.goes_on
+    if TRIALS not in record.phases or (more and not budget.spent()):
         with job.phase(TRIALS, "running trials"):
-            if record.ended < job.cfg.search.trials and not budget.spent():
+            if not budget.spent():
                 _tune(job, study, interrupted, budget)
     several = len(job.cfg.search.objectives) > 1
-    job.learned = {"importance": _importance(study), "pareto": pareto(study) if several else []}
+    job.learned = {"importance": _importance(study, job.cfg), "pareto": pareto(study) if several else []}
     _confirm(job)
     job.finish()
 
 
 def _end(interrupted: list[Trial], journal: Journal, study: optuna.Study) -> None:
-    """Record the ends of trials that were running when a sweep was killed after its budget had ended the search."""
+    """Record the ends of trials that were running or paused when a budget had ended the search."""
     for trial in interrupted:
         journal.append("trial_ended", trial_id=trial.trial_id, status=STOPPED, error=None, seconds=0.0)
         tell(study, trial)
@@ -96,17 +98,21 @@ class _Searcher(StudySearcher):
 
 def _tune(job: Job, study: optuna.Study, interrupted: list[Trial], budget: Budget) -> None:
     logging.getLogger("ray.tune").setLevel(logging.ERROR)
-    cfg = job.cfg
-    board = job.pool.board
-    searcher = _Searcher(study, cfg.space, cfg, interrupted)
+    cfg, board, record = job.cfg, job.pool.board, job.journal.record
+    when = {"total": job.plan.total, "every": job.plan.every}
+    scheduler = build(cfg.scheduler, record=record, **when)
+    running = [trial for trial in interrupted if trial.status == RUNNING]
+    searcher = _Searcher(study, cfg.space, cfg, running, turns(cfg, scheduler, record, **when))
     searcher.budget = budget
+    if searcher.over:
+        return
     trainable = partial(run_trial, board=board, cfg=plain_run(cfg), store=job.store, trials=job.folder.trials)
     tuner = Tuner(
         tune.with_resources(trainable, _RESOURCES),
         tune_config=TuneConfig(
             search_alg=searcher,
-            scheduler=build(cfg.scheduler, total=job.plan.total, every=job.plan.every, record=job.journal.record),
-            num_samples=cfg.search.trials - job.journal.record.ended,
+            scheduler=scheduler,
+            num_samples=-1,  # the searcher says when there are no more
             max_concurrent_trials=cfg.search.concurrent,
             reuse_actors=True,
         ),
@@ -120,8 +126,9 @@ def _tune(job: Job, study: optuna.Study, interrupted: list[Trial], budget: Budge
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         tuner.fit()
-    record = job.journal.record
-    if not all(trial.ended for trial in record.searched) or not (record.ended_by or record.ended >= cfg.search.trials):
+    if record.ended_by:
+        _end([trial for trial in record.searched if trial.status == PAUSED], job.journal, study)
+    if not all(trial.ended for trial in record.searched) or not (record.ended_by or searcher.over):
         raise KeyboardInterrupt  # Tune ends in order at the first Ctrl-C and says nothing of it
 
 
@@ -148,7 +155,10 @@ class _Recorder(Callback):
     def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:
         name = trial.config["trial_id"]
         self._began[name] = time.monotonic()
-        self._journal.append("trial_started", trial_id=name, params=trial.config["params"], gpus=self._gpus)
+        born = {key: trial.config[key] for key in ("parent", "born", "replaces") if key in trial.config}
+        self._journal.append("trial_started", trial_id=name, params=trial.config["params"], gpus=self._gpus, **born)
+        if "replaces" in born:
+            tell(self._study, self._journal.record.trials[born["replaces"]])
 
     def on_trial_result(self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **_: Any) -> None:
         if "samples_seen" not in result or "status" in result:
@@ -159,8 +169,8 @@ class _Recorder(Callback):
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:
         known = self._journal.record.trials[trial.config["trial_id"]]
-        status = trial.last_result.get("status", STOPPED)
-        if status == STOPPED and known.last:  # it had come to its end when it was told to stop
+        status = trial.last_result.get("status", PAUSED if "until" in trial.config else STOPPED)
+        if status in (STOPPED, PAUSED) and known.last:  # it had come to its end when it was told to stop
             status = COMPLETED
         self._end(trial, status, trial.last_result.get("error"))
 
@@ -169,10 +179,10 @@ class _Recorder(Callback):
         if not self._budget.spent():
             return
         for trial in trials:
-            name = trial.config["trial_id"]
-            if not trial.is_finished() and name not in self._told:
-                self._told.add(name)
-                ray.get(self._board.stop.remote(name))
+            task = task_name(trial.config)
+            if not trial.is_finished() and task not in self._told:
+                self._told.add(task)
+                ray.get(self._board.stop.remote(task))
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:
         error = trial.get_pickled_error() or trial.get_error()
@@ -180,18 +190,24 @@ class _Recorder(Callback):
 
     def _end(self, trial: Any, status: str, error: str | None) -> None:
         name = trial.config["trial_id"]
-        ray.get(self._board.stop.remote(name))
+        ray.get(self._board.stop.remote(task_name(trial.config)))
         if name not in self._journal.record.trials:  # its Tune actor never came up
             self.on_trial_start(0, [], trial)
         seconds = round(time.monotonic() - self._began[name], 3)
+        if status == PAUSED:
+            self._journal.append("trial_paused", trial_id=name, seconds=seconds)
+            return
         self._journal.append("trial_ended", trial_id=name, status=status, error=error, seconds=seconds)
         tell(self._study, self._journal.record.trials[name])
 
 
-def _importance(study: optuna.Study) -> dict[str, float]:
-    """How much each parameter matters for the loss, by fANOVA's kin PED-ANOVA; nothing where too few trials say so."""
+def _importance(study: optuna.Study, cfg: SweepConfig) -> dict[str, float]:
+    """How much each parameter matters for the loss, by fANOVA's kin PED-ANOVA; nothing where too few trials say so.
+
+    Nothing of a population either: what a child reached is not owed to its own parameters alone.
+    """
     completed = study.get_trials(deepcopy=False, states=(optuna.trial.TrialState.COMPLETE,))
-    if len(completed) < _ENOUGH:
+    if len(completed) < _ENOUGH or cfg.scheduler.kind is Scheduler.pbt:
         return {}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
