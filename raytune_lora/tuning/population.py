@@ -63,7 +63,9 @@ class Population(Turns):
 
     def terms(self, trial: Trial) -> dict[str, Any]:
         """Until when it trains now, and of a child that has not begun, from where."""
-        found: dict[str, Any] = {"until": self._interval * (self._round(trial.samples_seen) + 1)}
+        further = self._interval * (self._round(trial.samples_seen) + 1)
+        interrupted = trial.status == RUNNING and trial.until is not None
+        found: dict[str, Any] = {"until": trial.until if interrupted else further}
         if trial.parent is not None and not trial.curve:
             found |= {"parent": trial.parent, "born": trial.born, "replaces": trial.replaces}
             found["inherits"] = self._record.trials[trial.parent].latest

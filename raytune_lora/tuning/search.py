@@ -161,19 +161,18 @@ def _path_problems(url: str, path: str) -> list[str]:
 def reconcile(study: optuna.Study, record: Record) -> list[Trial]:
     """Bring the study up to the journal after a kill.
 
-    A trial that the journal never saw start is told as failed, and its parameters are proposed again; a child's follow
-    from the record. One that the journal saw end is told so.
+    A trial that the journal never saw start is told as failed, and its parameters are proposed again; a child waits
+    until its turn comes again. One that the journal saw end is told so.
 
     Returns:
         The trials that were running or paused: they are to go on.
     """
     for frozen in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
         known = record.trials.get(trial_name(frozen.number))
-        if known is None:
+        if known is None and PARENT not in frozen.user_attrs:
             study.tell(frozen.number, state=TrialState.FAIL)
-            if PARENT not in frozen.user_attrs:
-                study.enqueue_trial({**frozen.system_attrs.get("fixed_params", {}), **frozen.params})
-        elif known.ended:
+            study.enqueue_trial({**frozen.system_attrs.get("fixed_params", {}), **frozen.params})
+        elif known is not None and known.ended:
             tell(study, known)
     for trial in record.searched:
         if trial.resumed and trial.ended:
@@ -410,24 +409,21 @@ class StudySearcher(Searcher):
         return Trial(trial_name(trial.number), sample(trial, self._space, self._cfg))
 
     def _child(self, child: Child) -> Trial:
-        """Enter it into the study; its parameters follow from the two it comes from."""
-        parent, replaces = child.parent, child.replaces.trial_id
-        own = self._study._storage.get_trial(_id(self._study, parent))
-        params = perturbed(own.params, own.distributions, f"{self._cfg.search.seed}/{parent.trial_id}/{replaces}")
-        entry = create_trial(
-            state=TrialState.RUNNING,
-            params=params,
-            distributions=own.distributions,
-            user_attrs={PARENT: parent.trial_id, REPLACES: replaces},
-        )
-        number = self._study._storage.get_trial_number_from_id(
-            self._study._storage.create_new_trial(self._study._study_id, entry)
-        )
-        own_params = point(self._space, self._cfg, params)
-        born = parent.samples_seen
-        return Trial(
-            trial_name(number), own_params, samples_seen=born, born=born, parent=parent.trial_id, replaces=replaces
-        )
+        """Enter it into the study, where it is not there already; a kill may have come before its start."""
+        storage, parent, replaces = self._study._storage, child.parent, child.replaces.trial_id
+        names = {PARENT: parent.trial_id, REPLACES: replaces}
+        running = self._study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
+        number, params = next(((t.number, t.params) for t in running if t.user_attrs == names), (None, {}))
+        if number is None:
+            own = storage.get_trial(_id(self._study, parent))
+            params = perturbed(own.params, own.distributions, f"{self._cfg.search.seed}/{parent.trial_id}/{replaces}")
+            entry = create_trial(
+                state=TrialState.RUNNING, params=params, distributions=own.distributions, user_attrs=names
+            )
+            number = storage.get_trial_number_from_id(storage.create_new_trial(self._study._study_id, entry))
+        begun = Trial(trial_name(number), point(self._space, self._cfg, params), samples_seen=parent.samples_seen)
+        begun.parent, begun.born, begun.replaces = parent.trial_id, parent.samples_seen, replaces
+        return begun
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
         """There is room again; the study hears of measures and ends from the journal, by ``report`` and ``tell``."""

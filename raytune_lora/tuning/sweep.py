@@ -26,6 +26,7 @@ from raytune_lora.tuning.results import TRIALS
 from raytune_lora.tuning.scheduler import build, turns
 from raytune_lora.tuning.search import StudySearcher, open_study, pareto, reconcile, report, tell
 from raytune_lora.tuning.trials import COMPLETED, CONFIRM, MEASURED, PAUSED, RUNNING, Journal, Trial
+from raytune_lora.tuning.turns import TERMS
 
 _ENOUGH = 10  # completed trials before parameter importance says anything
 _RESOURCES: dict[str, float] = {"memory": 1}  # a byte: a Tune trial only waits for its workers, and zero is refused
@@ -155,10 +156,10 @@ class _Recorder(Callback):
     def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:
         name = trial.config["trial_id"]
         self._began[name] = time.monotonic()
-        born = {key: trial.config[key] for key in ("parent", "born", "replaces") if key in trial.config}
-        self._journal.append("trial_started", trial_id=name, params=trial.config["params"], gpus=self._gpus, **born)
-        if "replaces" in born:
-            tell(self._study, self._journal.record.trials[born["replaces"]])
+        terms = {key: trial.config[key] for key in TERMS if key in trial.config}
+        self._journal.append("trial_started", trial_id=name, params=trial.config["params"], gpus=self._gpus, **terms)
+        if "replaces" in terms:
+            tell(self._study, self._journal.record.trials[terms["replaces"]])
 
     def on_trial_result(self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **_: Any) -> None:
         if "samples_seen" not in result or "status" in result:

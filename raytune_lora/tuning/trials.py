@@ -63,6 +63,7 @@ class Trial:
     parent: str | None = None  # the trial from whose checkpoint it began
     born: int = 0  # samples that its parent had seen at that checkpoint
     replaces: str | None = None  # the member of the population whose place it took
+    until: int | None = None  # samples after which it pauses
 
     @property
     def ended(self) -> bool:
@@ -144,7 +145,7 @@ class Record:
         if trial.ended:
             trial.resumed += 1
             self.ended -= trial.confirms is None
-        trial.status, trial.gpus = RUNNING, event.get("gpus", 0)
+        trial.status, trial.gpus, trial.until = RUNNING, event.get("gpus", 0), event.get("until")
 
     def _result(self, trial: Trial, event: dict[str, Any]) -> None:
         seen = event["samples_seen"]

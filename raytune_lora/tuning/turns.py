@@ -14,6 +14,8 @@ from typing import Any
 from raytune_lora.training.failures import STOPPED
 from raytune_lora.tuning.trials import Record, Trial
 
+TERMS = ("parent", "born", "replaces", "until")  # of a proposal, that its trial's start puts on record
+
 
 class Turn(Enum):
     """What happens where no known trial goes on."""
