@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 from optuna.trial import TrialState
 
+from raytune_lora.config import validate
 from raytune_lora.config.compose import compose
 from raytune_lora.config.schema import SweepConfig
 from raytune_lora.tuning.search import counted
@@ -83,6 +84,27 @@ def test_after_a_kill_at_any_moment_the_search_ends_as_without(kind: str, concur
         assert study_of(again) == study_of(again.record)
         if concurrent == 1 and kind == "asha":  # a trial's bracket follows from its name, and the order from the kill
             assert outcome(again.record) == outcome(whole.record)
+
+
+def test_the_sampler_and_a_later_sweep_see_a_trial_that_went_on_once(tmp_path: Path) -> None:
+    cfg = config(resume_stopped=True)
+    sweep = Sweep(tmp_path / "sweep")
+    found = sweep.play(cfg)
+    everything = found.study.get_trials(deepcopy=False)
+    again = [t for t in everything if "continues" in t.user_attrs]
+    assert [(t.state.name, t.user_attrs["continues"]) for t in again] == [("COMPLETE", f"000{SLOW}")]
+    assert everything[SLOW].state.name == "PRUNED"
+    seen = Play(sweep.folder, cfg, sweep.train, TOTAL, sweep.disk).searcher._asked
+    for states in (None, (TrialState.COMPLETE, TrialState.PRUNED)):
+        numbers = [t.number for t in seen.get_trials(deepcopy=False, states=states)]
+        assert sorted({*numbers, SLOW}) == list(range(len(everything)))
+        assert SLOW not in numbers
+
+
+@pytest.mark.parametrize("kind", ["median", "none"])
+def test_without_rungs_nothing_can_rise(kind: str) -> None:
+    (problem,) = validate.problems(compose(["experiment=tiny", f"scheduler={kind}", "scheduler.resume_stopped=true"]))
+    assert problem.startswith("scheduler.resume_stopped needs rungs")
 
 
 def study_of(of: Play | Record) -> list[tuple[Any, ...]]:
