@@ -49,11 +49,11 @@ class Population(Turns):
             return Turn.NEW
         replaced = {trial.replaces for trial in known.values()}
         racing = [t for t in known.values() if t.trial_id not in replaced and _races(t)]
-        behind = min((self._round(t.samples_seen) for t in racing), default=0)
+        behind = min((self._done(t) for t in racing), default=0)
         for child in self._children(behind, known, out):
             if child.replaces.trial_id not in replaced and len(known) < self._trials:
                 return child
-        idle = [t for t in racing if t.trial_id not in out and self._round(t.samples_seen) == behind]
+        idle = [t for t in racing if t.trial_id not in out and self._done(t) == behind]
         if all(name in self._record.trials for name in out):  # a child must be on record before its parent goes on
             waited_for = {t.parent for t in known.values() if not t.curve and not t.ended}
             for trial in sorted(idle, key=lambda t: t.trial_id):
@@ -75,6 +75,12 @@ class Population(Turns):
         """How many intervals that is."""
         return int(samples_seen // self._interval)
 
+    def _done(self, trial: Trial) -> int:
+        """The rounds that a member has behind it: one that has measured at the end of a round has still to pause."""
+        if trial.status == RUNNING and trial.until is not None:
+            return self._round(trial.until) - 1
+        return self._round(trial.samples_seen)
+
     def _children(self, now: int, known: Mapping[str, Trial], out: Mapping[str, Trial]) -> Iterator[Child]:
         """Those that are due at the end of a round, whether they are there already or not.
 
@@ -84,7 +90,7 @@ class Population(Turns):
         gone = {t.replaces for t in before}
         members = [t for t in before if t.trial_id not in gone]
         able = [t for t in members if _races(t)]
-        moved = (t.trial_id in out or t.status == RUNNING or self._round(t.samples_seen) > now for t in able)
+        moved = (t.trial_id in out or t.status == RUNNING or self._done(t) > now for t in able)
         if not able or now * self._interval >= self._total or any(moved):
             return
         ranked = sorted(able, key=lambda t: (self._loss_at(t, now), t.trial_id))

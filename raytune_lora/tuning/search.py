@@ -234,13 +234,14 @@ def _tell_more(study: optuna.Study, trial: Trial, own: FrozenTrial) -> None:
         return
     reached = _values(study, trial) if trial.status == COMPLETED else []
     stopped = TrialState.PRUNED if trial.status in (STOPPED, OOM) else TrialState.FAIL
+    family = {key: own.user_attrs[key] for key in (PARENT, REPLACES) if key in own.user_attrs}
     more = create_trial(
         state=TrialState.COMPLETE if reached else stopped,
         values=reached or None,
         params=own.params,
         distributions=own.distributions,
         intermediate_values={int(measure["samples_seen"]): measure["eval_loss"] for measure in trial.curve},
-        user_attrs={CONTINUES: trial.trial_id} | ({} if reached else {"status": trial.status}),
+        user_attrs={**family, CONTINUES: trial.trial_id, **({} if reached else {"status": trial.status})},
         system_attrs={key: value for key, value in own.system_attrs.items() if key.endswith("generation")},
     )
     study.add_trial(more)

@@ -84,7 +84,7 @@ class Promotions(Turns):
         self._promotable = promotable
 
     def next(self, out: Mapping[str, Trial]) -> Trial | Child | Turn:
-        stopped = [t.trial_id for t in self._record.searched if t.status == STOPPED and t.trial_id not in out]
+        stopped = {t.trial_id for t in self._record.searched if t.status == STOPPED and t.trial_id not in out}
         name = self._promotable(stopped)
         return super().next(out) if name is None else self._record.trials[name]
 

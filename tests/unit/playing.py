@@ -97,6 +97,9 @@ class Play:
 
     def _advance(self, proposal: dict[str, Any]) -> None:
         samples, loss = self._disk.get(proposal["trial_id"], (0, 10.0))
+        if samples >= proposal.get("until", self._total):  # it has reported, and now its sitting ends
+            self._end(proposal, PAUSED)
+            return
         weights = samples + EVERY, self._train((samples, loss), proposal["params"])
         self._disk[proposal["trial_id"]] = weights
         self._report(proposal, weights)
@@ -114,8 +117,6 @@ class Play:
             if stop and not last:  # the worker hears of it a validation later
                 self._disk[name] = samples + EVERY, self._train(weights, proposal["params"])
             self._end(proposal, COMPLETED if last else STOPPED)
-        elif samples >= proposal.get("until", self._total):
-            self._end(proposal, PAUSED)
         else:
             self._running.append(proposal)
 
