@@ -42,6 +42,12 @@ def by_step(folder: Path) -> dict[int, float]:
     return {int(step["step"]): step["loss"] for step in steps(folder)}
 
 
+def child_measured(folder: Path) -> bool:
+    events = trials_in(folder)
+    children = {event["trial_id"] for event in events if "parent" in event}
+    return any(event["event"] == "trial_result" and event["trial_id"] in children for event in events)
+
+
 def config_of(folder: Path, trial: dict[str, Any]) -> RunConfig:
     return apply(plain_run(load(folder / "config.yaml")), trial["params"])
 
@@ -69,7 +75,7 @@ def test_a_stopped_trial_that_rises_goes_on_as_if_never_stopped(
 def test_a_population_goes_on_after_a_kill_and_a_child_from_its_parents_weights(tmp_path: Path, cache: Path) -> None:
     folder = tmp_path / "sweep"
     process = start("sweep", "experiment=tiny", *SPACE, *PBT, f"output={folder}", f"cache={cache}")
-    wait_for(lambda: process.poll() is not None or any("parent" in event for event in trials_in(folder)))
+    wait_for(lambda: process.poll() is not None or child_measured(folder))
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
     nothing_left(process.pid)
