@@ -39,12 +39,15 @@ _RESULTS: dict[str, Any] = {
     "seconds": {},
 }
 _TRIAL: dict[str, Any] = {"trial_id": "", "status": "", "params": {}, "curve": [], "parameters": {}}
-_TRIAL |= dict.fromkeys(("confirms", "eval_loss", "samples_seen", "seconds", "training_seconds", "error", "log"))
+_TRIAL |= dict.fromkeys(
+    ("confirms", "parent", "born", "eval_loss", "samples_seen", "seconds", "training_seconds", "error", "log")
+)
 _BEST: dict[str, Any] = {"trial_id": "", "params": {}, "eval_loss": None, "exact_match": None, "adapter": None}
 
 _STATUS = {  # status: how it reads, the class of its colour
     "completed": ("completed", "good"),
     "stopped": ("stopped early", "quiet"),
+    "paused": ("paused", "quiet"),
     "failed": ("failed", "bad"),
     "diverged": ("diverged", "warn"),
     "oom": ("out of memory", "bad"),
@@ -67,7 +70,13 @@ _STAGES = {
     "best": "best adapter",
 }
 _SAMPLERS = {"tpe": "TPE", "random": "random"}
-_SCHEDULERS = {"asha": "ASHA", "hyperband": "HyperBand", "median": "median stopping", "none": "no early stopping"}
+_SCHEDULERS = {
+    "asha": "ASHA",
+    "hyperband": "HyperBand",
+    "median": "median stopping",
+    "pbt": "PBT",
+    "none": "no early stopping",
+}
 
 
 @dataclass(frozen=True)

@@ -314,7 +314,7 @@ def _do(task: Task, board: Any, group: str, rank: int, workers: int, slot: int) 
             _collect_garbage()
             clean_up()
     if rank == 0:
-        ray.get(board.end.remote(task.key, ended))
+        ray.get(board.done.remote(task.key, group, ended))
 
 
 def _collect_garbage() -> None:

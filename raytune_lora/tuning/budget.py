@@ -85,10 +85,15 @@ def remedy(budget: str) -> str:
     return f"budget.{budget}={'<lower>' if budget == 'target' else '<more>'} (or null)"
 
 
-def reopen(journal: Journal, cfg: BudgetConfig, trials: int) -> None:
+def reopen(journal: Journal, cfg: BudgetConfig, trials: float) -> None:
     """Let a search that a budget ended go on where the config now leaves it more.
 
     The best model, and the confirmation where there was one, are found again after it.
+
+    Args:
+        journal: of the sweep.
+        cfg: what may be spent now.
+        trials: that the search is to have; infinite where those that were stopped may go on.
     """
     record = journal.record
     if record.ended_by is not None and record.ended < trials and reached(cfg, record, journal.clock) is None:

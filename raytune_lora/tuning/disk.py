@@ -10,6 +10,7 @@ from pathlib import Path
 from raytune_lora.artifacts import folder_bytes, read_manifest, remove_folder
 from raytune_lora.config.schema import DiskConfig, SweepConfig
 from raytune_lora.errors import JobFailed, disk_trouble
+from raytune_lora.training.failures import STOPPED
 from raytune_lora.tuning.trials import ENDED_BADLY, Record, lowest
 
 GB = 1e9
@@ -90,20 +91,23 @@ def problems(cfg: SweepConfig, trainable: int, output: Path, *, trials: int) -> 
 class Quota:
     """Keeps the checkpoints of all trials of a sweep within ``disk.sweep_gb``."""
 
-    def __init__(self, cfg: DiskConfig, trials: Path) -> None:
+    def __init__(self, cfg: DiskConfig, trials: Path, goes_on: bool = False) -> None:
         """
         Args:
             cfg: how much, and how many trials keep their best checkpoint.
             trials: the folder of all trials.
+            goes_on: whether a trial that was stopped may go on.
         """
         self._cfg = cfg
         self._trials = trials
+        self._goes_on = goes_on
 
     def keep(self, record: Record) -> None:
         """Delete checkpoints until the rest fit.
 
         Those of trials that ended badly go first, then of stopped and completed ones, then the older ones of trials
-        that run. The best checkpoint of the best trials stays, and the newest one of each trial that runs.
+        that run or pause, then the newest ones of stopped trials that may go on. The best checkpoint of the best trials
+        stays, and the newest one of each trial that runs or pauses.
 
         Raises:
             JobFailed: what must stay does not fit.
@@ -112,7 +116,7 @@ class Quota:
             return
         sizes = {path: folder_bytes(path) for path in sorted(self._trials.glob(f"*/{_CHECKPOINTS}"))}
         total = sum(sizes.values())
-        for path in _expendable(record, list(sizes), self._cfg.keep_best):
+        for path in _expendable(record, list(sizes), self._cfg.keep_best, self._goes_on):
             if total <= self._cfg.sweep_gb * GB:
                 return
             remove_folder(path)
@@ -124,7 +128,7 @@ class Quota:
             )
 
 
-def _expendable(record: Record, checkpoints: list[Path], keep_best: int) -> list[Path]:
+def _expendable(record: Record, checkpoints: list[Path], keep_best: int, goes_on: bool) -> list[Path]:
     """Checkpoints that may be deleted, those that are missed least first; what is not known of the sweep stays."""
     best: set[str | None] = set()
     able = list(record.trials.values())
@@ -139,11 +143,13 @@ def _expendable(record: Record, checkpoints: list[Path], keep_best: int) -> list
         if trial is None:
             continue
         own = sorted(path for path in checkpoints if path.parent == folder)
-        if trial.ended:
+        if trial.ended and not (goes_on and trial.status == STOPPED):
             rank = 0 if trial.status in ENDED_BADLY else 1
         else:
-            whole = [path for path in own if read_manifest(path) is not None]
-            own, rank = [path for path in own if path not in whole[-1:]], 2
+            newest = [path for path in own if read_manifest(path) is not None][-1:]
+            own, rank = [path for path in own if path not in newest], 1 if trial.ended else 2
+            if trial.ended:
+                ranked += [(3, trial.trial_id, path) for path in newest if str(path) not in best]
             own = [path for path in own if str(path) != trial.checkpoint] + [
                 path for path in own if str(path) == trial.checkpoint
             ]

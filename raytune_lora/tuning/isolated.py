@@ -14,6 +14,7 @@ from raytune_lora.data.store import TokenStore
 from raytune_lora.training.board import Report
 from raytune_lora.training.driver import Task, TaskFailed, stream
 from raytune_lora.training.failures import LOST, MOVED, OOM, Ended
+from raytune_lora.training.inherit import inherit
 from raytune_lora.training.plan import smaller_micro_batch
 from raytune_lora.tuning.space import apply
 
@@ -22,31 +23,59 @@ def run_trial(proposal: dict[str, Any], *, board: Any, cfg: RunConfig, store: To
     """A Tune trial: have what the searcher proposed trained, and pass the reports on; end in order whatever happens.
 
     Args:
-        proposal: ``trial_id`` and ``params``.
+        proposal: as ``StudySearcher.suggest`` makes it.
         board: of the pool whose groups train.
         cfg: of the sweep, without the parameters.
         store: the data.
         trials: the folder of all trials.
     """
+    name = proposal["trial_id"]
+    if "inherits" in proposal:
+        inherit(Path(proposal["inherits"]), trials / name)
+    where = (apply(cfg, proposal["params"]), store, trials)
     try:
-        for report in train(board, proposal["trial_id"], apply(cfg, proposal["params"]), store, trials):
+        for report in train(board, name, *where, task=task_name(proposal), until=proposal.get("until")):
             tune.report(report)
     except TaskFailed as failure:
         tune.report({"status": failure.ended.status, "error": failure.ended.error})
 
 
-def train(board: Any, trial_id: str, cfg: RunConfig, store: TokenStore, trials: Path) -> Iterator[Report]:
+def task_name(proposal: dict[str, Any]) -> str:
+    """What a trial's task is stopped by; another in each sitting, so that the end of one is not that of the next."""
+    return f"{proposal['trial_id']}+{proposal['sitting']}" if "sitting" in proposal else str(proposal["trial_id"])
+
+
+def train(
+    board: Any,
+    trial_id: str,
+    cfg: RunConfig,
+    store: TokenStore,
+    trials: Path,
+    *,
+    task: str | None = None,
+    until: int | None = None,
+) -> Iterator[Report]:
     """Have one trial trained in its folder, from its last checkpoint on if it has one, and yield its reports.
 
     Where memory runs out it goes on from its last checkpoint with half the micro batch, and as many more of them a
     step; each report says which micro batch it was. Where a worker or its machine is lost, or about to be, it goes on
     as it was on another group. A new attempt is a report of its own: ``attempt``, ``kind`` and ``error``.
 
+    Args:
+        board: of the pool whose groups train.
+        trial_id: its name.
+        cfg: with its parameters.
+        store: the data.
+        trials: the folder of all trials.
+        task: what it is stopped by; None: its name.
+        until: samples from which on the first validation ends this sitting; None: it is trained to its end.
+
     Raises:
         TaskFailed: it did not end well; out of memory only where a micro batch of one was too much, and lost only
             where that came ``cluster.retries`` times before.
     """
-    return attempts(board, Task(trial_id, _train, cfg, store, trials / trial_id, steps=True))
+    name, folder = task or trial_id, trials / trial_id
+    return attempts(board, Task(name, _train, cfg, store, folder, extra={"until": until}, steps=True))
 
 
 def attempts(board: Any, task: Task) -> Iterator[Report]:
@@ -80,8 +109,8 @@ def _again(task: Task, ended: Ended, losses: int) -> Task | None:
     return replace(task, cfg=cfg, attempt=task.attempt + 1)
 
 
-def _train(*arguments: Any) -> None:
+def _train(*arguments: Any, **extra: Any) -> None:
     """``training.worker.train``, imported where it runs: it brings torch and transformers."""
     from raytune_lora.training import worker
 
-    worker.train(*arguments)
+    worker.train(*arguments, **extra)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -42,7 +43,7 @@ from raytune_lora.tuning.preflight import check, output_path
 from raytune_lora.tuning.progress import Progress
 from raytune_lora.tuning.results import BASELINE, BEST, write_results
 from raytune_lora.tuning.space import apply, lookup
-from raytune_lora.tuning.trials import Journal
+from raytune_lora.tuning.trials import Journal, Trial
 
 SWEEP, RUN = "sweep", "run"
 
@@ -95,7 +96,8 @@ class Job:
             export_adapter(
                 Path(best.checkpoint), self.folder.best / "adapter", model_folder=self.model_folder, base_name=name
             )
-            (self.folder.best / "config.yaml").write_text(dump(winner))
+            config = segments(self.journal.record.lineage(best)) + dump(winner)
+            (self.folder.best / "config.yaml").write_text(config)
             write_json(self.folder.best / "params.json", best.params)
 
     def write_results(self) -> dict[str, Any]:
@@ -113,6 +115,17 @@ class Job:
             if error.ended.status == DISK:
                 raise StorageError(error.ended.error) from error
             raise JobFailed(f"measuring failed: {error}; log: {folder / LOGS}") from error
+
+
+def segments(lineage: Sequence[Trial]) -> str:
+    """Comment lines that say which parameters a model had in turn; none where it had the same ones throughout."""
+    if len(lineage) == 1:
+        return ""
+    lines = ["# population based training: the weights were trained with these parameters in turn"]
+    for trial in lineage:
+        values = " ".join(f"{key}={json.dumps(value)}" for key, value in trial.params.items())
+        lines.append(f"# from sample {trial.born} on, as trial {trial.trial_id}: {values}")
+    return "\n".join([*lines, ""])
 
 
 def _measure(*arguments: Any, **extra: Any) -> None:
@@ -175,7 +188,7 @@ def open_job(kind: str, cfg: SweepConfig, moved: Sequence[str], run: Callable[[J
         if changes:
             journal.append("moved", changes=to_plain(changes))
             folder.rewrite(cfg)
-            reopen_search(journal, cfg.budget, cfg.search.trials)
+            reopen_search(journal, cfg.budget, math.inf if cfg.scheduler.goes_on else cfg.search.trials)
         job = Job(kind, cfg, folder, journal, progress, store, model_folder, interrupts, constraints)
         progress.know(job.plan.total, journal.record)
         if BEST in journal.record.phases:

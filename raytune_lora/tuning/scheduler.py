@@ -9,15 +9,20 @@ decision.
 
 from __future__ import annotations
 
+import heapq
 import random
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, MedianStoppingRule, TrialScheduler
 
+from raytune_lora.config.schema import SweepConfig
 from raytune_lora.config.search import Scheduler, SchedulerConfig
+from raytune_lora.tuning.population import Population
 from raytune_lora.tuning.trials import Record
+from raytune_lora.tuning.turns import Promotions, Turns
 
 _OTHERS = 3  # trials that must have come as far before the median of them says anything
 
@@ -31,7 +36,7 @@ def build(cfg: SchedulerConfig, *, total: int, every: int, record: Record) -> Tr
         every: samples between two validations.
         record: of a sweep that goes on.
     """
-    if cfg.kind is Scheduler.none:
+    if cfg.kind in (Scheduler.none, Scheduler.pbt):  # a member of a population pauses by itself
         return FIFOScheduler()
     grace = min(cfg.grace or every, total)  # beyond it, no trial would ever be stopped early
     scheduler: _Remembering
@@ -44,6 +49,24 @@ def build(cfg: SchedulerConfig, *, total: int, every: int, record: Record) -> Tr
         for point in trial.curve if trial.confirms is None else ():
             scheduler.replay(trial.trial_id, int(point["samples_seen"]), point["eval_loss"])
     return scheduler
+
+
+def turns(cfg: SweepConfig, scheduler: TrialScheduler, record: Record, *, total: int, every: int) -> Turns:
+    """Who says whose turn it is in a sweep.
+
+    Args:
+        cfg: of the sweep.
+        scheduler: that ``build`` made.
+        record: of the sweep, as it grows.
+        total: samples of a whole trial.
+        every: samples between two validations.
+    """
+    trials = cfg.search.trials
+    if cfg.scheduler.kind is Scheduler.pbt:
+        return Population(record, trials, cfg.scheduler, total=total, every=every, seed=cfg.search.seed)
+    if cfg.scheduler.resume_stopped and isinstance(scheduler, Asha):
+        return Promotions(record, trials, scheduler.promotable)
+    return Turns(record, trials)
 
 
 def rungs(cfg: SchedulerConfig, *, total: int, every: int) -> list[int]:
@@ -127,6 +150,21 @@ class Asha(_Remembering, ASHAScheduler):
             return TrialScheduler.STOP
         trial: Any = name
         return self._brackets[self.bracket_of(name.trial_id)].on_result(trial, samples_seen, -eval_loss)
+
+    def promotable(self, stopped: Collection[str]) -> str | None:
+        """Of stopped trials, one that is among the best ``1 / reduction`` of the last rung that it came to.
+
+        The highest rung comes first, and there the lowest loss.
+        """
+        found = []
+        for bracket in self._brackets:
+            above: set[str] = set()
+            for rung, recorded in bracket._rungs:  # the highest first
+                losses = ((-reward, name) for name, reward in recorded.items())
+                best = heapq.nsmallest(int(len(recorded) / bracket.rf), losses)
+                found += [(-rung, loss, name) for loss, name in best if name in stopped and name not in above]
+                above |= recorded.keys()
+        return min(found)[2] if found else None
 
 
 class Median(_Remembering, MedianStoppingRule):

@@ -10,7 +10,7 @@ import math
 import uuid
 import warnings
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,13 +30,19 @@ from raytune_lora.errors import UserError
 from raytune_lora.training.failures import OOM, STOPPED
 from raytune_lora.tuning import samplers, secrets
 from raytune_lora.tuning.constraints import Constraints
+from raytune_lora.tuning.population import perturbed
 from raytune_lora.tuning.samplers import WARM
-from raytune_lora.tuning.space import Space, configured_point, fitting, sample
+from raytune_lora.tuning.space import Space, configured_point, fitting, sample, settings
 from raytune_lora.tuning.trials import COMPLETED, Record, Trial, trial_name
+from raytune_lora.tuning.turns import Child, Turn, Turns
 
 STUDY_FILE = "study.db"
 STUDY_NAME = "sweep"  # in the folder's own database
 NAME_FILE = "study_name"  # in the folder: the study's name in a database that sweeps share
+
+# user attributes of the study's trials
+CONTINUES = "continues"  # the trial whose later part it is
+PARENT, REPLACES = "parent", "replaces"  # of a child in a population
 
 _JOURNAL = "journal://"
 _MEMORY = "constraints:memory"  # system attribute that Optuna reads a constraint from: above zero is infeasible
@@ -160,19 +166,22 @@ def _path_problems(url: str, path: str) -> list[str]:
 def reconcile(study: optuna.Study, record: Record) -> list[Trial]:
     """Bring the study up to the journal after a kill.
 
-    A trial that the journal never saw start is told as failed, and its parameters are proposed again. One that it saw
-    end is told so.
+    A trial that the journal never saw start is told as failed, and its parameters are proposed again; a child waits
+    until its turn comes again. One that the journal saw end is told so.
 
     Returns:
-        The trials that were running: they are to go on.
+        The trials that were running or paused: they are to go on.
     """
     for frozen in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
         known = record.trials.get(trial_name(frozen.number))
-        if known is None:
+        if known is None and PARENT not in frozen.user_attrs:
             study.tell(frozen.number, state=TrialState.FAIL)
             study.enqueue_trial({**frozen.system_attrs.get("fixed_params", {}), **frozen.params})
-        elif known.ended:
+        elif known is not None and known.ended:
             tell(study, known)
+    for trial in record.searched:
+        if trial.resumed and trial.ended:
+            tell(study, trial)
     return [trial for trial in record.trials.values() if not trial.ended]
 
 
@@ -184,10 +193,11 @@ def report(study: optuna.Study, trial: Trial) -> None:
     if len(study.directions) > 1:
         return
     trial_id = _id(study, trial)
-    known = study._storage.get_trial(trial_id).intermediate_values
-    for point in trial.curve:
-        if int(point["samples_seen"]) not in known:
-            study._storage.set_trial_intermediate_value(trial_id, int(point["samples_seen"]), point["eval_loss"])
+    known = study._storage.get_trial(trial_id)
+    for measure in [] if known.state.is_finished() else trial.curve:
+        seen = int(measure["samples_seen"])
+        if seen not in known.intermediate_values:
+            study._storage.set_trial_intermediate_value(trial_id, seen, measure["eval_loss"])
 
 
 def tell(study: optuna.Study, trial: Trial) -> None:
@@ -197,9 +207,13 @@ def tell(study: optuna.Study, trial: Trial) -> None:
     - stopped: pruned, with its curve
     - out of memory: pruned and infeasible, of which TPE keeps away; other samplers learn nothing of it
     - failed, diverged, or completed without a finite value: failed
+
+    What a stopped trial measured after it was taken up again is told as a trial of its own.
     """
     number, trial_id = int(trial.trial_id), _id(study, trial)
-    if study._storage.get_trial(trial_id).state.is_finished():
+    own = study._storage.get_trial(trial_id)
+    if own.state.is_finished():
+        _tell_more(study, trial, own)
         return
     report(study, trial)
     reached = _values(study, trial)
@@ -226,6 +240,46 @@ def refused(study: optuna.Study) -> dict[str, int]:
     """How many proposals broke each constraint."""
     names = (name for t in study.get_trials(deepcopy=False) for name in t.user_attrs.get(_REFUSED, ()))
     return dict(Counter(names))
+
+
+def _tell_more(study: optuna.Study, trial: Trial, own: FrozenTrial) -> None:
+    """Add what a trial measured beyond what the study knows; a trial that was told cannot be opened again there.
+
+    The added one has the same parameters, the whole curve, and the user attribute ``continues``. It takes a number that
+    no trial is named after then. ``counted`` leaves out what it continues.
+    """
+    entries = [own, *(t for t in study.get_trials(deepcopy=False) if t.user_attrs.get(CONTINUES) == trial.trial_id)]
+    if trial.samples_seen <= max((step for t in entries for step in t.intermediate_values), default=0):
+        return
+    reached = _values(study, trial) if trial.status == COMPLETED else []
+    stopped = TrialState.PRUNED if trial.status in (STOPPED, OOM) else TrialState.FAIL
+    family = {key: own.user_attrs[key] for key in (PARENT, REPLACES) if key in own.user_attrs}
+    more = create_trial(
+        state=TrialState.COMPLETE if reached else stopped,
+        values=reached or None,
+        params=own.params,
+        distributions=own.distributions,
+        intermediate_values={int(measure["samples_seen"]): measure["eval_loss"] for measure in trial.curve},
+        user_attrs={**family, CONTINUES: trial.trial_id, **({} if reached else {"status": trial.status})},
+        system_attrs={key: value for key, value in own.system_attrs.items() if key.endswith("generation")},
+    )
+    study.add_trial(more)
+
+
+def counted(trials: Sequence[FrozenTrial]) -> list[FrozenTrial]:
+    """Each trial once: without those that another continues."""
+    last = {t.user_attrs[CONTINUES]: t.number for t in trials if CONTINUES in t.user_attrs}
+    if not last:
+        return list(trials)
+    own = ((t, t.user_attrs.get(CONTINUES, trial_name(t.number))) for t in trials)
+    return [t for t, name in own if last.get(name, t.number) == t.number]
+
+
+class _Study(optuna.Study):
+    """What a sampler sees: each trial once."""
+
+    def _get_trials(self, *args: Any, **kwargs: Any) -> list[FrozenTrial]:
+        return counted(super()._get_trials(*args, **kwargs))
 
 
 def _id(study: optuna.Study, trial: Trial) -> int:
@@ -261,10 +315,12 @@ def warm_start(study: optuna.Study, space: Space, cfg: SweepConfig) -> int:
 
 
 def _fitting_trials(folder: Path, space: Space, cfg: SweepConfig) -> Iterator[FrozenTrial]:
-    for trial in _earlier(folder).get_trials(deepcopy=False, states=(TrialState.COMPLETE, TrialState.PRUNED)):
+    states = (TrialState.COMPLETE, TrialState.PRUNED)
+    for trial in counted(_earlier(folder).get_trials(deepcopy=False, states=states)):
         distributions = fitting(space, cfg, trial.params)
-        # memory ran out on another machine, or with another model: that says nothing here
-        if distributions and not trial.constraints and WARM not in trial.user_attrs:
+        # memory ran out on another machine, or with another model: that says nothing here; and what a child of a
+        # population reached, its own parameters reached in part only
+        if distributions and not trial.constraints and not {WARM, PARENT} & trial.user_attrs.keys():
             yield create_trial(
                 state=trial.state,
                 values=trial.values,
@@ -316,7 +372,7 @@ def _warm_problems(cfg: SweepConfig) -> list[str]:
 
 
 class StudySearcher(Searcher):
-    """Proposes what the study asks for; the trials that were interrupted come first."""
+    """Proposes what the study asks for, or what is to go on; the trials that were interrupted come first."""
 
     def __init__(
         self,
@@ -325,47 +381,95 @@ class StudySearcher(Searcher):
         cfg: SweepConfig,
         interrupted: list[Trial],
         constraints: Constraints | None = None,
+        turns: Turns | None = None,
     ) -> None:
+        """
+        Args:
+            study: of the sweep.
+            space: that is searched.
+            cfg: of the sweep.
+            interrupted: trials that were running when the sweep was killed.
+            constraints: that proposals must fulfil; None: those of the config.
+            turns: says whose turn it is; None: always a new trial's.
+        """
         super().__init__(metric="eval_loss", mode="min")
         self._constraints = constraints or Constraints(cfg)
         self._study = study
         self._space = space
         self._cfg = cfg
         self._interrupted = list(interrupted)
+        self._turns = turns or Turns()
+        self._out: dict[str, Trial] = {}  # what was proposed and has not ended, by Tune's name
+        self._sittings: Counter[str] = Counter()  # proposals of each trial in this process
         if all(WARM in trial.user_attrs for trial in study.get_trials(deepcopy=False)):
             warm_start(study, space, cfg)
             study.enqueue_trial(configured_point(space, cfg))
-        study.sampler = samplers.build(cfg, study, self._constraints)
+        self._asked = _Study(study.study_name, study._storage, samplers.build(cfg, study, self._constraints))
 
-    def suggest(self, trial_id: str) -> dict[str, Any]:
+    @property
+    def over(self) -> bool:
+        """Whether there is nothing more to run, and nothing runs."""
+        return not self._interrupted and not self._out and self._turns.next({}) is Turn.END
+
+    def suggest(self, trial_id: str) -> Any:
+        """What to run: ``trial_id``, ``params``, the terms of ``Turns``, and ``sitting`` where it is not the first."""
         if self._interrupted:
-            known = self._interrupted.pop(0)
-            return {"trial_id": known.trial_id, "params": known.params}
-        return self._feasible() or self.exhausted(f"none of {_TRIES} proposals fulfils search.constraints")
+            turn: Trial | Child | Turn = self._interrupted.pop(0)
+        else:
+            turn = self._turns.next({trial.trial_id: trial for trial in self._out.values()})
+        if turn is Turn.WAIT or turn is Turn.END:
+            return None if turn is Turn.WAIT else self.FINISHED
+        known = turn if isinstance(turn, Trial) else self._child(turn) if isinstance(turn, Child) else self._new()
+        if known is None:
+            return self.exhausted(f"none of {_TRIES} proposals fulfils search.constraints")
+        self._out[trial_id] = known
+        proposal = {"trial_id": known.trial_id, "params": known.params, **self._turns.terms(known)}
+        if sitting := self._sittings[known.trial_id]:
+            proposal["sitting"] = sitting
+        self._sittings[known.trial_id] += 1
+        return proposal
 
     def exhausted(self, why: str) -> Any:
         """What is answered where nothing is left to propose."""
         return self.FINISHED
 
-    def _feasible(self) -> dict[str, Any] | None:
-        """A proposal that fulfils the constraints; those that do not are told as infeasible. None after many tries."""
-        own = self._study.sampler
+    def _new(self) -> Trial | None:
+        """A point that fulfils the constraints; those that do not are told as infeasible. None after many tries."""
+        own = self._asked.sampler
         try:
             for tries in range(_TRIES):
                 if tries == _OWN_TRIES:  # some samplers learn nothing of what is refused, and would ask for it for ever
-                    self._study.sampler = samplers.at_random(self._cfg, self._study)
-                trial = self._study.ask()
+                    self._asked.sampler = samplers.at_random(self._cfg, self._study)
+                trial = self._asked.ask()
                 params = sample(trial, self._space, self._cfg)
                 broken = self._constraints.broken(params)
                 if not broken:
-                    return {"trial_id": trial_name(trial.number), "params": params}
-                _refuse(self._study, trial, broken)
+                    return Trial(trial_name(trial.number), params)
+                _refuse(self._asked, trial, broken)
         finally:
-            self._study.sampler = own
+            self._asked.sampler = own
         return None
 
+    def _child(self, child: Child) -> Trial:
+        """Enter it into the study, where it is not there already; a kill may have come before its start."""
+        storage, parent, replaces = self._study._storage, child.parent, child.replaces.trial_id
+        names = {PARENT: parent.trial_id, REPLACES: replaces}
+        running = self._study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
+        number, params = next(((t.number, t.params) for t in running if t.user_attrs == names), (None, {}))
+        if number is None:
+            own = storage.get_trial(_id(self._study, parent))
+            params = perturbed(own.params, own.distributions, f"{self._cfg.search.seed}/{parent.trial_id}/{replaces}")
+            entry = create_trial(
+                state=TrialState.RUNNING, params=params, distributions=own.distributions, user_attrs=names
+            )
+            number = storage.get_trial_number_from_id(storage.create_new_trial(self._study._study_id, entry))
+        begun = Trial(trial_name(number), settings(self._space, self._cfg, params), samples_seen=parent.samples_seen)
+        begun.parent, begun.born, begun.replaces = parent.trial_id, parent.samples_seen, replaces
+        return begun
+
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
-        """Nothing: the study hears of measures and ends from the journal, by ``report`` and ``tell``."""
+        """There is room again; the study hears of measures and ends from the journal, by ``report`` and ``tell``."""
+        self._out.pop(trial_id, None)
 
     def __getstate__(self) -> dict[str, Any]:
         """Nothing for Tune's own snapshots: a sweep goes on from the study and the journal."""

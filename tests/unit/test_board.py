@@ -225,3 +225,30 @@ def test_a_task_that_hangs_ends_and_its_workers_are_named() -> None:
         assert await board.end_stalled(-1) == [], "it is at nothing now"
 
     run(steps())
+
+
+def test_a_task_waits_until_the_group_that_was_told_to_stop_has_left_its_folder() -> None:
+    async def steps() -> None:
+        board = Board()
+        stopped = Task("a", print, RunConfig(), TokenStore(Path("a"), {}), Path("trial"))
+        again = Task("a+1", print, RunConfig(), TokenStore(Path("a"), {}), Path("trial"))
+        await board.submit(stopped)
+        assert await board.take("one", 0) == stopped
+        await board.stop("a")
+        submitted = asyncio.create_task(board.submit(again))
+        taken = asyncio.create_task(board.take("two", 0))
+        await asyncio.sleep(0.05)
+        assert not submitted.done()
+        assert not taken.done()
+        await board.leave(stopped.key, stopped.folder, Ended())
+        assert await taken == again
+        assert not await board.is_stopped("a+1")
+        third = asyncio.create_task(
+            board.submit(Task("a+2", *(getattr(again, f) for f in ("function", "cfg", "store", "folder"))))
+        )
+        await asyncio.sleep(0.05)
+        assert not third.done()
+        await board.group_failed("two", Ended(FAILED, "it was killed"))
+        await third
+
+    run(steps())

@@ -248,7 +248,7 @@ def test_a_wrong_type_is_refused(typed: str, reason: str) -> None:
     ("typed", "answer"),
     [
         ("model=tinny", "model: there is no 'tinny'. Did you mean model=tiny? Known: hub, smollm2, tiny, tiny_bias."),
-        ("scheduler=zzz", "scheduler: there is no 'zzz'. Known: asha, hyperband, median, none."),
+        ("scheduler=zzz", "scheduler: there is no 'zzz'. Known: asha, hyperband, median, none, pbt."),
         ("experiment=null", "experiment: there is no 'null'. Known: quickstart, tiny."),
         ("+experiment=tiny", "+experiment=tiny: a choice is written experiment=tiny"),
     ],

@@ -96,6 +96,7 @@ EDGES: dict[str, tuple[float, float]] = {
     "search.constraints.memory_gb": (-0.1, 0.0),
     "scheduler.grace": (0, 1),
     "scheduler.reduction": (1.0, 1.1),
+    "scheduler.population": (1, 2),
     "budget.hours": (0.0, 0.1),
     "budget.gpu_hours": (0.0, 0.1),
     "budget.target": (0.0, 0.1),

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from raytune_lora.training.failures import DIVERGED, FAILED, LOST, OOM, QUOTA, STOPPED
 
 PREFIX = "raytune_lora_"  # Ray puts ``ray_`` before it
-STATES = ("waiting", "running", "completed", STOPPED, FAILED, DIVERGED, OOM, LOST, QUOTA)  # of trials
+STATES = ("waiting", "running", "paused", "completed", STOPPED, FAILED, DIVERGED, OOM, LOST, QUOTA)  # of trials
 BUDGETS = ("trials", "hours", "gpu_hours")
 RANKS = 10  # of the best trials, from 1 on
 
