@@ -78,7 +78,7 @@ class Play:
         when = {"total": task.total, "every": task.every}
         self._scheduler = build(cfg.scheduler, record=self._record, **when)
         whose = turns(cfg, self._scheduler, self._record, **when)
-        self._searcher = StudySearcher(self._study, cfg.space, cfg, [], whose)
+        self._searcher = StudySearcher(self._study, cfg.space, cfg, [], turns=whose)
         self._stopped: dict[str, Running] = {}
         self.trace: Trace = []
         self._spent = 0  # samples

@@ -50,7 +50,7 @@ class Play:
         when = {"total": total, "every": EVERY}
         self._scheduler = build(cfg.scheduler, record=self.record, **when)
         whose = turns(cfg, self._scheduler, self.record, **when)
-        self.searcher = StudySearcher(self.study, cfg.space, cfg, interrupted, whose)
+        self.searcher = StudySearcher(self.study, cfg.space, cfg, interrupted, turns=whose)
         self._running: list[dict[str, Any]] = []
         self._proposed = 0
         self.events = 0
