@@ -1,7 +1,8 @@
 """Optuna as a Tune searcher that survives a kill.
 
 Ray's OptunaSearch dies when it is restored with a persistent study. Here the study is the only state: a searcher can
-be made anew at any time, from the study and the journal.
+be made anew at any time, from the study and the journal. The journal is the truth: the study's database may lag behind
+it, and ``reconcile`` brings it up.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import optuna
 from optuna.exceptions import OptunaError
 from optuna.storages import BaseStorage, JournalStorage, RDBStorage
 from optuna.storages.journal import JournalFileBackend
+from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState, create_trial
 from ray.tune.search import Searcher
 from sqlalchemy.engine import make_url
@@ -29,7 +31,8 @@ from raytune_lora.errors import UserError
 from raytune_lora.training.failures import OOM, STOPPED
 from raytune_lora.tuning import samplers
 from raytune_lora.tuning.samplers import WARM
-from raytune_lora.tuning.space import Space, configured_point, fitting, sample
+from raytune_lora.tuning.space import Space, apply, configured_point, fitting, sample
+from raytune_lora.tuning.storage import KeptStorage
 from raytune_lora.tuning.trials import COMPLETED, Record, Trial, trial_name
 
 STUDY_FILE = "study.db"
@@ -59,12 +62,8 @@ def open_study(folder: Path, cfg: SearchConfig) -> optuna.Study:
     """
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     try:
-        study = optuna.create_study(
-            study_name=_study_name(folder, cfg),
-            storage=_storage(folder, cfg.storage),
-            directions=["minimize"] * len(cfg.objectives),
-            load_if_exists=True,
-        )
+        name, directions = _study_name(folder, cfg), [StudyDirection.MINIMIZE] * len(cfg.objectives)
+        study = optuna.load_study(study_name=name, storage=KeptStorage(_storage(folder, cfg.storage), name, directions))
     except (SQLAlchemyError, OptunaError, OSError) as error:
         reason = str(error).strip().splitlines()[0]
         raise UserError(f"search.storage: {_shown(cfg.storage)} cannot be reached or written ({reason})") from error
@@ -105,9 +104,9 @@ def _study_name(folder: Path, cfg: SearchConfig) -> str:
     return file.read_text()
 
 
-def _storage(folder: Path, url: str | None) -> BaseStorage | str:
+def _storage(folder: Path, url: str | None) -> BaseStorage:
     if url is None:
-        return f"sqlite:///{folder / STUDY_FILE}"
+        return RDBStorage(f"sqlite:///{folder / STUDY_FILE}")
     if url.startswith(_JOURNAL):
         return JournalStorage(JournalFileBackend(url.removeprefix(_JOURNAL)))
     return RDBStorage(url, engine_kwargs={"pool_pre_ping": True})  # a server may end a connection between two trials
@@ -151,23 +150,57 @@ def _path_problems(url: str, path: str) -> list[str]:
 # ------------------------------------------------------------------------------------------ what trials were and became
 
 
-def reconcile(study: optuna.Study, record: Record) -> list[Trial]:
+def reconcile(study: optuna.Study, record: Record, cfg: SweepConfig) -> list[Trial]:
     """Bring the study up to the journal after a kill.
 
-    A trial that the journal never saw start is told as failed, and its parameters are proposed again. One that it saw
-    end is told so.
+    A trial that the journal saw start and the study's database did not is added; one that the journal never saw start
+    is told as failed, and its parameters are proposed again. Then the study hears what was measured and how it ended.
 
     Returns:
         The trials that were running: they are to go on.
     """
-    for frozen in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
-        known = record.trials.get(trial_name(frozen.number))
-        if known is None:
-            study.tell(frozen.number, state=TrialState.FAIL)
-            study.enqueue_trial({**frozen.system_attrs.get("fixed_params", {}), **frozen.params})
-        elif known.ended:
-            tell(study, known)
+    known = {int(trial.trial_id): trial for trial in record.searched}
+    for number in range(len(study.get_trials(deepcopy=False)), max(known, default=-1) + 1):
+        study.add_trial(_as_begun(known[number], cfg) if number in known else create_trial(state=TrialState.FAIL))
+    for frozen in study.get_trials(deepcopy=False, states=(TrialState.WAITING, TrialState.RUNNING)):
+        trial = known.get(frozen.number)
+        if trial is None:
+            if frozen.state is TrialState.RUNNING:
+                study.tell(frozen.number, state=TrialState.FAIL)
+                study.enqueue_trial({**frozen.system_attrs.get("fixed_params", {}), **frozen.params})
+            continue
+        if frozen.state is TrialState.WAITING:
+            _begin(study, frozen, _as_begun(trial, cfg))
+        if trial.ended:
+            tell(study, trial)
+        else:
+            report(study, trial)
+    keep(study)
     return [trial for trial in record.trials.values() if not trial.ended]
+
+
+def keep(study: optuna.Study, sparing: bool = False) -> None:
+    """Have the study's database catch up; sparing: at most for a share of the time."""
+    storage = study._storage
+    if isinstance(storage, KeptStorage):
+        storage.keep(sparing)
+
+
+def _as_begun(trial: Trial, cfg: SweepConfig) -> FrozenTrial:
+    """A trial as the study had it when it began: the sampler's parameters are those that give its own."""
+    point = configured_point(cfg.space, apply(cfg, trial.params))
+    distributions = fitting(cfg.space, apply(cfg, trial.params), point)
+    params = {name: point[name] for name in distributions}
+    marks = samplers.marks(cfg)
+    return create_trial(state=TrialState.RUNNING, params=params, distributions=distributions, system_attrs=marks)
+
+
+def _begin(study: optuna.Study, waiting: FrozenTrial, begun: FrozenTrial) -> None:
+    """Have a trial begin that waits in the study, with the parameters that it began with."""
+    storage, trial_id = study._storage, waiting._trial_id
+    storage.set_trial_state_values(trial_id, TrialState.RUNNING)
+    for name, own in begun.distributions.items():
+        storage.set_trial_param(trial_id, name, own.to_internal_repr(begun.params[name]), own)
 
 
 def report(study: optuna.Study, trial: Trial) -> None:
@@ -307,6 +340,7 @@ class StudySearcher(Searcher):
         if all(WARM in trial.user_attrs for trial in study.get_trials(deepcopy=False)):
             warm_start(study, space, cfg)
             study.enqueue_trial(configured_point(space, cfg))
+            keep(study)  # so that the numbers of what follows hold after a kill
         study.sampler = samplers.build(cfg, study)
 
     def suggest(self, trial_id: str) -> dict[str, Any]:
@@ -324,7 +358,7 @@ class StudySearcher(Searcher):
         return {}
 
     def save(self, checkpoint_path: str) -> None:
-        """Nothing: the study is on disk."""
+        """Nothing: the study and the journal are on disk."""
 
     def restore(self, checkpoint_path: str) -> None:
-        """Nothing: the study is on disk."""
+        """Nothing: the study and the journal are on disk."""

@@ -23,7 +23,7 @@ from raytune_lora.tuning.isolated import run_trial
 from raytune_lora.tuning.job import SWEEP, Job, open_job, plain_run
 from raytune_lora.tuning.results import TRIALS
 from raytune_lora.tuning.scheduler import build
-from raytune_lora.tuning.search import StudySearcher, open_study, pareto, reconcile, report, tell
+from raytune_lora.tuning.search import StudySearcher, keep, open_study, pareto, reconcile, report, tell
 from raytune_lora.tuning.trials import COMPLETED, CONFIRM, MEASURED, Journal, Trial
 
 _ENOUGH = 10  # completed trials before parameter importance says anything
@@ -51,7 +51,7 @@ def _sweep(job: Job) -> None:
     job.measure_baseline()
     record = job.journal.record
     study = open_study(job.folder.path, job.cfg.search)
-    interrupted = [trial for trial in reconcile(study, record) if trial.confirms is None]
+    interrupted = [trial for trial in reconcile(study, record, job.cfg) if trial.confirms is None]
     budget = Budget(job.cfg.budget, job.journal, job.cfg.search.trials, job.progress.note)
     if budget.spent():
         _end(interrupted, job.journal, study)
@@ -70,6 +70,7 @@ def _end(interrupted: list[Trial], journal: Journal, study: optuna.Study) -> Non
     for trial in interrupted:
         journal.append("trial_ended", trial_id=trial.trial_id, status=STOPPED, error=None, seconds=0.0)
         tell(study, trial)
+    keep(study)
 
 
 def _confirm(job: Job) -> None:
@@ -120,6 +121,7 @@ def _tune(job: Job, study: optuna.Study, interrupted: list[Trial], budget: Budge
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         tuner.fit()
+    keep(study)
     record = job.journal.record
     if not all(trial.ended for trial in record.searched) or not (record.ended_by or record.ended >= cfg.search.trials):
         raise KeyboardInterrupt  # Tune ends in order at the first Ctrl-C and says nothing of it
@@ -166,6 +168,7 @@ class _Recorder(Callback):
 
     def on_step_end(self, iteration: int, trials: list[Any], **_: Any) -> None:
         self._journal.keep_time()
+        keep(self._study, sparing=True)
         if not self._budget.spent():
             return
         for trial in trials:
