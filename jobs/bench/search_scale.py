@@ -168,13 +168,14 @@ def timed(clock: Clock) -> Iterator[None]:
     """Measure the sweep's parts."""
     import ray
 
-    from raytune_lora.tuning import scheduler, search, sweep, trials
+    from raytune_lora.tuning import scheduler, search, storage, sweep, trials
 
     places: list[tuple[Any, str, str]] = [
         (search.StudySearcher, "suggest", "study: ask"),
         (search.StudySearcher, "__init__", "study: begin"),
         (sweep, "report", "study: report"),
         (sweep, "tell", "study: tell"),
+        (storage.KeptStorage, "keep", "study: database"),
         (trials.Journal, "append", "journal: write"),
         (os, "fsync", "fsync"),  # of the journal; with storage=journal://… of the study too
         (trials.Record, "add", "journal: record"),
