@@ -28,7 +28,7 @@ from raytune_lora.config.compose import load
 from raytune_lora.config.schema import SweepConfig
 from raytune_lora.config.search import Objective, SearchConfig
 from raytune_lora.errors import UserError
-from raytune_lora.training.failures import OOM, STOPPED
+from raytune_lora.training.failures import DIVERGED, OOM, STOPPED
 from raytune_lora.tuning import samplers
 from raytune_lora.tuning.samplers import WARM
 from raytune_lora.tuning.space import Space, apply, configured_point, fitting, sample
@@ -40,7 +40,8 @@ STUDY_NAME = "sweep"  # in the folder's own database
 NAME_FILE = "study_name"  # in the folder: the study's name in a database that sweeps share
 
 _JOURNAL = "journal://"
-_MEMORY = "constraints:memory"  # system attribute that Optuna reads a constraint from: above zero is infeasible
+# system attributes that Optuna reads a constraint from: above zero is infeasible
+_INFEASIBLE = {OOM: "constraints:memory", DIVERGED: "constraints:finite"}
 _DRIVERS = {
     "postgresql": "pip install psycopg2-binary, and write postgresql+psycopg2://…",
     "mysql": "pip install pymysql, and write mysql+pymysql://…",
@@ -222,8 +223,8 @@ def tell(study: optuna.Study, trial: Trial) -> None:
 
     - completed: its objectives' values
     - stopped: pruned, with its curve
-    - out of memory: pruned and infeasible, of which TPE keeps away; other samplers learn nothing of it
-    - failed, diverged, or completed without a finite value: failed
+    - diverged or out of memory: pruned and infeasible, of which TPE keeps away; other samplers learn nothing of it
+    - failed, or completed without a finite value: failed
     """
     number, trial_id = int(trial.trial_id), _id(study, trial)
     if study._storage.get_trial(trial_id).state.is_finished():
@@ -236,9 +237,10 @@ def tell(study: optuna.Study, trial: Trial) -> None:
     study._storage.set_trial_user_attr(trial_id, "status", trial.status)
     if trial.error:
         study._storage.set_trial_user_attr(trial_id, "error", trial.error)
-    if trial.status == OOM:
-        study._storage.set_trial_system_attr(trial_id, _MEMORY, 1.0)
-    study.tell(number, state=TrialState.PRUNED if trial.status in (STOPPED, OOM) else TrialState.FAIL)
+    if trial.status in _INFEASIBLE:
+        study._storage.set_trial_system_attr(trial_id, _INFEASIBLE[trial.status], 1.0)
+    learned = trial.status == STOPPED or trial.status in _INFEASIBLE
+    study.tell(number, state=TrialState.PRUNED if learned else TrialState.FAIL)
 
 
 def _id(study: optuna.Study, trial: Trial) -> int:
@@ -276,7 +278,7 @@ def warm_start(study: optuna.Study, space: Space, cfg: SweepConfig) -> int:
 def _fitting_trials(folder: Path, space: Space, cfg: SweepConfig) -> Iterator[FrozenTrial]:
     for trial in _earlier(folder).get_trials(deepcopy=False, states=(TrialState.COMPLETE, TrialState.PRUNED)):
         distributions = fitting(space, cfg, trial.params)
-        # memory ran out on another machine, or with another model: that says nothing here
+        # memory ran out or the loss diverged on another machine, or with another model: that says nothing here
         if distributions and not trial.constraints and WARM not in trial.user_attrs:
             yield create_trial(
                 state=trial.state,

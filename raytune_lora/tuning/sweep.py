@@ -10,7 +10,6 @@ from functools import partial
 from typing import Any
 
 import optuna
-import ray
 from ray import tune
 from ray.tune import Callback, TuneConfig, Tuner
 from ray.tune import RunConfig as TuneRunConfig
@@ -175,7 +174,7 @@ class _Recorder(Callback):
             name = trial.config["trial_id"]
             if not trial.is_finished() and name not in self._told:
                 self._told.add(name)
-                ray.get(self._board.stop.remote(name))
+                self._board.stop.remote(name)
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:
         error = trial.get_pickled_error() or trial.get_error()
@@ -183,7 +182,7 @@ class _Recorder(Callback):
 
     def _end(self, trial: Any, status: str, error: str | None) -> None:
         name = trial.config["trial_id"]
-        ray.get(self._board.stop.remote(name))
+        self._board.stop.remote(name)  # the board does what it is asked in order: nothing is to be waited for
         if name not in self._journal.record.trials:  # its Tune actor never came up
             self.on_trial_start(0, [], trial)
         seconds = round(time.monotonic() - self._began[name], 3)

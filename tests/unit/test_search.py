@@ -100,7 +100,7 @@ def test_the_last_loss_of_a_stopped_trial_is_in_the_study(study: optuna.Study, c
         (trial(0, "completed", 1.5), "COMPLETE", 1.5),
         (trial(0, "stopped", 1.5), "PRUNED", None),
         (trial(0, "failed", 1.5), "FAIL", None),
-        (trial(0, "diverged"), "FAIL", None),
+        (trial(0, "diverged"), "PRUNED", None),
         (trial(0, "oom"), "PRUNED", None),
         (trial(0, "completed"), "FAIL", None),
     ],
@@ -116,16 +116,16 @@ def test_the_study_is_told_how_a_trial_ended(
     assert study.trials[0].value == value
 
 
-def test_a_trial_without_memory_is_an_infeasible_point_and_others_say_why_they_failed(
+def test_a_trial_that_ran_out_of_memory_or_diverged_is_an_infeasible_point_and_others_say_why_they_failed(
     study: optuna.Study, cfg: SweepConfig
 ) -> None:
     searching = searcher(study, cfg)
-    for number, status in enumerate(("oom", "failed", "stopped", "completed")):
+    for number, status in enumerate(("oom", "failed", "stopped", "completed", "diverged")):
         searching.suggest("")
         tell(study, trial(number, status, 2.0, error=None if status == "completed" else f"it was {status}"))
-    assert [t.constraints for t in study.trials] == [{"memory": 1.0}, {}, {}, {}]
+    assert [t.constraints for t in study.trials] == [{"memory": 1.0}, {}, {}, {}, {"finite": 1.0}]
     assert study.trials[1].user_attrs == {"status": "failed", "error": "it was failed"}
-    assert states(study) == ["PRUNED", "FAIL", "PRUNED", "COMPLETE"]
+    assert states(study) == ["PRUNED", "FAIL", "PRUNED", "COMPLETE", "PRUNED"]
 
 
 # --------------------------------------------------------------------------------------------------- several objectives
