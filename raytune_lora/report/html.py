@@ -276,7 +276,9 @@ def _progress(r: dict[str, Any], names: dict[str, str]) -> list[Any]:
 
     Trials count one after another, as they were proposed; nothing where the search has measured fewer than two.
     """
-    spent, points, dots = 0.0, [], []
+    spent = 0.0
+    points: list[tuple[float, float]] = []
+    dots: list[Dot] = []
     searched = [trial for trial in r["trials"] if not trial["confirms"]]
     for trial in sorted(searched, key=lambda trial: trial["trial_id"]):
         spent += trial["samples_seen"] or 0

@@ -444,7 +444,7 @@ def test_a_study_that_is_lost_is_made_again_from_the_journal(tmp_path: Path, cfg
 
 def test_what_waited_in_the_study_and_began_keeps_its_number(tmp_path: Path, cfg: SweepConfig) -> None:
     """It is proposed again after one kill, begins, and the database has not heard of that when the next one comes."""
-    known, proposals = killed(tmp_path, cfg)
+    known, _ = killed(tmp_path, cfg)
     study = open_study(tmp_path, cfg.search)
     again = searcher(study, cfg, reconcile(study, known, cfg)[1:]).suggest("")
     known.trials["0004"] = trial(4, "completed", 0.5, params=again["params"])
