@@ -18,7 +18,7 @@ from optuna.storages import BaseStorage, InMemoryStorage
 from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 
-_SHARE = 0.1  # of the time, at most, goes into writing while a search runs
+_SHARE = 0.25  # of the time, at most, goes into writing while a search runs
 
 
 class KeptStorage(InMemoryStorage):
@@ -57,7 +57,7 @@ class KeptStorage(InMemoryStorage):
         """Write what has changed.
 
         Args:
-            sparing: not so soon that the writing would take more than a tenth of all time. A trial that ends within
+            sparing: not so soon that the writing would take more than a quarter of all time. A trial that ends within
                 that is written once.
         """
         began = time.monotonic()
