@@ -23,6 +23,7 @@ from raytune_lora.config.schema import SweepConfig
 from raytune_lora.config.search import DimensionKind, Sampler
 from raytune_lora.tuning import space as spaces
 from raytune_lora.tuning.constraints import Constraints
+from raytune_lora.tuning.tpe import Tpe
 
 WARM = "warm_start"  # user attribute of a trial that an earlier sweep ran: its folder and number
 _GRID_LIMIT = 100_000  # points
@@ -91,9 +92,7 @@ def marks(cfg: SweepConfig) -> dict[str, Any]:
 
 def _tpe(cfg: SweepConfig, seed: int, trials: Sequence[FrozenTrial] = ()) -> Own:
     """Tree-structured Parzen estimators (Bergstra et al. 2011), one over all dimensions that go together."""
-    return optuna.samplers.TPESampler(
-        n_startup_trials=cfg.search.startup_trials, multivariate=True, group=True, constant_liar=True, seed=seed
-    )
+    return Tpe(cfg.search.startup_trials, cfg.search.random_share, seed)
 
 
 def _gp(cfg: SweepConfig, seed: int, trials: Sequence[FrozenTrial]) -> Own:
