@@ -1,8 +1,8 @@
 """The samplers: who proposes a trial's parameters, by the name in ``search.sampler``.
 
-What Optuna's samplers learn from differs. TPE takes whole, stopped and infeasible trials; GP, CMA-ES and NSGA-II take
-whole ones only; random, QMC and the grid learn nothing. Dimensions that a sampler cannot model (categorical ones in
-CMA-ES, conditional ones in GP, QMC and NSGA-II) are drawn one by one, each by itself.
+What they learn from differs. TPE takes whole, stopped and infeasible trials, and running ones as far as they came; GP,
+CMA-ES and NSGA-II take whole ones only; random, QMC and the grid learn nothing. Dimensions that a sampler cannot model
+(categorical ones in CMA-ES, conditional ones in GP, QMC and NSGA-II) are drawn one by one, each by itself.
 """
 
 from __future__ import annotations

@@ -189,7 +189,7 @@ def test_a_search_that_goes_on_knows_what_was_refused(tmp_path: Path) -> None:
     study = open_study(tmp_path, cfg.search)
     count = len(study.trials)
     told = refused(study)
-    assert reconcile(study, known) == []
+    assert reconcile(study, known, cfg) == []
     assert len(study.trials) == count
     assert refused(study) == told
     fresh = StudySearcher(study, cfg.space, cfg, []).suggest("")
