@@ -74,8 +74,8 @@ def train(
         TaskFailed: it did not end well; out of memory only where a micro batch of one was too much, and lost only
             where that came ``cluster.retries`` times before.
     """
-    name, folder = task or trial_id, trials / trial_id
-    return attempts(board, Task(name, _train, cfg, store, folder, extra={"until": until}, steps=True))
+    extra = {} if until is None else {"until": until}
+    return attempts(board, Task(task or trial_id, _train, cfg, store, trials / trial_id, extra=extra, steps=True))
 
 
 def attempts(board: Any, task: Task) -> Iterator[Report]:

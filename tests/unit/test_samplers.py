@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import random
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -307,5 +308,5 @@ def test_what_learns_begins_near_the_best_of_a_warm_start(sampler: Sampler) -> N
 
 @pytest.mark.parametrize("path", sorted((conf_dir() / "search").glob("*.yaml")), ids=lambda path: path.stem)
 def test_the_command_of_each_shipped_sampler_can_be_searched(path: Path) -> None:
-    command = path.read_text().splitlines()[0].split()
-    assert problems(compose(command[3:])) == []
+    command = shlex.split(path.read_text().splitlines()[0].lstrip("# "))
+    assert problems(compose(command[2:])) == []
