@@ -75,7 +75,7 @@ class Tpe(optuna.samplers.BaseSampler):
         return self._inner.sample_independent(view, trial, param_name, param_distribution)
 
     def _update(self, study: optuna.Study) -> None:
-        """Look at the trials that are new or had not ended; an ended one is as it was, or gone: another continues it."""
+        """Look at the trials that are new or had not ended; an ended one is as it was, or another continues it."""
         trials = {trial.number: trial for trial in study.get_trials(deepcopy=False)}
         numbers, self._open = [*self._open, *(number for number in trials if number >= self._read)], []
         numbers = [number for number in numbers if number in trials]
