@@ -205,7 +205,7 @@ def measure(job: tuple[str, str, int, argparse.Namespace]) -> tuple[str, str, in
     """One search: task, method, seed, the regret at each step of the budget, and the seconds it took."""
     name, method, seed, args = job
     if name not in _known:
-        task = tasks([name])[0]
+        task = tasks([name], args.curves)[0]
         _known[name] = task, task.optimum()
     task, optimum = _known[name]
     began = time.perf_counter()
@@ -299,7 +299,7 @@ def page(answer: dict[str, dict[str, Any]], about: dict[str, str], args: argpars
     parts = []
     for name, methods in answer.items():
         least = 1e-4  # a regret of nothing has no place on a logarithmic axis
-        budget = args.trials * next(iter(tasks([name]))).total
+        budget = args.trials * tasks([name], args.curves)[0].total
         lines = [
             Line(
                 [(budget * step / _STEPS, max(least, v)) for step, v in enumerate(of["curve"], 1) if math.isfinite(v)],
@@ -382,16 +382,16 @@ def main() -> int:
     parser.add_argument("--html", type=Path)
     parser.add_argument("--collect", type=int, metavar="N", help="make the real task of N trainings; overrides are its")
     parser.add_argument("--folder", type=Path, default=Path("sweeps/quickstart-curves"), help="of those trainings")
-    parser.add_argument("--curves", type=Path, default=QUICKSTART, help="file for their curves")
+    parser.add_argument("--curves", type=Path, default=QUICKSTART, help="file of their curves")
     args = parser.parse_args()
     if args.collect:
         return collect(args)
     missing = {BASE, OURS} - set(args.methods)
     if missing:
         parser.error(f"--methods: {' and '.join(sorted(missing))} must be among them")
-    chosen = tasks(args.tasks)
-    if not args.tasks and not QUICKSTART.exists():
-        print(f"there is no {QUICKSTART.name}, and so no task of real trainings; make it with --collect 200")
+    chosen = tasks(args.tasks, args.curves)
+    if not args.tasks and not args.curves.exists():
+        print(f"there is no {args.curves.name}, and so no task of real trainings; make it with --collect 200")
     answer = summarize(measure_all([task.name for task in chosen], args))
     show(answer, args)
     worst = max(methods[OURS]["reaches"] for methods in answer.values())

@@ -24,6 +24,7 @@ ENVIRONMENT = {
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
     "TUNE_DISABLE_SIGINT_HANDLER": "1",  # a job has its own
+    "TUNE_GLOBAL_CHECKPOINT_S": "86400",  # a sweep goes on from its journal, not from Tune's snapshots
     "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",  # a trial that failed reports its status and no loss
     "TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S": "0",
     "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",

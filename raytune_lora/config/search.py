@@ -76,6 +76,7 @@ class SearchConfig:
     sampler: Sampler = Sampler.tpe
     objectives: list[Objective] = field(default_factory=lambda: [Objective.eval_loss])  # several: a Pareto front
     startup_trials: int = 8  # random ones before the sampler learns
+    random_share: float = 0.25  # of the later ones, those that are random too (TPE)
     seed: int = 0
     storage: str | None = None  # URL of the study's database, no password in it; null: study.db in the sweep's folder
     constraints: ConstraintsConfig = field(default_factory=ConstraintsConfig)
@@ -99,7 +100,7 @@ CHANGEABLE = (
 @dataclass
 class SchedulerConfig:
     kind: Scheduler = Scheduler.asha
-    grace: int | None = None  # samples every trial sees before it may be stopped; null: evaluation.every
+    grace: int | None = None  # samples every trial sees before it may be stopped; null: a fifth of a run
     reduction: float = 3.0  # asha, hyperband: of the trials at a rung, one in this many goes on
     resume_stopped: bool = False  # asha, hyperband: a stopped trial that later counts among the best goes on
     population: int = 8  # pbt: trials that are trained side by side, and compared every ``grace`` samples

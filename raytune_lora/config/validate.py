@@ -96,6 +96,7 @@ _RANGES: dict[str, _Rule] = {
     "search.trials": _COUNT,
     "search.concurrent": _COUNT,
     "search.startup_trials": _NOT_NEGATIVE,
+    "search.random_share": (lambda v: 0 <= v <= 1, ">= 0 and <= 1"),
     "search.seed": _NOT_NEGATIVE,
     "search.stalled": _POSITIVE,
     "search.constraints.memory_gb": _NOT_NEGATIVE,

@@ -1,8 +1,8 @@
 """The samplers: who proposes a trial's parameters, by the name in ``search.sampler``.
 
-What Optuna's samplers learn from differs. TPE takes whole, stopped and infeasible trials; GP, CMA-ES and NSGA-II take
-whole ones only; random, QMC and the grid learn nothing. Dimensions that a sampler cannot model (categorical ones in
-CMA-ES, conditional ones in GP, QMC and NSGA-II) are drawn one by one, each by itself.
+What they learn from differs. TPE takes whole, stopped and infeasible trials, and running ones as far as they came; GP,
+CMA-ES and NSGA-II take whole ones only; random, QMC and the grid learn nothing. Dimensions that a sampler cannot model
+(categorical ones in CMA-ES, conditional ones in GP, QMC and NSGA-II) are drawn one by one, each by itself.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from raytune_lora.config.schema import SweepConfig
 from raytune_lora.config.search import DimensionKind, Sampler
 from raytune_lora.tuning import space as spaces
 from raytune_lora.tuning.constraints import Constraints
+from raytune_lora.tuning.tpe import Tpe
 
 WARM = "warm_start"  # user attribute of a trial that an earlier sweep ran: its folder and number
 _GRID_LIMIT = 100_000  # points
@@ -91,9 +92,7 @@ def marks(cfg: SweepConfig) -> dict[str, Any]:
 
 def _tpe(cfg: SweepConfig, seed: int, trials: Sequence[FrozenTrial] = ()) -> Own:
     """Tree-structured Parzen estimators (Bergstra et al. 2011), one over all dimensions that go together."""
-    return optuna.samplers.TPESampler(
-        n_startup_trials=cfg.search.startup_trials, multivariate=True, group=True, constant_liar=True, seed=seed
-    )
+    return Tpe(cfg.search.startup_trials, cfg.search.random_share, seed)
 
 
 def _gp(cfg: SweepConfig, seed: int, trials: Sequence[FrozenTrial]) -> Own:

@@ -1,7 +1,8 @@
 """Optuna as a Tune searcher that survives a kill.
 
 Ray's OptunaSearch dies when it is restored with a persistent study. Here the study is the only state: a searcher can
-be made anew at any time, from the study and the journal.
+be made anew at any time, from the study and the journal. The journal is the truth: the study's database may lag behind
+it, and ``reconcile`` brings it up.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import optuna
 from optuna.exceptions import OptunaError
 from optuna.storages import BaseStorage, JournalStorage, RDBStorage
 from optuna.storages.journal import JournalFileBackend
+from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState, create_trial
 from ray.tune.search import Searcher
 from sqlalchemy.engine import make_url
@@ -27,12 +29,13 @@ from raytune_lora.config.compose import load
 from raytune_lora.config.schema import SweepConfig
 from raytune_lora.config.search import Objective, SearchConfig
 from raytune_lora.errors import UserError
-from raytune_lora.training.failures import OOM, STOPPED
+from raytune_lora.training.failures import DIVERGED, OOM, STOPPED
 from raytune_lora.tuning import samplers, secrets
 from raytune_lora.tuning.constraints import Constraints
 from raytune_lora.tuning.population import perturbed
 from raytune_lora.tuning.samplers import WARM
-from raytune_lora.tuning.space import Space, configured_point, fitting, sample, settings
+from raytune_lora.tuning.space import Space, apply, configured_point, fitting, sample, settings
+from raytune_lora.tuning.storage import KeptStorage
 from raytune_lora.tuning.trials import COMPLETED, Record, Trial, trial_name
 from raytune_lora.tuning.turns import Child, Turn, Turns
 
@@ -45,10 +48,11 @@ CONTINUES = "continues"  # the trial whose later part it is
 PARENT, REPLACES = "parent", "replaces"  # of a child in a population
 
 _JOURNAL = "journal://"
-_MEMORY = "constraints:memory"  # system attribute that Optuna reads a constraint from: above zero is infeasible
 _REFUSED = "refused"  # user attribute of a proposal that broke constraints: their names
 _OWN_TRIES, _TRIES = 20, 1000  # refusals in a row after which points are drawn at random, and after which none is
 _WORST = 1e9  # a violation that a database can hold
+# system attributes that Optuna reads a constraint from: above zero is infeasible
+_INFEASIBLE = {OOM: "constraints:memory", DIVERGED: "constraints:finite"}
 _DRIVERS = {
     "postgresql": "pip install psycopg2-binary, and write postgresql+psycopg2://…",
     "mysql": "pip install pymysql, and write mysql+pymysql://…",
@@ -70,12 +74,8 @@ def open_study(folder: Path, cfg: SearchConfig) -> optuna.Study:
     """
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     try:
-        study = optuna.create_study(
-            study_name=_study_name(folder, cfg),
-            storage=_storage(folder, cfg.storage),
-            directions=["minimize"] * len(cfg.objectives),
-            load_if_exists=True,
-        )
+        name, directions = _study_name(folder, cfg), [StudyDirection.MINIMIZE] * len(cfg.objectives)
+        study = optuna.load_study(study_name=name, storage=KeptStorage(_storage(folder, cfg.storage), name, directions))
     except (SQLAlchemyError, OptunaError, OSError) as error:
         reason = str(error).strip().splitlines()[0]
         raise UserError(f"search.storage: {_shown(cfg.storage)} cannot be reached or written ({reason})") from error
@@ -116,9 +116,9 @@ def _study_name(folder: Path, cfg: SearchConfig) -> str:
     return file.read_text()
 
 
-def _storage(folder: Path, url: str | None) -> BaseStorage | str:
+def _storage(folder: Path, url: str | None) -> BaseStorage:
     if url is None:
-        return f"sqlite:///{folder / STUDY_FILE}"
+        return RDBStorage(f"sqlite:///{folder / STUDY_FILE}")
     if url.startswith(_JOURNAL):
         return JournalStorage(JournalFileBackend(url.removeprefix(_JOURNAL)))
     # a server may end a connection between two trials
@@ -163,26 +163,68 @@ def _path_problems(url: str, path: str) -> list[str]:
 # ------------------------------------------------------------------------------------------ what trials were and became
 
 
-def reconcile(study: optuna.Study, record: Record) -> list[Trial]:
+def reconcile(study: optuna.Study, record: Record, cfg: SweepConfig) -> list[Trial]:
     """Bring the study up to the journal after a kill.
 
-    A trial that the journal never saw start is told as failed, and its parameters are proposed again; a child waits
-    until its turn comes again. One that the journal saw end is told so.
+    A trial that the journal saw start and the study's database did not is added; one that the journal never saw start
+    is told as failed, and its parameters are proposed again; a child waits until its turn comes again. Then the study
+    hears what was measured and how it ended.
 
     Returns:
         The trials that were running or paused: they are to go on.
     """
-    for frozen in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
-        known = record.trials.get(trial_name(frozen.number))
-        if known is None and PARENT not in frozen.user_attrs:
-            study.tell(frozen.number, state=TrialState.FAIL)
-            study.enqueue_trial({**frozen.system_attrs.get("fixed_params", {}), **frozen.params})
-        elif known is not None and known.ended:
-            tell(study, known)
-    for trial in record.searched:
+    known = {int(trial.trial_id): trial for trial in record.searched}
+    for number in range(len(study.get_trials(deepcopy=False)), max(known, default=-1) + 1):
+        study.add_trial(_as_begun(known[number], cfg) if number in known else create_trial(state=TrialState.FAIL))
+    for frozen in study.get_trials(deepcopy=False, states=(TrialState.WAITING, TrialState.RUNNING)):
+        trial = known.get(frozen.number)
+        if trial is None:
+            if frozen.state is TrialState.RUNNING and PARENT not in frozen.user_attrs:
+                study.tell(frozen.number, state=TrialState.FAIL)
+                study.enqueue_trial({**frozen.system_attrs.get("fixed_params", {}), **frozen.params})
+            continue
+        if frozen.state is TrialState.WAITING:
+            _begin(study, frozen, _as_begun(trial, cfg))
+        if trial.ended:
+            tell(study, trial)
+        else:
+            report(study, trial)
+    for trial in known.values():
         if trial.resumed and trial.ended:
             tell(study, trial)
+    keep(study)
     return [trial for trial in record.trials.values() if not trial.ended]
+
+
+def keep(study: optuna.Study, sparing: bool = False) -> None:
+    """Have the study's database catch up; sparing: at most for a share of the time."""
+    storage = study._storage
+    if isinstance(storage, KeptStorage):
+        storage.keep(sparing)
+
+
+def _as_begun(trial: Trial, cfg: SweepConfig) -> FrozenTrial:
+    """A trial as the study had it when it began: the sampler's parameters are those that give its own."""
+    point = configured_point(cfg.space, apply(cfg, trial.params))
+    distributions = fitting(cfg.space, apply(cfg, trial.params), point)
+    params = {name: point[name] for name in distributions}
+    marks = samplers.marks(cfg)
+    family = {} if trial.parent is None else {PARENT: trial.parent, REPLACES: trial.replaces}
+    return create_trial(
+        state=TrialState.RUNNING,
+        params=params,
+        distributions=distributions,
+        user_attrs=family,
+        system_attrs=marks,
+    )
+
+
+def _begin(study: optuna.Study, waiting: FrozenTrial, begun: FrozenTrial) -> None:
+    """Have a trial begin that waits in the study, with the parameters that it began with."""
+    storage, trial_id = study._storage, waiting._trial_id
+    storage.set_trial_state_values(trial_id, TrialState.RUNNING)
+    for name, own in begun.distributions.items():
+        storage.set_trial_param(trial_id, name, own.to_internal_repr(begun.params[name]), own)
 
 
 def report(study: optuna.Study, trial: Trial) -> None:
@@ -205,8 +247,8 @@ def tell(study: optuna.Study, trial: Trial) -> None:
 
     - completed: its objectives' values
     - stopped: pruned, with its curve
-    - out of memory: pruned and infeasible, of which TPE keeps away; other samplers learn nothing of it
-    - failed, diverged, or completed without a finite value: failed
+    - diverged or out of memory: pruned and infeasible, of which TPE keeps away; other samplers learn nothing of it
+    - failed, or completed without a finite value: failed
 
     What a stopped trial measured after it was taken up again is told as a trial of its own.
     """
@@ -223,9 +265,10 @@ def tell(study: optuna.Study, trial: Trial) -> None:
     study._storage.set_trial_user_attr(trial_id, "status", trial.status)
     if trial.error:
         study._storage.set_trial_user_attr(trial_id, "error", trial.error)
-    if trial.status == OOM:
-        study._storage.set_trial_system_attr(trial_id, _MEMORY, 1.0)
-    study.tell(number, state=TrialState.PRUNED if trial.status in (STOPPED, OOM) else TrialState.FAIL)
+    if trial.status in _INFEASIBLE:
+        study._storage.set_trial_system_attr(trial_id, _INFEASIBLE[trial.status], 1.0)
+    learned = trial.status == STOPPED or trial.status in _INFEASIBLE
+    study.tell(number, state=TrialState.PRUNED if learned else TrialState.FAIL)
 
 
 def _refuse(study: optuna.Study, trial: optuna.Trial, broken: dict[str, float]) -> None:
@@ -252,7 +295,9 @@ def _tell_more(study: optuna.Study, trial: Trial, own: FrozenTrial) -> None:
     if trial.samples_seen <= max((step for t in entries for step in t.intermediate_values), default=0):
         return
     reached = _values(study, trial) if trial.status == COMPLETED else []
-    stopped = TrialState.PRUNED if trial.status in (STOPPED, OOM) else TrialState.FAIL
+    stopped = TrialState.PRUNED if trial.status == STOPPED or trial.status in _INFEASIBLE else TrialState.FAIL
+    kept = {key: value for key, value in own.system_attrs.items() if key.endswith("generation")}
+    infeasible = {_INFEASIBLE[trial.status]: 1.0} if trial.status in _INFEASIBLE else {}
     family = {key: own.user_attrs[key] for key in (PARENT, REPLACES) if key in own.user_attrs}
     more = create_trial(
         state=TrialState.COMPLETE if reached else stopped,
@@ -261,7 +306,7 @@ def _tell_more(study: optuna.Study, trial: Trial, own: FrozenTrial) -> None:
         distributions=own.distributions,
         intermediate_values={int(measure["samples_seen"]): measure["eval_loss"] for measure in trial.curve},
         user_attrs={**family, CONTINUES: trial.trial_id, **({} if reached else {"status": trial.status})},
-        system_attrs={key: value for key, value in own.system_attrs.items() if key.endswith("generation")},
+        system_attrs=kept | infeasible,
     )
     study.add_trial(more)
 
@@ -318,8 +363,8 @@ def _fitting_trials(folder: Path, space: Space, cfg: SweepConfig) -> Iterator[Fr
     states = (TrialState.COMPLETE, TrialState.PRUNED)
     for trial in counted(_earlier(folder).get_trials(deepcopy=False, states=states)):
         distributions = fitting(space, cfg, trial.params)
-        # memory ran out on another machine, or with another model: that says nothing here; and what a child of a
-        # population reached, its own parameters reached in part only
+        # memory ran out or the loss diverged on another machine, or with another model: that says nothing here; and
+        # what a child of a population reached, its own parameters reached in part only
         if distributions and not trial.constraints and not {WARM, PARENT} & trial.user_attrs.keys():
             yield create_trial(
                 state=trial.state,
@@ -404,6 +449,7 @@ class StudySearcher(Searcher):
         if all(WARM in trial.user_attrs for trial in study.get_trials(deepcopy=False)):
             warm_start(study, space, cfg)
             study.enqueue_trial(configured_point(space, cfg))
+            keep(study)  # so that the numbers of what follows hold after a kill
         self._asked = _Study(study.study_name, study._storage, samplers.build(cfg, study, self._constraints))
 
     @property
@@ -476,7 +522,7 @@ class StudySearcher(Searcher):
         return {}
 
     def save(self, checkpoint_path: str) -> None:
-        """Nothing: the study is on disk."""
+        """Nothing: the study and the journal are on disk."""
 
     def restore(self, checkpoint_path: str) -> None:
-        """Nothing: the study is on disk."""
+        """Nothing: the study and the journal are on disk."""

@@ -10,7 +10,6 @@ from functools import partial, wraps
 from typing import Any
 
 import optuna
-import ray
 from ray import tune
 from ray.tune import Callback, FailureConfig, TuneConfig, Tuner
 from ray.tune import RunConfig as TuneRunConfig
@@ -29,7 +28,7 @@ from raytune_lora.tuning.isolated import run_trial, task_name
 from raytune_lora.tuning.job import SWEEP, Job, open_job, plain_run
 from raytune_lora.tuning.results import TRIALS
 from raytune_lora.tuning.scheduler import build, turns
-from raytune_lora.tuning.search import StudySearcher, open_study, pareto, reconcile, refused, report, tell
+from raytune_lora.tuning.search import StudySearcher, keep, open_study, pareto, reconcile, refused, report, tell
 from raytune_lora.tuning.trials import COMPLETED, CONFIRM, PAUSED, RUNNING, Journal, Trial
 from raytune_lora.tuning.turns import TERMS
 
@@ -58,7 +57,7 @@ def _sweep(job: Job) -> None:
     job.measure_baseline()
     record = job.journal.record
     study = open_study(job.folder.path, job.cfg.search)
-    interrupted = [trial for trial in reconcile(study, record) if trial.confirms is None]
+    interrupted = [trial for trial in reconcile(study, record, job.cfg) if trial.confirms is None]
     budget = Budget(job.cfg.budget, job.journal, job.cfg.search.trials, job.progress.note)
     if budget.spent():
         _end(interrupted, job.journal, study)
@@ -79,6 +78,7 @@ def _end(interrupted: list[Trial], journal: Journal, study: optuna.Study) -> Non
     for trial in interrupted:
         journal.append("trial_ended", trial_id=trial.trial_id, status=STOPPED, error=None, seconds=0.0)
         tell(study, trial)
+    keep(study)
 
 
 def _confirm(job: Job) -> None:
@@ -179,6 +179,8 @@ def _tune(job: Job, study: optuna.Study, interrupted: list[Trial], budget: Budge
             tuner.fit()
     finally:
         job.interrupts.awaited = False
+    if halt.why is None or isinstance(halt.why, KeyboardInterrupt):  # else the journal has what the database lacks
+        keep(study)
     if halt.why is not None:
         raise halt.why
     if record.ended_by:
@@ -253,6 +255,7 @@ class _Recorder(Callback):
     @_halting
     def _spent(self) -> bool:
         self._journal.keep_time()
+        keep(self._study, sparing=True)
         return self._budget.spent() and not self._budget.is_out_of_points
 
     @_halting
@@ -262,7 +265,7 @@ class _Recorder(Callback):
 
     def _end(self, trial: Any, status: str, error: str | None) -> None:
         name = trial.config["trial_id"]
-        ray.get(self._board.stop.remote(task_name(trial.config)))
+        self._board.stop.remote(task_name(trial.config))  # it does what it is asked in order
         if name not in self._journal.record.trials:  # its Tune actor never came up
             self.on_trial_start(0, [], trial)
         seconds = round(time.monotonic() - self._began[name], 3)

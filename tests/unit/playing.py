@@ -46,7 +46,7 @@ class Play:
         self._journal = Journal(folder / "journal.jsonl")
         self.record = self._journal.record
         self.study = disk.study
-        interrupted = [trial for trial in reconcile(self.study, self.record) if trial.status == RUNNING]
+        interrupted = [trial for trial in reconcile(self.study, self.record, cfg) if trial.status == RUNNING]
         when = {"total": total, "every": EVERY}
         self._scheduler = build(cfg.scheduler, record=self.record, **when)
         whose = turns(cfg, self._scheduler, self.record, **when)

@@ -17,7 +17,7 @@ from raytune_lora.errors import UserError
 from raytune_lora.tuning import search
 from raytune_lora.tuning.constraints import MEMORY, Constraints, MemoryLimit, problems
 from raytune_lora.tuning.relations import Unreadable, parse
-from raytune_lora.tuning.search import StudySearcher, open_study, reconcile, refused, tell
+from raytune_lora.tuning.search import StudySearcher, keep, open_study, reconcile, refused, tell
 from raytune_lora.tuning.trials import Record, Trial
 from tests.unit.shapes import LLAMA
 
@@ -184,12 +184,13 @@ def test_a_space_without_a_feasible_point_ends_the_search(monkeypatch: pytest.Mo
 
 def test_a_search_that_goes_on_knows_what_was_refused(tmp_path: Path) -> None:
     cfg = config()
-    before = run(open_study(tmp_path, cfg.search), cfg, 6)
+    before = run(first := open_study(tmp_path, cfg.search), cfg, 6)
+    keep(first)
     known = Record({p["trial_id"]: completed(p) for p in before})
     study = open_study(tmp_path, cfg.search)
     count = len(study.trials)
     told = refused(study)
-    assert reconcile(study, known) == []
+    assert reconcile(study, known, cfg) == []
     assert len(study.trials) == count
     assert refused(study) == told
     fresh = StudySearcher(study, cfg.space, cfg, []).suggest("")

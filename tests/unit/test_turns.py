@@ -25,7 +25,7 @@ def config(concurrent: int = 1, **settings: Any) -> SweepConfig:
     cfg = compose(["experiment=tiny", "search=grid", f"search.trials={len(CURVES)}", "scheduler.reduction=2"])
     cfg.space = compose(["experiment=tiny", "+space.x={key: training.seed, kind: int, low: 0, high: 7}"]).space
     cfg.space = {"x": cfg.space["x"]}
-    cfg.search.concurrent = concurrent
+    cfg.search.concurrent, cfg.scheduler.grace = concurrent, EVERY
     for key, value in settings.items():
         setattr(cfg.scheduler, key, value)
     return cfg

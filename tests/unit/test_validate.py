@@ -91,6 +91,7 @@ EDGES: dict[str, tuple[float, float]] = {
     "search.trials": (0, 1),
     "search.concurrent": (0, 1),
     "search.startup_trials": (-1, 0),
+    "search.random_share": (1.1, 1.0),
     "search.seed": (-1, 0),
     "search.stalled": (0.0, 1.0),
     "search.constraints.memory_gb": (-0.1, 0.0),
