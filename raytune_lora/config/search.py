@@ -76,7 +76,7 @@ class SearchConfig:
     sampler: Sampler = Sampler.tpe
     objectives: list[Objective] = field(default_factory=lambda: [Objective.eval_loss])  # several: a Pareto front
     startup_trials: int = 8  # random ones before the sampler learns
-    random_share: float = 0.25  # of the later ones, those that are random too (TPE)
+    random_share: float = 0.33  # of the later ones, those that are random too (TPE)
     seed: int = 0
     storage: str | None = None  # URL of the study's database, no password in it; null: study.db in the sweep's folder
     constraints: ConstraintsConfig = field(default_factory=ConstraintsConfig)
