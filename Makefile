@@ -31,8 +31,9 @@ $(INSTALLED): pyproject.toml constraints.txt
 sweep: setup ## find the best adapter for a small model, no GPU needed; results in sweeps/quickstart
 	$(BIN)/python jobs/sweep.py experiment=quickstart output=sweeps/quickstart $(ARGS)
 
+# Two files at a time, the long ones first: the tests that start processes mostly wait.
 test: setup ## run the tests: make test ARGS='-k layers'
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 lint: setup ## check style, types and which way imports run
 	$(BIN)/ruff check .

@@ -163,7 +163,7 @@ def _submit(arguments: list[str], program: str) -> int:
     )
     parser.add_argument("--limit", type=int, default=100, metavar="MB", help="of what goes along (default: 100)")
     parser.add_argument("--to", metavar="FOLDER", help="for report, results and adapter (default: sweeps/<name>)")
-    asked = parser.parse_args(arguments)
+    asked = parser.parse_intermixed_args(arguments)
     os.environ.setdefault("TQDM_DISABLE", "1")
     from raytune_lora.tuning.remote import Options, remote
 

@@ -32,6 +32,7 @@ S3, GCS, AZURE = ("s3", "s3a"), ("gs", "gcs"), ("abfs", "abfss", "az")
 _DIGESTS = "sha256"  # in the manifest
 _BLOCK = 16 * 2**20  # bytes of a request
 _AT_ONCE = 8  # files
+_PASSING = r"NETWORK_CONNECTION|HTTP status 5|SLOW_DOWN|SERVICE_UNAVAILABLE|INTERNAL_FAILURE|REQUEST_TIMEOUT"  # of S3
 _GCS_PAUSES = 8.0  # seconds that stand for one attempt: that client counts time instead
 
 
@@ -214,9 +215,7 @@ def _remedy(uri: str, why: str, patience: Patience) -> str:
     settings = _SETTINGS[_kind(scheme)] if scheme in (*S3, *GCS, *AZURE) else "the address"
     if re.search(r"NO_SUCH_BUCKET|Bucket '.*' not found", why):
         return "make the bucket first, or name another"
-    if re.search(
-        r"NETWORK_CONNECTION|HTTP status 5|SLOW_DOWN|SERVICE_UNAVAILABLE|INTERNAL_FAILURE|REQUEST_TIMEOUT", why
-    ):
+    if re.search(_PASSING, why):
         tried = f"it was tried {patience.attempts} times"
         return f"{tried}; see that the store answers, and check the environment ({settings})"
     return f"check the right to read and write there, and the environment ({settings})"

@@ -42,7 +42,7 @@ class Kill:
     to_first_event: float  # seconds from its start to its first event of a trial
     events: int  # of trials, in this sitting
     ended: int  # trials that had ended by then, in all sittings
-    lost: float  # seconds since the last checkpoints of the trials that ran, or their start in this sitting
+    lost: float  # seconds of the trials that ran since their last checkpoints, or since they went on
 
 
 def events(folder: Path) -> list[dict[str, Any]]:
@@ -52,13 +52,14 @@ def events(folder: Path) -> list[dict[str, Any]]:
     return [event for event in map(json.loads, lines) if event["event"].startswith("trial_")]
 
 
-def running(folder: Path) -> set[str]:
-    found: set[str] = set()
+def running(folder: Path) -> dict[str, float]:
+    """The trials that have not ended, and when each started or went on (Unix time)."""
+    found: dict[str, float] = {}
     for event in events(folder):
         if event["event"] == "trial_started":
-            found.add(event["trial_id"])
+            found[event["trial_id"]] = event["time"]
         elif event["event"] == "trial_ended":
-            found.discard(event["trial_id"])
+            found.pop(event["trial_id"], None)
     return found
 
 
@@ -84,9 +85,10 @@ def kill_once(folder: Path, overrides: tuple[str, ...], draw: random.Random) -> 
     killed = time.time()
     process.wait()
     lost = 0.0
-    for name in running(folder):
+    for name, started in running(folder).items():
         saved = [m.stat().st_mtime for m in (folder / "trials" / name).glob("checkpoint-*/manifest.json")]
-        lost += killed - max([began, *saved])
+        if started > began:  # in this sitting
+            lost += killed - max([started, *saved])
     sitting = events(folder)
     ended = sum(event["event"] == "trial_ended" for event in sitting)
     return Kill(killed - began, first - began, len(sitting) - known, ended, lost)

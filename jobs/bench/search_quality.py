@@ -24,21 +24,22 @@ import random
 import statistics
 import sys
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 from surrogates import QUICKSTART, Losses, Params, Surrogate, place, tasks
 
-METHODS = {  # sampler and scheduler
+METHODS = {  # sampler, scheduler, and other overrides
     "grid": ("grid", "none"),
     "random": ("random", "none"),
     "TPE": ("tpe", "none"),
     "TPE + ASHA": ("tpe", "asha"),
+    "TPE + ASHA, resumed": ("tpe", "asha", "scheduler.resume_stopped=true"),
     "GP": ("gp", "none"),
 }
-BASE, OURS = "random", "TPE + ASHA"
+BASE, OURS, RESUMED = "random", "TPE + ASHA", "TPE + ASHA, resumed"
 FRACTIONS = (0.1, 0.2, 0.5, 1.0)  # of the budget
 _STEPS = 200  # of the budget, for the curves
 _SPEED = 0.1  # sigma of the logarithm of the trials' speeds, so that they do not report in step
@@ -53,6 +54,7 @@ Trace = list[tuple[int, float]]  # samples trained on by all trials, and the reg
 class Running:
     """A trial in virtual time."""
 
+    proposal: str  # its name to the searcher
     name: str
     params: Params
     losses: Losses  # that it measures, if it is not stopped
@@ -66,17 +68,21 @@ class Play:
     def __init__(self, task: Surrogate, optimum: float, cfg: Any) -> None:
         import optuna
 
-        from raytune_lora.tuning.scheduler import build
+        from raytune_lora.tuning.scheduler import build, turns
         from raytune_lora.tuning.search import StudySearcher
         from raytune_lora.tuning.trials import Record
 
         self._task, self._optimum, self._cfg = task, optimum, cfg
         self._record = Record()
         self._study = optuna.create_study(directions=["minimize"])
-        self._searcher = StudySearcher(self._study, cfg.space, cfg, [])
-        self._scheduler = build(cfg.scheduler, total=task.total, every=task.every, record=self._record)
+        when = {"total": task.total, "every": task.every}
+        self._scheduler = build(cfg.scheduler, record=self._record, **when)
+        whose = turns(cfg, self._scheduler, self._record, **when)
+        self._searcher = StudySearcher(self._study, cfg.space, cfg, [], turns=whose)
+        self._stopped: dict[str, Running] = {}
         self.trace: Trace = []
         self._spent = 0  # samples
+        self._proposed = 0
         self._draw = random.Random(cfg.search.seed)
 
     def run(self, budget: int) -> Trace:
@@ -84,8 +90,7 @@ class Play:
         running: list[tuple[float, int, Running]] = []  # by the time of the next validation
         started, now = 0, 0.0
         while self._spent < budget:
-            while len(running) < self._cfg.search.concurrent and started < self._cfg.search.trials:
-                trial = self._start()
+            while len(running) < self._cfg.search.concurrent and (trial := self._start()) is not None:
                 heapq.heappush(running, (now + trial.pace, started, trial))
                 started += 1
             if not running:
@@ -95,13 +100,17 @@ class Play:
                 heapq.heappush(running, (now + trial.pace, number, trial))
         return self.trace
 
-    def _start(self) -> Running:
-        proposal = self._searcher.suggest("")
-        assert proposal is not None
+    def _start(self) -> Running | None:
+        self._proposed += 1
+        proposal = self._searcher.suggest(str(self._proposed))
+        if not isinstance(proposal, dict):
+            return None
         name, params = proposal["trial_id"], proposal["params"]
         self._record.add({"event": "trial_started", "trial_id": name, "params": params})
+        if name in self._stopped:
+            return replace(self._stopped.pop(name), proposal=str(self._proposed))
         losses = self._task.measured(params, random.Random(f"{self._cfg.search.seed}/{name}"))
-        return Running(name, params, losses, math.exp(self._draw.gauss(0, _SPEED)))
+        return Running(str(self._proposed), name, params, losses, math.exp(self._draw.gauss(0, _SPEED)))
 
     def _validate(self, trial: Running) -> bool:
         """Take in the trial's next validation; whether it goes on."""
@@ -136,6 +145,8 @@ class Play:
             {"event": "trial_ended", "trial_id": trial.name, "status": status, "error": None, "seconds": 0.0}
         )
         tell(self._study, self._record.trials[trial.name])
+        self._searcher.on_trial_complete(trial.proposal)
+        self._stopped[trial.name] = trial
         self._note()
         return False
 
@@ -166,8 +177,9 @@ def config(method: str, task: Surrogate, seed: int, args: argparse.Namespace) ->
 def _composed(method: str, overrides: tuple[str, ...]) -> Any:
     from raytune_lora.config.compose import compose
 
-    sampler, scheduler = METHODS[method]
-    return compose(["model=tiny", "data=fake", f"search={sampler}", f"scheduler={scheduler}", *overrides])
+    sampler, scheduler, *others = METHODS[method]
+    settings = [f"search={sampler}", f"scheduler={scheduler}", *others]
+    return compose(["model=tiny", "data=fake", *settings, *overrides])
 
 
 def lattice(task: Surrogate) -> dict[str, Any]:
@@ -193,7 +205,7 @@ def measure(job: tuple[str, str, int, argparse.Namespace]) -> tuple[str, str, in
     """One search: task, method, seed, the regret at each step of the budget, and the seconds it took."""
     name, method, seed, args = job
     if name not in _known:
-        task = tasks([name])[0]
+        task = tasks([name], args.curves)[0]
         _known[name] = task, task.optimum()
     task, optimum = _known[name]
     began = time.perf_counter()
@@ -225,7 +237,7 @@ def prepare() -> None:
 
 def measure_all(names: list[str], args: argparse.Namespace) -> dict[str, dict[str, list[list[float]]]]:
     """The regrets of each seed, by task and method."""
-    slowest = ("GP", OURS, "TPE", BASE, "grid")
+    slowest = ("GP", RESUMED, OURS, "TPE", BASE, "grid")
     jobs = [(n, m, seed, args) for m in slowest if m in args.methods for n in names for seed in range(args.seeds)]
     found: dict[str, dict[str, list[list[float]]]] = {n: {m: [[]] * args.seeds for m in args.methods} for n in names}
     seconds: dict[str, float] = dict.fromkeys(args.methods, 0.0)
@@ -274,10 +286,10 @@ def summarize(found: dict[str, dict[str, list[list[float]]]]) -> dict[str, dict[
 def show(answer: dict[str, dict[str, Any]], args: argparse.Namespace) -> None:
     for name, methods in answer.items():
         print(f"\n{name}: median regret over {args.seeds} seeds, by share of {args.trials} trials' samples")
-        print(f"{'':12}" + "".join(f"{f:>10g}" for f in FRACTIONS) + f"{'reaches random at':>20}")
+        print(f"{'':20}" + "".join(f"{f:>10g}" for f in FRACTIONS) + f"{'reaches random at':>20}")
         for method, of in methods.items():
             row = "".join(f"{of['at'][str(f)]:10.4f}" for f in FRACTIONS)
-            print(f"{method:12}{row}{of['reaches']:20.3f}")
+            print(f"{method:20}{row}{of['reaches']:20.3f}")
 
 
 def page(answer: dict[str, dict[str, Any]], about: dict[str, str], args: argparse.Namespace) -> str:
@@ -287,7 +299,7 @@ def page(answer: dict[str, dict[str, Any]], about: dict[str, str], args: argpars
     parts = []
     for name, methods in answer.items():
         least = 1e-4  # a regret of nothing has no place on a logarithmic axis
-        budget = args.trials * next(iter(tasks([name]))).total
+        budget = args.trials * tasks([name], args.curves)[0].total
         lines = [
             Line(
                 [(budget * step / _STEPS, max(least, v)) for step, v in enumerate(of["curve"], 1) if math.isfinite(v)],
@@ -300,7 +312,7 @@ def page(answer: dict[str, dict[str, Any]], about: dict[str, str], args: argpars
         reference = methods[BASE]["curve"][-1] or None
         chart = curves(lines, reference, 760, 380)
         parts.append(f"<h2>{html.escape(name)}</h2><p>{html.escape(about[name])}</p>{chart}")
-    colours = ("#999", "#555", "#2a7", "#c33", "#37c")
+    colours = ("#999", "#555", "#2a7", "#c33", "#e90", "#37c")
     style = "".join(f".m{n}{{--ink:{colour}}}" for n, colour in enumerate(colours))
     return f"""<!doctype html><meta charset="utf-8"><title>Search quality</title><style>
 body{{font:14px system-ui;max-width:800px;margin:2em auto}} .tick{{font-size:11px;fill:#666}} .end{{text-anchor:end}}
@@ -370,16 +382,16 @@ def main() -> int:
     parser.add_argument("--html", type=Path)
     parser.add_argument("--collect", type=int, metavar="N", help="make the real task of N trainings; overrides are its")
     parser.add_argument("--folder", type=Path, default=Path("sweeps/quickstart-curves"), help="of those trainings")
-    parser.add_argument("--curves", type=Path, default=QUICKSTART, help="file for their curves")
+    parser.add_argument("--curves", type=Path, default=QUICKSTART, help="file of their curves")
     args = parser.parse_args()
     if args.collect:
         return collect(args)
     missing = {BASE, OURS} - set(args.methods)
     if missing:
         parser.error(f"--methods: {' and '.join(sorted(missing))} must be among them")
-    chosen = tasks(args.tasks)
-    if not args.tasks and not QUICKSTART.exists():
-        print(f"there is no {QUICKSTART.name}, and so no task of real trainings; make it with --collect 200")
+    chosen = tasks(args.tasks, args.curves)
+    if not args.tasks and not args.curves.exists():
+        print(f"there is no {args.curves.name}, and so no task of real trainings; make it with --collect 200")
     answer = summarize(measure_all([task.name for task in chosen], args))
     show(answer, args)
     worst = max(methods[OURS]["reaches"] for methods in answer.values())

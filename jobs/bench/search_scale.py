@@ -3,8 +3,9 @@
 A sweep of trials that train nothing: each reports a surrogate's learning curve (``surrogates.py``) at once. All else is
 the sweep's own: Tune with a process for each trial at a time, the searcher and its study, the journal, the recorder and
 ASHA. Times of trials come from the journal; the parts are measured in the driver, each without what it calls of the
-others. The exit status is 1 where a trial costs ``--limit`` milliseconds or more, or where with 10,000 trials the last
-tenth costs more than ``--growth`` times what the first thousand do, the start of the processes aside.
+others. With ``--alone`` Tune runs as many trials by itself. The exit status is 1 where a trial costs ``--limit``
+milliseconds or more, or where with 10,000 trials the last tenth costs more than ``--growth`` times what the first
+thousand do, the start of the processes aside.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import cProfile
 import functools
 import itertools
 import json
+import logging
 import os
 import random
 import statistics
@@ -64,6 +66,7 @@ def run(folder: Path, args: argparse.Namespace) -> dict[str, Any]:
     from raytune_lora.training.board import Board
     from raytune_lora.tuning import sweep
     from raytune_lora.tuning.budget import Budget
+    from raytune_lora.tuning.constraints import Constraints
     from raytune_lora.tuning.folder import SweepFolder
     from raytune_lora.tuning.interrupt import Interrupts
     from raytune_lora.tuning.job import SWEEP, Job
@@ -85,7 +88,9 @@ def run(folder: Path, args: argparse.Namespace) -> dict[str, Any]:
         store = TokenStore(folder / "store", {"rows": {"train": rows, "validation": 4}})
         clock = Clock()
         journal = Journal(folder / "journal.jsonl", clock.around("progress", progress.watch))
-        job = Job(SWEEP, cfg, SweepFolder(folder), journal, progress, store, folder, Interrupts(print))
+        job = Job(
+            SWEEP, cfg, SweepFolder(folder), journal, progress, store, folder, Interrupts(print), Constraints(cfg)
+        )
         pool: Any = SimpleNamespace(board=ray.remote(num_cpus=0)(Board).remote())
         job.pool = pool
         study = open_study(folder, cfg.search)
@@ -114,6 +119,40 @@ def run(folder: Path, args: argparse.Namespace) -> dict[str, Any]:
         },
         **from_journal(folder / "journal.jsonl", began),
     }
+
+
+def alone(folder: Path, args: argparse.Namespace) -> dict[str, float]:
+    """Tune by itself: as many trials at a time with as many reports, drawn by nobody, judged and recorded by nobody."""
+    import ray
+    from ray import tune
+
+    from raytune_lora.cluster import connect
+    from raytune_lora.tuning.thrift import Fifo
+
+    os.environ.update(connect.ENVIRONMENT)
+    quiet: Any = {"include_dashboard": False, "log_to_driver": False}
+    ray.init(address="local", num_cpus=args.concurrent, object_store_memory=128 * MIB, **quiet)
+    logging.getLogger("ray.tune").setLevel(logging.ERROR)
+    tuner = tune.Tuner(
+        tune.with_resources(report_nothing, {"memory": 1}),
+        tune_config=tune.TuneConfig(
+            num_samples=args.trials, max_concurrent_trials=args.concurrent, reuse_actors=True, scheduler=Fifo()
+        ),
+        run_config=tune.RunConfig(storage_path=str(folder), verbose=0),
+    )
+    began, cpu = time.time(), time.process_time()
+    tuner.fit()
+    found = {"seconds": time.time() - began, "cpu_seconds": time.process_time() - cpu}
+    ray.shutdown()
+    return found
+
+
+def report_nothing(config: dict[str, Any]) -> None:
+    """A trial of as many reports as a stopped one has in the middle."""
+    from ray import tune
+
+    for number in range(REPORTS // 2):
+        tune.report({"samples_seen": number})
 
 
 def from_journal(path: Path, began: float) -> dict[str, Any]:
@@ -169,13 +208,14 @@ def timed(clock: Clock) -> Iterator[None]:
     """Measure the sweep's parts."""
     import ray
 
-    from raytune_lora.tuning import scheduler, search, sweep, trials
+    from raytune_lora.tuning import scheduler, search, storage, sweep, trials
 
     places: list[tuple[Any, str, str]] = [
         (search.StudySearcher, "suggest", "study: ask"),
         (search.StudySearcher, "__init__", "study: begin"),
         (sweep, "report", "study: report"),
         (sweep, "tell", "study: tell"),
+        (storage.KeptStorage, "keep", "study: database"),
         (trials.Journal, "append", "journal: write"),
         (os, "fsync", "fsync"),  # of the journal; with storage=journal://… of the study too
         (trials.Record, "add", "journal: record"),
@@ -212,7 +252,11 @@ def growth(found: dict[str, Any]) -> float:
 def show(found: dict[str, Any], concurrent: int) -> None:
     trials, seconds = found["trials"], found["seconds"]
     steady = statistics.median(found["tenths"][1:])
-    print(f"\n{trials} trials, {concurrent} at once: {seconds:.1f} s, {1000 * seconds / trials:.1f} ms a trial in all")
+    each, cpu = 1000 * seconds / trials, 1000 * found["cpu_seconds"] / trials
+    print(f"\n{trials} trials, {concurrent} at once: {seconds:.1f} s, {each:.1f} ms a trial, {cpu:.1f} ms CPU")
+    if other := found.get("alone"):
+        each, cpu = (1000 * other[key] / trials for key in ("seconds", "cpu_seconds"))
+        print(f"Tune alone: {other['seconds']:.1f} s, {each:.1f} ms a trial, {cpu:.1f} ms CPU")
     print(
         f"first end after {found['first_end']:.1f} s; {steady:.1f} ms a trial, the first tenth aside; {found['ended']}"
     )
@@ -232,13 +276,15 @@ def main() -> int:
     parser.add_argument("--concurrent", type=int, default=64)
     parser.add_argument("--limit", type=float, default=100.0, help="milliseconds a trial")
     parser.add_argument("--growth", type=float, default=1.5, help="of the time of a trial, from early ones to the last")
+    parser.add_argument("--alone", action="store_true", help="measure Tune by itself too")
     parser.add_argument("--profile", type=Path, help="file for cProfile's numbers of the driver; it costs time itself")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     answers = []
     for trials in args.trials:
         with tempfile.TemporaryDirectory() as folder:
-            answers.append(run(Path(folder), argparse.Namespace(**{**vars(args), "trials": trials})))
+            one = argparse.Namespace(**{**vars(args), "trials": trials})
+            answers.append(run(Path(folder), one) | ({"alone": alone(Path(folder), one)} if args.alone else {}))
         show(answers[-1], args.concurrent)
     each = {found["trials"]: 1000 * found["seconds"] / found["trials"] for found in answers}
     grown = {found["trials"]: growth(found) for found in answers}

@@ -102,11 +102,11 @@ def coordinate(d: DimensionConfig, params: Params) -> float:
     return float(value - d.low) / ((d.high - d.low) or 1)
 
 
-def tasks(names: Sequence[str] = ()) -> list[Surrogate]:
-    """The surrogates of those names; all that there are without any."""
+def tasks(names: Sequence[str] = (), curves: Path = QUICKSTART) -> list[Surrogate]:
+    """The surrogates of those names; all that there are without any. The real one needs its file of curves."""
     builders = {"lora": lora_like, "valleys": two_valleys}
-    if QUICKSTART.exists():
-        builders["quickstart"] = quickstart
+    if curves.exists():
+        builders["quickstart"] = partial(quickstart, curves)
     return [builders[name]() for name in names or builders]
 
 

@@ -106,8 +106,8 @@ class TimedPool(Pool):
         super().__exit__(*error)
         TimedPool.found = ray.get(self.board.times.remote())
 
-    def _run_group(self, group: str) -> None:
-        super()._run_group(group)
+    def _run_group(self, group: str, slot: int) -> None:
+        super()._run_group(group, slot)
         ray.get(self.board.group_ended.remote(group))
 
 

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import ray
+from ray.job_config import JobConfig
 
 from raytune_lora.config.schema import ClusterConfig, RunConfig
 from raytune_lora.errors import UserError
@@ -23,6 +24,7 @@ ENVIRONMENT = {
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
     "TUNE_DISABLE_SIGINT_HANDLER": "1",  # a job has its own
+    "TUNE_GLOBAL_CHECKPOINT_S": "86400",  # a sweep goes on from its journal, not from Tune's snapshots
     "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",  # a trial that failed reports its status and no loss
     "TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S": "0",
     "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
@@ -42,8 +44,12 @@ class Node:
 
 
 @contextlib.contextmanager
-def connected(cfg: ClusterConfig) -> Iterator[None]:
+def connected(cfg: ClusterConfig, name: str = "") -> Iterator[None]:
     """Connect to the cluster for the time of a job; a local one is stopped afterwards.
+
+    Args:
+        cfg: which cluster.
+        name: of the sweep or run, which Ray's dashboard shows with the job.
 
     Raises:
         UserError: there is no cluster at the address.
@@ -54,6 +60,7 @@ def connected(cfg: ClusterConfig) -> Iterator[None]:
     os.environ.update(ENVIRONMENT)
     logging.getLogger("ray").setLevel(logging.ERROR)
     address = _address(cfg)
+    job = JobConfig(metadata={"raytune_lora": name} if name else None)
     if address is None:
         ray.init(
             address="local",
@@ -62,6 +69,7 @@ def connected(cfg: ClusterConfig) -> Iterator[None]:
             object_store_memory=cfg.object_store_mb * 2**20,
             include_dashboard=cfg.dashboard,
             dashboard_host="127.0.0.1",  # whoever reaches it can run code here
+            job_config=job,
             log_to_driver=False,
             logging_level=logging.ERROR,
         )
@@ -72,6 +80,7 @@ def connected(cfg: ClusterConfig) -> Iterator[None]:
                 log_to_driver=False,
                 logging_level=logging.ERROR,
                 runtime_env={"env_vars": ENVIRONMENT},
+                job_config=job,
             )
         except ConnectionError as error:
             raise UserError(f"cluster.address: no Ray cluster at {address}: {error}") from error
@@ -128,6 +137,17 @@ def _offer(node: Node, gpus: int) -> str:
 def is_given(cfg: ClusterConfig) -> bool:
     """Whether the cluster is there already, rather than made for the job on this machine."""
     return ray.is_initialized() or _address(cfg) is not None
+
+
+def smallest_gpu(cfg: ClusterConfig) -> float | None:
+    """GB of 10^9 bytes of the smallest GPU; None where it is not known, as on a cluster that is elsewhere."""
+    tool = shutil.which("nvidia-smi")
+    if _address(cfg) is not None or tool is None:
+        return None
+    query = [tool, "--query-gpu=memory.total", "--format=csv,noheader,nounits"]
+    listed = subprocess.run(query, capture_output=True, text=True, timeout=20, check=False)
+    sizes = [int(line) for line in listed.stdout.split() if line.isdigit()]  # MiB
+    return min(sizes) * 2**20 / 10**9 if sizes else None
 
 
 def local_node() -> Node:

@@ -58,7 +58,7 @@ class SweepJob:
     began: float  # seconds since 1970, by the cluster's clock
     finished: float | None
     exit_code: int | None
-    facts: dict[str, Any]  # ``overrides``, ``output``, ``resource``, ``trials``
+    facts: dict[str, Any]  # ``overrides``, ``output``, ``resource``, ``trials``, ``env`` (names)
 
     @property
     def ended(self) -> bool:
@@ -124,23 +124,25 @@ class Cluster:
             UserError: a sweep of that name is running, or the cluster refuses the job.
         """
         facts = {
+            "env": sorted(sweep.env),
             "overrides": sweep.overrides,
             "output": sweep.output,
             "resource": sweep.resource,
             "trials": sweep.trials,
         }
         earlier = self.find(sweep.name)
-        for job in earlier:
-            if not job.ended:
-                raise UserError(
-                    f"--name {sweep.name}: a sweep of that name is {job.status.value.lower()} (job {job.id}); follow "
-                    f"it with --logs {sweep.name}, stop it with --stop {sweep.name}, or take another --name"
-                )
-        # another submission of the same name at the same moment takes the same id, and the cluster refuses one of them
+        if running := next((job for job in earlier if not job.ended), None):
+            raise UserError(_twice(sweep.name, running.status.value.lower()))
         number = 1 + max((int(job.id.rpartition(".")[2]) for job in earlier), default=0)
         environment = {"working_dir": str(package), "env_vars": {**_STOPPING, **sweep.env}}
         metadata = {_PREFIX: sweep.name, "facts": json.dumps(facts)}
-        self._start(f"{_PREFIX}-{sweep.name}.{number}", sweep.entrypoint, environment, metadata, sweep.resource)
+        job_id = f"{_PREFIX}-{sweep.name}.{number}"
+        try:
+            self._start(job_id, sweep.entrypoint, environment, metadata, sweep.resource)
+        except UserError as error:
+            if "already exists" in str(error):  # another took the same number at the same moment
+                raise UserError(_twice(sweep.name, "pending")) from None
+            raise
         return self.get(sweep.name)
 
     def run(self, name: str, entrypoint: str, resource: str | None) -> str:
@@ -264,6 +266,13 @@ def _sweep_job(job: Any) -> SweepJob:
         finished=job.end_time / 1000 if job.end_time else None,
         exit_code=job.driver_exit_code,
         facts=json.loads(metadata["facts"]),
+    )
+
+
+def _twice(name: str, state: str) -> str:
+    return (
+        f"--name {name}: a sweep of that name is {state}; follow it with --logs {name}, stop it with --stop {name}, or "
+        "take another --name"
     )
 
 

@@ -22,11 +22,12 @@ class Sampler(Enum):
 
 
 class Scheduler(Enum):
-    """Who stops trials early, at equal samples seen."""
+    """Who stops trials early, at equal samples seen; ``pbt`` also lets trials take up others' weights."""
 
     asha = "asha"
     hyperband = "hyperband"
     median = "median"
+    pbt = "pbt"
     none = "none"
 
 
@@ -60,6 +61,14 @@ class DimensionConfig:
 
 
 @dataclass
+class ConstraintsConfig:
+    """What a proposed point must fulfil; one that does not is never trained, and the sampler is told."""
+
+    memory_gb: float | None = None  # a worker's planned memory, 10^9 bytes; null: the smallest GPU's; 0: no limit
+    relations: list[str] = field(default_factory=list)  # between config keys: `method.alpha <= 4 * method.r`
+
+
+@dataclass
 class SearchConfig:
     trials: int = 16
     concurrent: int = 1  # trials at a time
@@ -67,16 +76,39 @@ class SearchConfig:
     sampler: Sampler = Sampler.tpe
     objectives: list[Objective] = field(default_factory=lambda: [Objective.eval_loss])  # several: a Pareto front
     startup_trials: int = 8  # random ones before the sampler learns
+    random_share: float = 0.33  # of the later ones, those that are random too (TPE)
     seed: int = 0
     storage: str | None = None  # URL of the study's database, no password in it; null: study.db in the sweep's folder
+    constraints: ConstraintsConfig = field(default_factory=ConstraintsConfig)
     warm_start: list[str] = field(default_factory=list)  # folders of earlier sweeps to learn from
+
+
+# What population based training may change in the middle of a training: it says how the weights go on to change. All
+# other keys are inherited: a rank, target modules or a batch would not fit the checkpoint or the plan, a seed or a
+# warm-up says how a training began, and alpha scales what is learned already, so that the losses would jump.
+CHANGEABLE = (
+    "training.learning_rate",
+    "training.weight_decay",
+    "training.max_grad_norm",
+    "method.dropout",
+    "method.ratio",
+    "method.orthogonality",
+    "method.l0_weight",
+)
 
 
 @dataclass
 class SchedulerConfig:
     kind: Scheduler = Scheduler.asha
-    grace: int | None = None  # samples every trial sees before it may be stopped; null: evaluation.every
-    reduction: float = 3.0  # of the trials at a rung, one in this many goes on
+    grace: int | None = None  # samples every trial sees before it may be stopped; null: a fifth of a run
+    reduction: float = 3.0  # asha, hyperband: of the trials at a rung, one in this many goes on
+    resume_stopped: bool = False  # asha, hyperband: a stopped trial that later counts among the best goes on
+    population: int = 8  # pbt: trials that are trained side by side, and compared every ``grace`` samples
+
+    @property
+    def goes_on(self) -> bool:
+        """Whether a trial that was stopped may go on."""
+        return self.resume_stopped or self.kind is Scheduler.pbt
 
 
 @dataclass

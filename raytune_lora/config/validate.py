@@ -20,7 +20,7 @@ from raytune_lora.config.schema import (
     TinyModelConfig,
     TrackingConfig,
 )
-from raytune_lora.config.search import Scheduler
+from raytune_lora.config.search import CHANGEABLE, Sampler, Scheduler
 
 # the schedules of transformers that need no further arguments
 LR_SCHEDULERS = ("constant", "constant_with_warmup", "cosine", "inverse_sqrt", "linear")
@@ -97,10 +97,13 @@ _RANGES: dict[str, _Rule] = {
     "search.trials": _COUNT,
     "search.concurrent": _COUNT,
     "search.startup_trials": _NOT_NEGATIVE,
+    "search.random_share": (lambda v: 0 <= v <= 1, ">= 0 and <= 1"),
     "search.seed": _NOT_NEGATIVE,
     "search.stalled": _POSITIVE,
+    "search.constraints.memory_gb": _NOT_NEGATIVE,
     "scheduler.grace": _COUNT,
     "scheduler.reduction": (lambda v: v > 1, "> 1"),
+    "scheduler.population": (lambda v: v >= 2, ">= 2"),
     "budget.hours": _POSITIVE,
     "budget.gpu_hours": _POSITIVE,
     "budget.target": _POSITIVE,
@@ -298,5 +301,37 @@ def _sweep_problems(cfg: SweepConfig) -> list[str]:
         found.append(
             f"search.objectives: with several ({', '.join(objectives)}) no trial can be stopped early, as a higher "
             f"loss may be the price of another objective; set scheduler=none (got {cfg.scheduler.kind.value})"
+        )
+    return found + _scheduler_problems(cfg)
+
+
+def _scheduler_problems(cfg: SweepConfig) -> list[str]:
+    kind, found = cfg.scheduler.kind, []
+    if cfg.scheduler.resume_stopped and kind not in (Scheduler.asha, Scheduler.hyperband):
+        found.append(
+            f"scheduler.resume_stopped needs rungs at which a stopped trial can rise; scheduler={kind.value} has none: "
+            "take scheduler=asha or hyperband"
+        )
+    if kind is not Scheduler.pbt:
+        return found
+    if cfg.scheduler.population > cfg.search.trials:
+        found.append(
+            f"scheduler.population must be <= search.trials, which counts the population and its children (got "
+            f"{cfg.scheduler.population} and {cfg.search.trials})"
+        )
+    if cfg.search.sampler not in (Sampler.random, Sampler.qmc, Sampler.tpe):
+        found.append(
+            f"scheduler=pbt: only the first population comes from the sampler, so that search.sampler="
+            f"{cfg.search.sampler.value} would never learn or finish; take random, qmc or tpe"
+        )
+    if not any(dimension.key in CHANGEABLE for dimension in cfg.space.values()):
+        found.append(
+            "scheduler=pbt: the space has no dimension that may change in the middle of a training "
+            f"({', '.join(CHANGEABLE)}); add one, or take scheduler=asha"
+        )
+    if cfg.confirm.top:
+        found.append(
+            "confirm.top: a confirmation trains one configuration from its beginning with other seeds, and a winner of "
+            "scheduler=pbt had several in turn; set confirm.top=0"
         )
     return found

@@ -1,47 +1,19 @@
-"""The shape of a base model: what counts of trainable parameters are computed from."""
+"""The shape of a base model, read from the model itself."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from raytune_lora.config.methods import ALL_LINEAR
 from raytune_lora.config.schema import ModelConfig
 from raytune_lora.models.tokenizer import trusted
+from raytune_lora.planning.shape import Block, Linear, Shape
 
-
-@dataclass(frozen=True)
-class Linear:
-    """A linear layer, or GPT-2's transposed one."""
-
-    name: str  # dotted path in the model
-    d_in: int
-    d_out: int
-
-
-@dataclass(frozen=True)
-class Shape:
-    """Numbers of a base model, without its weights."""
-
-    hidden: int  # width of the residual stream
-    layers: int  # decoder layers
-    kv_width: int  # of one layer's keys: heads for keys and values times their size
-    head: str | None  # name of the linear layer that gives the logits
-    linears: tuple[Linear, ...]
-    norms: int  # parameters of all normalization layers
-    biases: int  # parameters called bias
-    parameters: int  # all, shared ones once
-
-    def targets(self, names: list[str]) -> list[Linear]:
-        """The linear layers that PEFT takes for these ``target_modules``."""
-        if names == [ALL_LINEAR]:
-            return [linear for linear in self.linears if linear.name != self.head]
-        return [
-            linear
-            for linear in self.linears
-            if any(linear.name == name or linear.name.endswith(f".{name}") for name in names)
-        ]
+# linear layers that are fed what their sublayer has computed, rather than the sublayer's input
+_LAST = {"o_proj", "out_proj", "c_proj", "dense", "dense_4h_to_h", "down_proj", "fc2", "wo", "w2"}
+_FUSED = {"query_key_value", "qkv_proj", "c_attn", "Wqkv"}
+_GATES = {"gate_proj", "gate_up_proj", "w3"}
+_KEPT = {"gelu_new": 4, "gelu_fast": 4, "quick_gelu": 2}  # tensors that activations of several operations keep
 
 
 def shape_of_folder(folder: Path, cfg: ModelConfig) -> Shape:
@@ -56,33 +28,77 @@ def shape_of_folder(folder: Path, cfg: ModelConfig) -> Shape:
 
 def shape_of(model: Any) -> Shape:
     """The shape of a base model without adapters."""
-    import torch
-    from transformers.pytorch_utils import Conv1D
-
     head = model.get_output_embeddings()
     names = {id(module): name for name, module in model.named_modules()}
-    linears = []
-    for name, module in model.named_modules():
-        if isinstance(module, torch.nn.Linear):
-            linears.append(Linear(name, module.in_features, module.out_features))
-        elif isinstance(module, Conv1D):
-            linears.append(Linear(name, *module.weight.shape))
     config = model.config.get_text_config()
-    heads = config.num_attention_heads
-    kv_heads = getattr(config, "num_key_value_heads", None) or heads
-    head_size = getattr(config, "head_dim", None) or config.hidden_size // heads
+    linears = tuple(_linears(model))
     return Shape(
         hidden=config.hidden_size,
         layers=config.num_hidden_layers,
-        kv_width=kv_heads * head_size,
+        block=_block(model, config, {linear.name.rpartition(".")[2] for linear in linears}),
+        vocab=config.vocab_size,
         head=names.get(id(head)),
-        linears=tuple(linears),
+        linears=linears,
         norms=sum(p.numel() for _, norm in norms(model) for p in norm.parameters()),
         biases=sum(p.numel() for name, p in model.named_parameters() if name.rpartition(".")[2] == "bias"),
         parameters=sum(p.numel() for p in model.parameters()),
+        softcap=getattr(config, "final_logit_softcapping", None) is not None,
     )
 
 
 def norms(model: Any) -> list[tuple[str, Any]]:
     """Normalization layers by name."""
     return [(name, m) for name, m in model.named_modules() if "norm" in type(m).__name__.lower()]
+
+
+def _linears(model: Any) -> list[Linear]:
+    import torch
+    from transformers.pytorch_utils import Conv1D
+
+    found = []
+    for name, module in model.named_modules():
+        if not isinstance(module, (torch.nn.Linear, Conv1D)):
+            continue
+        parent, _, leaf = name.rpartition(".")
+        source = f"{parent}.{'inside' if leaf in _LAST else 'input'}"
+        d_in, d_out = module.weight.shape if isinstance(module, Conv1D) else module.weight.shape[::-1]
+        found.append(Linear(name, d_in, d_out, source))
+    return found
+
+
+def _block(model: Any, config: Any, leaves: set[str]) -> Block:
+    heads = config.num_attention_heads
+    kv_heads = getattr(config, "num_key_value_heads", None) or heads
+    size = getattr(config, "head_dim", None) or config.hidden_size // heads
+    experts = getattr(config, "num_experts_per_tok", None) or 0
+    gated = bool(leaves & _GATES) or experts > 0
+    activation = str(getattr(config, "hidden_act", None) or getattr(config, "activation_function", ""))
+    normed, rms = 0, False
+    for name, norm in norms(model):
+        if any(part.isdigit() for part in name.split(".")):
+            width = sum(p.numel() for p in norm.parameters(recurse=False)) // max(1, len(list(norm.parameters())))
+            of_heads = {"q_norm": heads, "k_norm": kv_heads}.get(name.rpartition(".")[2], 1) if width == size else 1
+            normed += width * of_heads
+            rms = rms or "rms" in type(norm).__name__.lower()
+    return Block(
+        heads=heads,
+        query_width=heads * size,
+        kv_width=kv_heads * size,
+        feed_forward=_feed_forward(config, experts),
+        feed_forward_kept=_KEPT.get(activation, 1) + 2 * gated,
+        norm_width=normed // config.num_hidden_layers,
+        rms=rms,
+        experts=experts,
+        fused=bool(leaves & _FUSED),
+        softcap=getattr(config, "attn_logit_softcapping", None) is not None,
+    )
+
+
+def _feed_forward(config: Any, experts: int) -> int:
+    """The width inside the feed-forward network, which configs call by several names."""
+    names = ("intermediate_size", "ffn_dim", "n_inner", "ffn_hidden_size")
+    dense = next((width for name in names if (width := getattr(config, name, None))), 4 * config.hidden_size)
+    if not experts:
+        return int(dense)
+    one = getattr(config, "moe_intermediate_size", None) or dense
+    return int(experts * one + (getattr(config, "shared_expert_intermediate_size", None) or 0))

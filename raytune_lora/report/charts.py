@@ -109,29 +109,41 @@ def number(value: float) -> str:
     return f"{value:,.0f}" if abs(value) >= 1000 or float(value).is_integer() else f"{value:.3g}"
 
 
-def curves(lines: Sequence[Line], reference: float | None, width: int, height: int) -> Markup:
-    """A chart of losses over samples seen.
+def curves(
+    lines: Sequence[Line],
+    reference: float | None,
+    width: int,
+    height: int,
+    axis: str = "samples seen",
+    dots: Sequence[Dot] = (),
+) -> Markup:
+    """A chart of losses over samples.
 
     Args:
         lines: the curves, the most important one last; each has at least one point.
         reference: a value shown as a dashed line across.
         width: of the drawing, in pixels.
         height: of the drawing, in pixels.
+        axis: what samples they are.
+        dots: single measures at a number of samples, drawn under the curves.
     """
     left, top, bottom = 48, 22, height - 40
     right = width - max(_CHARACTER * len(line.label) for line in lines) - 16
-    losses = [y for line in lines for _, y in line.points] + ([reference] if reference is not None else [])
-    across = Scale(0, max(x for line in lines for x, _ in line.points) or 1, left, right)
+    places = [point for line in lines for point in line.points] + [(float(dot.x), dot.y) for dot in dots]
+    losses = [y for _, y in places] + ([reference] if reference is not None else [])
+    across = Scale(0, max(x for x, _ in places) or 1, left, right)
     up = Scale.around(losses, bottom, top)
-    svg = _drawing(width, height, "Loss over samples seen")
+    svg = _drawing(width, height, f"Loss over {axis}")
     _frame(
         svg,
-        _Axis(across, _spaced((across(t), number(t)) for t in across.ticks(max(4, width // 90))), "samples seen"),
+        _Axis(across, _spaced((across(t), number(t)) for t in across.ticks(max(4, width // 90))), axis),
         _Axis(up, [(up(t), number(t)) for t in up.ticks(6)], "loss, log scale" if up.log else "loss"),
         (left, right, bottom),
     )
     if reference is not None:
         _add(svg, "line", cls="reference", x1=left, x2=right, y1=up(reference), y2=up(reference))
+    for dot in dots:
+        _draw_dot(svg, dot, across(float(dot.x)), up(dot.y))
     for line in lines:
         _draw_line(svg, line, across, up)
     _label_ends(svg, [line for line in lines if line.label], across, up)
@@ -154,9 +166,7 @@ def scatter(dots: Sequence[Dot], losses: Iterable[float], title: str, width: int
     svg = _drawing(width, height, f"Final loss by {title}")
     _frame(svg, across, _Axis(up, [(up(t), number(t)) for t in up.ticks(5)]), (left, right, bottom))
     for dot in dots:
-        radius = 5.5 if dot.kind == "best" else 4
-        mark = _add(svg, "circle", cls=f"dot {dot.kind}", cx=across.scale(dot.x), cy=up(dot.y), r=radius)
-        _add(mark, "title", dot.title)
+        _draw_dot(svg, dot, across.scale(dot.x), up(dot.y))
     return _markup(svg)
 
 
@@ -246,6 +256,11 @@ def _draw_line(svg: ElementTree.Element, line: Line, across: Scale, up: Scale) -
         _add(group, "polyline", points=points)
     x, y = line.points[-1]
     _add(group, "circle", cx=across(x), cy=up(y), r=4 if line.label else 2.5)
+
+
+def _draw_dot(svg: ElementTree.Element, dot: Dot, x: float, y: float) -> None:
+    mark = _add(svg, "circle", cls=f"dot {dot.kind}", cx=x, cy=y, r=5.5 if dot.kind == "best" else 4)
+    _add(mark, "title", dot.title)
 
 
 def _label_ends(svg: ElementTree.Element, lines: list[Line], across: Scale, up: Scale) -> None:

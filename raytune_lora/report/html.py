@@ -39,12 +39,15 @@ _RESULTS: dict[str, Any] = {
     "seconds": {},
 }
 _TRIAL: dict[str, Any] = {"trial_id": "", "status": "", "params": {}, "curve": [], "parameters": {}}
-_TRIAL |= dict.fromkeys(("confirms", "eval_loss", "samples_seen", "seconds", "training_seconds", "error", "log"))
+_TRIAL |= dict.fromkeys(
+    ("confirms", "parent", "born", "eval_loss", "samples_seen", "seconds", "training_seconds", "error", "log")
+)
 _BEST: dict[str, Any] = {"trial_id": "", "params": {}, "eval_loss": None, "exact_match": None, "adapter": None}
 
 _STATUS = {  # status: how it reads, the class of its colour
     "completed": ("completed", "good"),
     "stopped": ("stopped early", "quiet"),
+    "paused": ("paused", "quiet"),
     "failed": ("failed", "bad"),
     "diverged": ("diverged", "warn"),
     "oom": ("out of memory", "bad"),
@@ -67,7 +70,13 @@ _STAGES = {
     "best": "best adapter",
 }
 _SAMPLERS = {"tpe": "TPE", "random": "random"}
-_SCHEDULERS = {"asha": "ASHA", "hyperband": "HyperBand", "median": "median stopping", "none": "no early stopping"}
+_SCHEDULERS = {
+    "asha": "ASHA",
+    "hyperband": "HyperBand",
+    "median": "median stopping",
+    "pbt": "PBT",
+    "none": "no early stopping",
+}
 
 
 @dataclass(frozen=True)
@@ -105,6 +114,7 @@ def render(results: dict[str, Any]) -> str:
         measures=_measures(known),
         charts=_curves(lines, known["baseline"].get("eval_loss")),
         legend=_legend(known, lines),
+        progress=_progress(known, names),
         plots=_plots(known, names),
         importance=sorted(known["importance"].items(), key=lambda item: -item[1]),
         tally=_tally(known["trials"]),
@@ -270,6 +280,29 @@ def _lines(r: dict[str, Any], names: dict[str, str]) -> list[Line]:
 def _curves(lines: list[Line], baseline: float | None) -> list[Any]:
     """The chart of the losses, for a wide and for a narrow screen."""
     return [curves(lines, baseline, *size) for size in ((1024, 372), (360, 300))] if lines else []
+
+
+def _progress(r: dict[str, Any], names: dict[str, str]) -> list[Any]:
+    """The lowest loss so far over the samples that all trials were trained on, for a wide and for a narrow screen.
+
+    Trials count one after another, as they were proposed; nothing where the search has measured fewer than two.
+    """
+    spent = 0.0
+    points: list[tuple[float, float]] = []
+    dots: list[Dot] = []
+    searched = [trial for trial in r["trials"] if not trial["confirms"]]
+    for trial in sorted(searched, key=lambda trial: trial["trial_id"]):
+        spent += trial["samples_seen"] or 0
+        if trial["eval_loss"] is not None:
+            lowest = min(trial["eval_loss"], points[-1][1]) if points else trial["eval_loss"]
+            points += [(spent, points[-1][1])] if points else []
+            points.append((spent, lowest))
+            dots.append(Dot(spent, trial["eval_loss"], _kind(trial, r["best"]), _title(trial, names)))
+    if len(dots) < 2:
+        return []
+    line = Line(points, "best", "lowest loss so far", _loss(points[-1][1], 3))
+    axis = "samples trained on by all trials"
+    return [curves([line], None, width, height, axis, dots) for width, height in ((1024, 300), (360, 260))]
 
 
 def _legend(r: dict[str, Any], lines: list[Line]) -> list[tuple[str, str]]:

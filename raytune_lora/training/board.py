@@ -10,6 +10,7 @@ import time
 from collections import deque
 from collections.abc import Collection
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from raytune_lora.training.failures import FAILED, LOST, MOVED, STOPPED, Ended
@@ -44,7 +45,12 @@ class _Group:
 class Board:
     """Hands tasks to groups and reports to readers. An asyncio actor: each method yields to the others."""
 
-    def __init__(self) -> None:
+    def __init__(self, title: str = "") -> None:
+        """
+        Args:
+            title: of the sweep or run; Ray's dashboard shows it beside the actor.
+        """
+        self._title = title
         self._waiting: deque[Task] = deque()
         self._news = asyncio.Condition()  # a task to take, or a reason to take none; an item to read
         self._closed = False
@@ -53,13 +59,17 @@ class Board:
         self._ended: set[Key] = set()
         self._stopped: dict[str, int] = {}  # by name: how
         self._signs: dict[str, float] = {}  # when a task last showed that it lives, by name
+        self._at: dict[Path, str] = {}  # folders that a group is at work in
         self._broken: Ended | None = None
         self._notes: list[str] = []
+
+    def __repr__(self) -> str:
+        return f"{self._title} board"
 
     # ------------------------------------------------------------------------------------------- for readers of tasks
 
     async def submit(self, task: Task, again: bool = False) -> None:
-        """Let a group have the task.
+        """Let a group have the task, once no group is at work in its folder: one that was told to stop ends later.
 
         Args:
             task: to do.
@@ -105,6 +115,7 @@ class Board:
                 task = await self._next_task(state)
                 if task is not None:
                     state.idle = False
+                    self._at[task.folder] = group
                     self._signs[task.name] = time.monotonic()
                 state.taken.append(task)
         return state.taken[number]
@@ -123,6 +134,11 @@ class Board:
             self._ended.add(key)
             self._streams[key].append(ended)
             await self._tell()
+
+    async def done(self, key: Key, group: str, ended: Ended) -> None:
+        """Close a task's stream; the group does nothing more in its folder."""
+        await self.end(key, ended)
+        await self._leave_folder(group)
 
     async def asked(self, name: str, group: str = "") -> int:
         """What a task's workers are asked to do, as ``place`` has it; the asking is a sign of life."""
@@ -205,7 +221,7 @@ class Board:
         state = self._group(group)
         state.idle = state.leaves = True
         state.controller, state.workers, state.nodes = None, [], set()
-        await self._tell()
+        await self._leave_folder(group)
 
     async def close(self) -> list[Any]:
         """Have what is at work saved and stopped, and send all groups home.
@@ -233,8 +249,19 @@ class Board:
 
     async def _next_task(self, state: _Group) -> Task | None:
         async with self._news:
-            await self._news.wait_for(lambda: self._waiting or self._closed or state.leaves)
-            return None if state.leaves or not self._waiting else self._waiting.popleft()
+            await self._news.wait_for(lambda: self._first() is not None or self._closed or state.leaves)
+            task = None if state.leaves else self._first()
+            if task is not None:
+                self._waiting.remove(task)
+            return task
+
+    def _first(self) -> Task | None:
+        """The first task that waits and whose folder is free."""
+        return next((task for task in self._waiting if task.folder not in self._at), None)
+
+    async def _leave_folder(self, group: str) -> None:
+        self._at = {folder: other for folder, other in self._at.items() if other != group}
+        await self._tell()
 
     async def _tell(self) -> None:
         async with self._news:

@@ -92,7 +92,8 @@ class Pool:
         """
         self._cfg = cfg
         self._folder = folder
-        self.board: Any = ray.remote(num_cpus=0, label_selector=this_node())(Board).remote()
+        self._title = Path(cfg.output).name if cfg.output else folder.parent.name
+        self.board: Any = ray.remote(num_cpus=0, label_selector=this_node())(Board).remote(self._title)
         self._closing, self._closed = threading.Event(), threading.Event()
         self._lock = threading.Lock()
         self._groups = groups
@@ -141,7 +142,7 @@ class Pool:
             group = f"group-{number}-{os.getpid()}-{generation}"
             generation += 1
             try:
-                self._run_group(group)
+                self._run_group(group, number)
                 ray.get(self.board.gone.remote(group))
             except Exception as error:  # whatever ended it, the reader of its task must not wait for ever
                 ended = classify(error)
@@ -192,7 +193,7 @@ class Pool:
             if self._groups == 0:
                 ray.get(self.board.give_up.remote(ended))
 
-    def _run_group(self, group: str) -> None:
+    def _run_group(self, group: str, slot: int) -> None:
         from ray.train.torch import TorchConfig  # here: it brings torch
 
         from raytune_lora.training.group import GroupTrainer, Whereabouts
@@ -200,8 +201,14 @@ class Pool:
         cfg = self._cfg
         gpus = {"GPU": float(cfg.gpus_per_worker)} if cfg.gpus_per_worker else {}
         GroupTrainer(
+            f"{self._title} group {slot}",
             _workers,
-            train_loop_config={"board": self.board, "group": group, "once": not cfg.cluster.reuse_workers},
+            train_loop_config={
+                "board": self.board,
+                "group": group,
+                "slot": slot,
+                "once": not cfg.cluster.reuse_workers,
+            },
             torch_config=TorchConfig(backend="nccl" if cfg.gpus_per_worker else "gloo"),
             scaling_config=ScalingConfig(
                 num_workers=cfg.workers,
@@ -271,14 +278,14 @@ def _workers(config: dict[str, Any]) -> None:
     context = ray.train.get_context()
     number, held = 0, None
     while (task := ray.get(board.take.remote(group, number))) is not None:
-        _do(task, board, group, context.get_world_rank(), context.get_world_size())
+        _do(task, board, group, context.get_world_rank(), context.get_world_size(), config["slot"])
         number += 1
         if config["once"]:
             return
         held = _keep_memory_free(board, group, held)
 
 
-def _do(task: Task, board: Any, group: str, rank: int, workers: int) -> None:
+def _do(task: Task, board: Any, group: str, rank: int, workers: int, slot: int) -> None:
     """Do a task.
 
     A failure that all workers have at the same step ends the task, and so does the want of memory where there is one
@@ -292,9 +299,10 @@ def _do(task: Task, board: Any, group: str, rank: int, workers: int) -> None:
 
     copy = WorkingCopy.at(task.cfg.output, task.cfg.cluster.node_cache, task.folder)
     log = _arrive(copy, rank)
-    place = Place(rank, workers, copy.path, report, partial(_asked, board, task.name, group), copy.uri)
+    place = Place(rank, workers, copy.path, report, partial(_asked, board, task.name, group), slot, copy.uri)
     ended = Ended()
     with output_to(log):
+        print(f"worker {rank} of {workers}, process {os.getpid()}")  # by which Ray's dashboard shows the actor
         set_up(task.cpus or task.cfg.cpus_per_worker)
         try:
             store = task.store.here(Cache.of(task.cfg.cache, task.cfg.cluster.node_cache))
@@ -312,7 +320,7 @@ def _do(task: Task, board: Any, group: str, rank: int, workers: int) -> None:
             _collect_garbage()
             clean_up()
     if rank == 0:
-        ray.get(board.end.remote(task.key, ended))
+        ray.get(board.done.remote(task.key, group, ended))
 
 
 def _arrive(copy: WorkingCopy, rank: int) -> Path:

@@ -1,4 +1,4 @@
-"""Ray Train's trainer, without its placement group cleaner, and telling where its workers are."""
+"""Ray Train's trainer, without its placement group cleaner, with names for its workers, and telling where they are."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ import ray
 from ray.train.torch import TorchTrainer
 from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
 from ray.train.v2._internal.execution.callback import ControllerCallback, WorkerGroupCallback
+from ray.train.v2._internal.execution.worker_group.worker import RayTrainWorker
+from ray.train.v2._internal.execution.worker_group.worker_group import WorkerGroup
 
 
 class GroupTrainer(TorchTrainer):
@@ -19,9 +21,20 @@ class GroupTrainer(TorchTrainer):
     back when the controller or the driver that made it dies.
     """
 
+    def __init__(self, title: str, *arguments: Any, **settings: Any) -> None:
+        """
+        Args:
+            title: of the group.
+            arguments: of ``TorchTrainer``.
+            settings: of ``TorchTrainer``.
+        """
+        super().__init__(*arguments, **settings)
+        self._title = title
+
     def _create_default_callbacks(self) -> list[Any]:
         callbacks = super()._create_default_callbacks()  # type: ignore[misc]  # of the class that TorchTrainer stands for
-        return [callback for callback in callbacks if not isinstance(callback, PlacementGroupCleanerCallback)]
+        kept = [callback for callback in callbacks if not isinstance(callback, PlacementGroupCleanerCallback)]
+        return [*kept, _NamedWorkers(self._title)]
 
 
 class Whereabouts(ControllerCallback, WorkerGroupCallback):
@@ -38,3 +51,26 @@ class Whereabouts(ControllerCallback, WorkerGroupCallback):
         workers = worker_group.get_workers()
         nodes = {worker.metadata.node_id for worker in workers}
         self._board.placed.remote(self._group, [worker.actor for worker in workers], nodes)
+
+
+class _NamedWorkers(ControllerCallback):
+    """Has the workers of a group shown with its title: the column Repr of the dashboard's actors, and process titles.
+
+    Not as named actors: a name may be taken still by what a killed driver left behind.
+    """
+
+    def __init__(self, title: str) -> None:
+        self._title = title
+
+    def after_controller_start(self, *_: Any, **__: Any) -> None:
+        WorkerGroup._worker_cls = _named(self._title)  # in the controller's process, which has no other group
+
+
+def _named(title: str) -> type[RayTrainWorker]:
+    class Worker(RayTrainWorker):
+        def __repr__(self) -> str:
+            gpus = ray.get_gpu_ids()
+            return title + (f" GPU {', '.join(map(str, gpus))}" if gpus else "")
+
+    Worker.__name__ = Worker.__qualname__ = RayTrainWorker.__name__
+    return Worker

@@ -38,6 +38,7 @@ class Plan:
     lengths: Rows | None = field(default=None, compare=False, repr=False)  # (N,) tokens of each row
     capacity: int | None = None  # packing: tokens that a forward pass holds at most
     grouped: bool = False  # samples of like length in one step
+    until: int | None = None  # samples from which on the first validation ends the sitting; the run can go on later
 
     @property
     def accumulation(self) -> int:
@@ -57,6 +58,10 @@ class Plan:
         """Whether a validation falls due: at each multiple of ``every`` that the step reached, and at the end."""
         seen, before = self.samples_seen(step), self.samples_seen(step - 1)
         return seen // self.every > before // self.every or step == self.steps
+
+    def pauses_at(self, samples_seen: int) -> bool:
+        """Whether a validation after that many samples ends the sitting."""
+        return self.until is not None and samples_seen >= self.until
 
     def rows_at(self, start: int, stop: int) -> Rows:
         """The rows of the training split at the positions from ``start`` up to ``stop``."""

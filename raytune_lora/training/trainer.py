@@ -181,11 +181,12 @@ class Reporter(TrainerCallback):
         self._training_seconds += time.perf_counter() - self._began
         control.should_log = True
         due = self._plan.evaluates_after(state.global_step)
+        pauses = due and self._plan.pauses_at(self._plan.samples_seen(state.global_step))
         asked = self._asked(due)
-        self.left = asked == SAVE_AND_STOP and state.global_step < self._plan.steps
+        self.left = asked == SAVE_AND_STOP and state.global_step < self._plan.steps and not pauses
         control.should_evaluate = due
         control.should_save = due or self.left
-        control.should_training_stop |= asked != GO_ON
+        control.should_training_stop |= asked != GO_ON or pauses
         self.delivery.look()
 
     def on_optimizer_step(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:

@@ -7,6 +7,7 @@ import math
 import os
 import shutil
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,7 @@ from raytune_lora.training.place import SAVING, Place
 from raytune_lora.training.plan import Plan, plan_run, stream
 from raytune_lora.training.sharding import divided_loading
 from raytune_lora.training.state import put_weights, trained
-from raytune_lora.training.tracking.watch import watchers
+from raytune_lora.training.tracking.watch import AfterSave, watchers
 from raytune_lora.training.trainer import PlannedTrainer, Reporter
 from raytune_lora.training.warmup import build_shared_memory_op
 
@@ -46,8 +47,14 @@ _OPTIMIZERS = {  # as transformers calls them
 }
 
 
-def train(cfg: RunConfig, store: TokenStore, place: Place) -> None:
+def train(cfg: RunConfig, store: TokenStore, place: Place, until: int | None = None) -> None:
     """Train one configuration on the store, reporting at each validation.
+
+    Args:
+        cfg: the run.
+        store: the data.
+        place: of this worker.
+        until: samples from which on the first validation ends this sitting; None: train to the end.
 
     Raises:
         DivergedError: the loss or the gradient is no longer a number; on every worker at the same step.
@@ -55,14 +62,14 @@ def train(cfg: RunConfig, store: TokenStore, place: Place) -> None:
         QuotaError: its checkpoints take more room than the config gives it; likewise.
         RuntimeError: the worker group is not what the config says.
     """
-    plan = plan_run(cfg, store.rows["train"], store.lengths("train"))
+    plan = replace(plan_run(cfg, store.rows["train"], store.lengths("train")), until=until)
     _join_group(cfg)
     _same_everywhere(cfg, place)
     checkpoint = _agreed_checkpoint(place)
     known = last_report(checkpoint) if checkpoint is not None and place.rank == 0 else None
     if known is not None:  # whoever reads the reports may have been killed before it read this one
         place.report(known | {"checkpoint": place.copy.name(Path(known["checkpoint"]))})
-    if checkpoint is not None and checkpoint.report["last"]:
+    if checkpoint is not None and (checkpoint.report["last"] or plan.pauses_at(checkpoint.report["samples_seen"])):
         return
     trainer, watching, reporter = _trainer(cfg, plan, store, place, checkpoint)
     try:
@@ -110,7 +117,7 @@ def _trainer(
         checkpoint=checkpoint,
         model=model,
         args=args,
-        callbacks=[*watching, reporter],
+        callbacks=[*watching, reporter, *(AfterSave(watcher) for watcher in watching)],
     )
     trainer.remove_callback(PrinterCallback)
     if (trainer.accelerator.num_processes, args.process_index) != (place.workers, place.rank):

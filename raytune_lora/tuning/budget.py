@@ -11,6 +11,8 @@ from collections.abc import Callable
 from raytune_lora.config.search import BudgetConfig
 from raytune_lora.tuning.trials import Journal, Record
 
+SPACE = "space"  # what ends a search that no budget ends: nothing is left to propose
+
 
 class Budget:
     """A sweep's budget, over its journal."""
@@ -34,10 +36,19 @@ class Budget:
         if record.ended_by is None and record.ended < self._trials:
             found = reached(self._cfg, record, self._journal.clock)
             if found is not None:
-                budget, why = found
-                self._journal.append("ended_by", budget=budget, why=why)
-                self._tell(f"the search ends: {why}")
+                self.end(*found)
         return record.ended_by is not None
+
+    @property
+    def is_out_of_points(self) -> bool:
+        """Whether the search ends as nothing is left to propose: what runs goes on to its end."""
+        ended = self._journal.record.ended_by
+        return ended is not None and ended["budget"] == SPACE
+
+    def end(self, budget: str, why: str) -> None:
+        """Record that the search ends."""
+        self._journal.append("ended_by", budget=budget, why=why)
+        self._tell(f"the search ends: {why}")
 
 
 def reached(cfg: BudgetConfig, record: Record, clock: float) -> tuple[str, str] | None:
@@ -69,13 +80,20 @@ def reached(cfg: BudgetConfig, record: Record, clock: float) -> tuple[str, str] 
 
 def remedy(budget: str) -> str:
     """The override with which a sweep that a budget ended goes on searching."""
+    if budget == SPACE:
+        return "search.constraints.relations=[<looser>] (or search.constraints.memory_gb=<more>)"
     return f"budget.{budget}={'<lower>' if budget == 'target' else '<more>'} (or null)"
 
 
-def reopen(journal: Journal, cfg: BudgetConfig, trials: int) -> None:
+def reopen(journal: Journal, cfg: BudgetConfig, trials: float) -> None:
     """Let a search that a budget ended go on where the config now leaves it more.
 
     The best model, and the confirmation where there was one, are found again after it.
+
+    Args:
+        journal: of the sweep.
+        cfg: what may be spent now.
+        trials: that the search is to have; infinite where those that were stopped may go on.
     """
     record = journal.record
     if record.ended_by is not None and record.ended < trials and reached(cfg, record, journal.clock) is None:

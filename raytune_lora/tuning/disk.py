@@ -9,6 +9,7 @@ from pathlib import Path
 
 from raytune_lora.config.schema import DiskConfig, SweepConfig
 from raytune_lora.errors import JobFailed, disk_trouble
+from raytune_lora.training.failures import STOPPED
 from raytune_lora.training.place import CHECKPOINTS
 from raytune_lora.tuning.trials import ENDED_BADLY, Record, lowest
 from raytune_lora.working_copy import WorkingCopy
@@ -92,20 +93,23 @@ def problems(cfg: SweepConfig, trainable: int, output: Path, *, trials: int) -> 
 class Quota:
     """Keeps the checkpoints of all trials of a sweep within ``disk.sweep_gb``."""
 
-    def __init__(self, cfg: DiskConfig, trials: WorkingCopy) -> None:
+    def __init__(self, cfg: DiskConfig, trials: WorkingCopy, goes_on: bool = False) -> None:
         """
         Args:
             cfg: how much, and how many trials keep their best checkpoint.
             trials: the folder of all trials.
+            goes_on: whether a trial that was stopped may go on.
         """
         self._cfg = cfg
         self._trials = trials
+        self._goes_on = goes_on
 
     def keep(self, record: Record) -> None:
         """Delete checkpoints until the rest fit.
 
         Those of trials that ended badly go first, then of stopped and completed ones, then the older ones of trials
-        that run. The best checkpoint of the best trials stays, and the newest one of each trial that runs.
+        that run or pause, then the newest ones of stopped trials that may go on. The best checkpoint of the best trials
+        stays, and the newest one of each trial that runs or pauses.
 
         Raises:
             JobFailed: what must stay does not fit.
@@ -140,11 +144,14 @@ class Quota:
         for trial_id in {name.partition("/")[0] for name in checkpoints} & record.trials.keys():
             trial = record.trials[trial_id]
             own = sorted(name for name in checkpoints if name.startswith(f"{trial_id}/"))
-            if trial.ended:
+            if trial.ended and not (self._goes_on and trial.status == STOPPED):
                 rank = 0 if trial.status in ENDED_BADLY else 1
             else:
-                newest = list(self._trials.within(trial_id).manifests(CHECKPOINTS))[-1:]
-                own, rank = [name for name in own if name.partition("/")[2] not in newest], 2
+                whole = [f"{trial_id}/{name}" for name in self._trials.within(trial_id).manifests(CHECKPOINTS)]
+                rank = 1 if trial.ended else 2
+                if trial.ended and whole and self._named(whole[-1]) not in best:
+                    ranked.append((3, 0, whole[-1]))
+                own = [name for name in own if name not in whole[-1:]]
                 own.sort(key=lambda name: self._named(name) == trial.checkpoint)
             ranked += [(rank, n, name) for n, name in enumerate(own) if self._named(name) not in best]
         return [name for _, _, name in sorted(ranked)]

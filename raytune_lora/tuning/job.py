@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -33,9 +34,11 @@ from raytune_lora.training.failures import DISK
 from raytune_lora.training.place import LOGS
 from raytune_lora.training.plan import Plan, plan_run
 from raytune_lora.tuning.budget import reopen as reopen_search
+from raytune_lora.tuning.constraints import Constraints, memory_limit
 from raytune_lora.tuning.disk import explained
 from raytune_lora.tuning.disk import problems as disk_problems
 from raytune_lora.tuning.folder import JOURNAL, SweepFolder, address, create, held, reopen
+from raytune_lora.tuning.gauges import exported
 from raytune_lora.tuning.interrupt import Interrupts
 from raytune_lora.tuning.isolated import attempts
 from raytune_lora.tuning.parts import Parts
@@ -44,7 +47,7 @@ from raytune_lora.tuning.progress import Progress
 from raytune_lora.tuning.results import BASELINE, BEST, write_results
 from raytune_lora.tuning.search import STUDY_FILE
 from raytune_lora.tuning.space import apply, lookup
-from raytune_lora.tuning.trials import Journal
+from raytune_lora.tuning.trials import Journal, Trial
 
 SWEEP, RUN = "sweep", "run"
 
@@ -61,6 +64,7 @@ class Job:
     store: TokenStore
     model_folder: Path
     interrupts: Interrupts
+    constraints: Constraints
     pool: Pool = field(init=False)  # while it is at work
     learned: dict[str, Any] = field(default_factory=dict)  # what the study says: ``importance`` and ``pareto``
 
@@ -95,7 +99,8 @@ class Job:
             model = self.cfg.model
             name = model.path if isinstance(model, HubModelConfig) and model.path else str(self.model_folder)
             export_adapter(checkpoint, self.folder.best / "adapter", model_folder=self.model_folder, base_name=name)
-            (self.folder.best / "config.yaml").write_text(dump(winner))
+            config = segments(self.journal.record.lineage(best)) + dump(winner)
+            (self.folder.best / "config.yaml").write_text(config)
             write_json(self.folder.best / "params.json", best.params)
             self.folder.copy.send(self.folder.best)
 
@@ -119,6 +124,17 @@ class Job:
             raise JobFailed(f"measuring failed: {error}; log: {folder / LOGS}") from error
         self.folder.copy.within(name).bring(ANSWERS)
         return measured
+
+
+def segments(lineage: Sequence[Trial]) -> str:
+    """Comment lines that say which parameters a model had in turn; none where it had the same ones throughout."""
+    if len(lineage) == 1:
+        return ""
+    lines = ["# population based training: the weights were trained with these parameters in turn"]
+    for trial in lineage:
+        values = " ".join(f"{key}={json.dumps(value)}" for key, value in trial.params.items())
+        lines.append(f"# from sample {trial.born} on, as trial {trial.trial_id}: {values}")
+    return "\n".join([*lines, ""])
 
 
 def _measure(*arguments: Any, **extra: Any) -> None:
@@ -170,6 +186,10 @@ def open_job(kind: str, cfg: SweepConfig, moved: Sequence[str], run: Callable[[J
         cache = Path(cfg.cache).expanduser().absolute()
         with progress.doing("preparing the model and the data"), explained(cache, "start it again"):
             model_folder, store = prepare_inputs(cfg)
+            searching = kind == SWEEP  # a run that does not fit goes on with a smaller micro batch
+            constraints = Constraints(cfg, memory_limit(cfg, model_folder, store) if searching else None)
+            if searching:
+                constraints.check()
         if fresh:
             _room(cfg, model_folder, folder.path, kind)
             with explained(folder.path, "start it again"):
@@ -181,8 +201,8 @@ def open_job(kind: str, cfg: SweepConfig, moved: Sequence[str], run: Callable[[J
         if changes:
             journal.append("moved", changes=to_plain(changes))
             folder.rewrite(cfg)
-            reopen_search(journal, cfg.budget, cfg.search.trials)
-        job = Job(kind, cfg, folder, journal, progress, store, model_folder, interrupts)
+            reopen_search(journal, cfg.budget, math.inf if cfg.scheduler.goes_on else cfg.search.trials)
+        job = Job(kind, cfg, folder, journal, progress, store, model_folder, interrupts, constraints)
         progress.know(job.plan.total, journal.record)
         if BEST in journal.record.phases:
             return job.write_results()
@@ -196,7 +216,8 @@ def open_job(kind: str, cfg: SweepConfig, moved: Sequence[str], run: Callable[[J
 def _work(job: Job, run: Callable[[Job], None]) -> dict[str, Any]:
     cfg = job.cfg
     groups = cfg.search.concurrent if job.kind == SWEEP else 1
-    with connected(cfg.cluster):
+    trials = cfg.search.trials if job.kind == SWEEP else 1
+    with connected(cfg.cluster, name=job.folder.path.name), exported(cfg, job.folder, job.journal, trials):
         pool = Pool(plain_run(cfg), job.folder.groups, groups, cfg.search.stalled, job.progress.note)
         try:
             with pool:

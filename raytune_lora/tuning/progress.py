@@ -146,6 +146,10 @@ def line(event: dict[str, Any], record: Record) -> str:
     trial: Trial = record.trials[event["trial_id"]]
     if event["event"] == "trial_started":
         values = ", ".join(f"{key.rpartition('.')[2]}={_short(value)}" for key, value in trial.params.items())
+        if event.get("parent") and not trial.curve:
+            return f"trial {trial.trial_id} started from {trial.parent} at {trial.born} samples: {values}"
+        if trial.curve:
+            return f"trial {trial.trial_id} goes on after {trial.samples_seen} samples"
         return f"trial {trial.trial_id} started: {values}"
     if event["event"] == "trial_retried":
         return f"trial {trial.trial_id} goes on ({event['kind']}): {event['error']}"

@@ -8,8 +8,9 @@ import shlex
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 
@@ -80,10 +81,12 @@ def remote(options: Options, program: str) -> int:
 
 def _submit(options: Options, program: str) -> int:
     root = Path.cwd()
-    cluster = Cluster(options.address) if options.resume is not None else None
-    overrides = list(options.overrides)
-    if cluster is not None and options.resume is not None and not overrides:
-        overrides = cluster.get(options.resume).facts["overrides"]
+    cluster, overrides = None, options.overrides
+    if options.resume is not None:
+        cluster = Cluster(options.address)
+        if not overrides:
+            options = _as_before(options, cluster.get(options.resume).facts)
+            overrides = options.overrides
     if given := [o for o in overrides if o.partition("=")[0].lstrip("+") == "resume"]:
         raise UserError(f"{given[0]}: to go on with a sweep by its name, --resume <name>")
     if any(secrets.looks_secret(override) for override in overrides):
@@ -113,6 +116,16 @@ def _submit(options: Options, program: str) -> int:
         print(_way_back(cluster, name, program))
         return 0
     return _follow(cluster, job, options, program)
+
+
+def _as_before(options: Options, facts: dict[str, Any]) -> Options:
+    """What a sweep was submitted with; the values of the variables that went along are taken from here."""
+    return replace(
+        options,
+        overrides=facts["overrides"],
+        env=options.env or [name for name in facts["env"] if name != OWN],
+        driver_resource=options.driver_resource or facts["resource"],
+    )
 
 
 def _command(root: Path) -> list[str]:

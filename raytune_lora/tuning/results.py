@@ -7,19 +7,25 @@ Schema, version 1. Null stands for what was not measured.
 - ``model``: ``name``, ``parameters``; ``data``: ``name``, ``fingerprint``, ``rows`` by split, ``loss_rows`` and
   ``generate_rows`` as configured; ``search``: ``sampler``, ``scheduler``, ``trials``, ``concurrent`` (null for a run)
 - ``baseline``: ``eval_loss`` (nats a token, validation split), ``exact_match`` (share, test split)
-- ``best``: the same, and ``trial_id``, ``params``, ``adapter`` (folder relative to the sweep's); null without one
-- ``ended_by``: the budget that ended the search: ``budget`` (its key after ``budget.``), ``why`` and ``remedy``; null
+- ``best``: the same, and ``trial_id``, ``params``, ``adapter`` (folder relative to the sweep's), and ``segments``: the
+  parameters that trained it in turn (``trial_id``, ``from_samples``, ``params``), one but for a child of a population;
+  null without one
+- ``ended_by``: the budget that ended the search: ``budget`` (its key after ``budget.``, or ``space`` where no point
+  fulfils the constraints), ``why`` and ``remedy``; null
   where none did
 - ``confirmation``: ``winner``, ``runner_up`` (null without one), ``differs`` (whether their means differ by more than
   noise; null where that cannot be said), ``p`` (of Welch's t-test), ``words``, and ``configurations``, the best first:
   ``trial_id``, ``params``, ``mean`` and ``standard_deviation`` of the runs' losses, ``runs`` (``trial_id``, ``seed``,
   ``status``, ``eval_loss``); null where none was asked for or it is not done
 - ``trials``: ``trial_id``, ``confirms`` (the trial that it runs again with another seed, or null), ``status``
-  (completed, stopped, failed, diverged, oom, lost, quota, or running where interrupted), ``params``, ``eval_loss`` (the
-  lowest), ``samples_seen``, ``seconds``, ``training_seconds``, ``parameters``, ``error``, ``log`` (folder relative to
-  the sweep's), ``curve``, ``peak_memory_bytes`` (of the first worker), ``micro_batch`` (smaller than the config's where
-  memory ran out), ``retries`` (new attempts, after memory ran out or a worker or machine was lost or about to be)
+  (completed, stopped, failed, diverged, oom, lost, quota, or running or paused where interrupted), ``params``,
+  ``parent`` (the trial from whose checkpoint it began, or null) and ``born`` (samples seen at that), ``resumed`` (how
+  often it was taken up again after it had been stopped), ``eval_loss`` (the lowest), ``samples_seen``, ``seconds``,
+  ``training_seconds``, ``parameters``, ``error``, ``log`` (folder relative to the sweep's), ``curve``,
+  ``peak_memory_bytes`` (of the first worker), ``micro_batch`` (smaller than the config's where memory ran out),
+  ``retries`` (new attempts, after memory ran out or a worker or machine was lost or about to be)
 - ``examples``: ``prompt``, ``expected``, ``base``, ``tuned``; ``importance`` by parameter;
+  ``refused``: by constraint, how many proposals broke it, none of them a trial;
   ``pareto``: with several objectives, the trials that none beats in all of them, the lowest loss first
 - ``seconds``: ``total`` and each phase
 """
@@ -96,6 +102,7 @@ def _results(
         "trials": [_trial(folder, record.trials[name]) for name in sorted(record.trials)],
         "importance": learned.get("importance", {}),
         "pareto": learned.get("pareto", []),
+        "refused": learned.get("refused", {}),
         "examples": _examples(folder, cfg.evaluation.examples),
         "seconds": {"total": sum(phases.values()), **phases},
     }
@@ -116,6 +123,10 @@ def _best(folder: SweepFolder, record: Record) -> dict[str, Any] | None:
         "eval_loss": _number(trial.eval_loss),
         "exact_match": _number(measured.get("exact_match")),
         "adapter": str((folder.best / "adapter").relative_to(folder.path)) if BEST in record.phases else None,
+        "segments": [
+            {"trial_id": part.trial_id, "from_samples": part.born, "params": part.params}
+            for part in record.lineage(trial)
+        ],
     }
 
 
@@ -125,6 +136,9 @@ def _trial(folder: SweepFolder, trial: Trial) -> dict[str, Any]:
         "confirms": trial.confirms,
         "status": trial.status,
         "params": trial.params,
+        "parent": trial.parent,
+        "born": trial.born,
+        "resumed": trial.resumed,
         "eval_loss": _number(trial.eval_loss),
         "samples_seen": trial.samples_seen,
         "seconds": round(trial.seconds, 3),

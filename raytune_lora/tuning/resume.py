@@ -16,12 +16,12 @@ AUTO = "auto"
 # what may change when a sweep or run goes on: where and how it is computed and when it ends, and not what
 _WHERE = (
     r"workers|[cg]pus_per_worker|training\.micro_batch|search\.concurrent|search\.stalled"
-    r"|(deepspeed|cluster|disk|tracking|budget)(\..*)?"
+    r"|(deepspeed|cluster|disk|tracking|budget|search\.constraints)(\..*)?"
 )
 _MAY_CHANGE = (
     "what can be changed is where it runs and when it ends: workers, cpus_per_worker, gpus_per_worker, "
-    "training.micro_batch, search.concurrent, search.stalled, and the groups deepspeed, cluster, disk, tracking and "
-    "budget"
+    "training.micro_batch, search.concurrent, search.stalled, and the groups deepspeed, cluster, disk, tracking, "
+    "budget and search.constraints"
 )
 _SHOWN = 5  # differences between two configs
 

@@ -1,8 +1,8 @@
 """The samplers: who proposes a trial's parameters, by the name in ``search.sampler``.
 
-What Optuna's samplers learn from differs. TPE takes whole, stopped and infeasible trials; GP, CMA-ES and NSGA-II take
-whole ones only; random, QMC and the grid learn nothing. Dimensions that a sampler cannot model (categorical ones in
-CMA-ES, conditional ones in GP, QMC and NSGA-II) are drawn one by one, each by itself.
+What they learn from differs. TPE takes whole, stopped and infeasible trials, and running ones as far as they came; GP,
+CMA-ES and NSGA-II take whole ones only; random, QMC and the grid learn nothing. Dimensions that a sampler cannot model
+(categorical ones in CMA-ES, conditional ones in GP, QMC and NSGA-II) are drawn one by one, each by itself.
 """
 
 from __future__ import annotations
@@ -22,6 +22,8 @@ from optuna.trial import FrozenTrial, TrialState, create_trial
 from raytune_lora.config.schema import SweepConfig
 from raytune_lora.config.search import DimensionKind, Sampler
 from raytune_lora.tuning import space as spaces
+from raytune_lora.tuning.constraints import Constraints
+from raytune_lora.tuning.tpe import Tpe
 
 WARM = "warm_start"  # user attribute of a trial that an earlier sweep ran: its folder and number
 _GRID_LIMIT = 100_000  # points
@@ -41,14 +43,22 @@ class _Entry:
     learns: bool = True  # whether what was found before changes what it proposes
 
 
-def build(cfg: SweepConfig, study: optuna.Study) -> Own:
-    """The sampler of a sweep, to begin or to go on with what is in its study."""
+def build(cfg: SweepConfig, study: optuna.Study, constraints: Constraints) -> Own:
+    """The sampler of a sweep, to begin or to go on with what is in its study; the grid's points fulfil constraints."""
     trials = study.get_trials(deepcopy=False)
     # with the same seed again, a sweep that goes on would propose again what it proposed before
     seed = cfg.search.seed + len(trials)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-        return _SAMPLERS[cfg.search.sampler].build(cfg, seed, trials)
+        sampler = _SAMPLERS[cfg.search.sampler].build(cfg, seed, trials)
+    if isinstance(sampler, Grid):
+        sampler.keep(constraints)
+    return sampler
+
+
+def at_random(cfg: SweepConfig, study: optuna.Study) -> Own:
+    """Who proposes where the sweep's own sampler comes back to points that are refused."""
+    return _random(cfg, cfg.search.seed + len(study.get_trials(deepcopy=False)), ())
 
 
 def problems(cfg: SweepConfig, *, here: bool = True) -> list[str]:
@@ -82,9 +92,7 @@ def marks(cfg: SweepConfig) -> dict[str, Any]:
 
 def _tpe(cfg: SweepConfig, seed: int, trials: Sequence[FrozenTrial] = ()) -> Own:
     """Tree-structured Parzen estimators (Bergstra et al. 2011), one over all dimensions that go together."""
-    return optuna.samplers.TPESampler(
-        n_startup_trials=cfg.search.startup_trials, multivariate=True, group=True, constant_liar=True, seed=seed
-    )
+    return Tpe(cfg.search.startup_trials, cfg.search.random_share, seed)
 
 
 def _gp(cfg: SweepConfig, seed: int, trials: Sequence[FrozenTrial]) -> Own:
@@ -172,6 +180,10 @@ class Grid(Own):
         self._points = {_identity(point): point for point in _points(cfg)}
         self._order = list(self._points)
         random.Random(cfg.search.seed).shuffle(self._order)
+
+    def keep(self, constraints: Constraints) -> None:
+        """Leave out the points that break a constraint."""
+        self._order = [name for name in self._order if not constraints.broken_at(self._points[name])]
 
     def infer_relative_search_space(self, study: optuna.Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
         return {spaces.parameter(d): spaces.distribution(d) for d in self._space.values()}

@@ -1,7 +1,8 @@
 """Optuna as a Tune searcher that survives a kill.
 
 Ray's OptunaSearch dies when it is restored with a persistent study. Here the study is the only state: a searcher can
-be made anew at any time, from the study and the journal.
+be made anew at any time, from the study and the journal. The journal is the truth: the study's database may lag behind
+it, and ``reconcile`` brings it up.
 """
 
 from __future__ import annotations
@@ -9,7 +10,8 @@ from __future__ import annotations
 import math
 import uuid
 import warnings
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ import optuna
 from optuna.exceptions import OptunaError
 from optuna.storages import BaseStorage, JournalStorage, RDBStorage
 from optuna.storages.journal import JournalFileBackend
+from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState, create_trial
 from ray.tune.search import Searcher
 from sqlalchemy.engine import make_url
@@ -26,18 +29,30 @@ from raytune_lora.config.compose import load
 from raytune_lora.config.schema import SweepConfig
 from raytune_lora.config.search import Objective, SearchConfig
 from raytune_lora.errors import UserError
-from raytune_lora.training.failures import OOM, STOPPED
+from raytune_lora.training.failures import DIVERGED, OOM, STOPPED
 from raytune_lora.tuning import samplers, secrets
+from raytune_lora.tuning.constraints import Constraints
+from raytune_lora.tuning.population import perturbed
 from raytune_lora.tuning.samplers import WARM
-from raytune_lora.tuning.space import Space, configured_point, drawn_point, fitting, sample
+from raytune_lora.tuning.space import Space, apply, configured_point, fitting, sample, settings
+from raytune_lora.tuning.storage import KeptStorage
 from raytune_lora.tuning.trials import COMPLETED, Record, Trial, trial_name
+from raytune_lora.tuning.turns import Child, Turn, Turns
 
 STUDY_FILE = "study.db"
 STUDY_NAME = "sweep"  # in the folder's own database
 NAME_FILE = "study_name"  # in the folder: the study's name in a database that sweeps share
 
+# user attributes of the study's trials
+CONTINUES = "continues"  # the trial whose later part it is
+PARENT, REPLACES = "parent", "replaces"  # of a child in a population
+
 _JOURNAL = "journal://"
-_MEMORY = "constraints:memory"  # system attribute that Optuna reads a constraint from: above zero is infeasible
+_REFUSED = "refused"  # user attribute of a proposal that broke constraints: their names
+_OWN_TRIES, _TRIES = 20, 1000  # refusals in a row after which points are drawn at random, and after which none is
+_WORST = 1e9  # a violation that a database can hold
+# system attributes that Optuna reads a constraint from: above zero is infeasible
+_INFEASIBLE = {OOM: "constraints:memory", DIVERGED: "constraints:finite"}
 _DRIVERS = {
     "postgresql": "pip install psycopg2-binary, and write postgresql+psycopg2://…",
     "mysql": "pip install pymysql, and write mysql+pymysql://…",
@@ -59,12 +74,8 @@ def open_study(folder: Path, cfg: SearchConfig) -> optuna.Study:
     """
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     try:
-        study = optuna.create_study(
-            study_name=_study_name(folder, cfg),
-            storage=_storage(folder, cfg.storage),
-            directions=["minimize"] * len(cfg.objectives),
-            load_if_exists=True,
-        )
+        name, directions = _study_name(folder, cfg), [StudyDirection.MINIMIZE] * len(cfg.objectives)
+        study = optuna.load_study(study_name=name, storage=KeptStorage(_storage(folder, cfg.storage), name, directions))
     except (SQLAlchemyError, OptunaError, OSError) as error:
         reason = str(error).strip().splitlines()[0]
         raise UserError(f"search.storage: {_shown(cfg.storage)} cannot be reached or written ({reason})") from error
@@ -105,9 +116,9 @@ def _study_name(folder: Path, cfg: SearchConfig) -> str:
     return file.read_text()
 
 
-def _storage(folder: Path, url: str | None) -> BaseStorage | str:
+def _storage(folder: Path, url: str | None) -> BaseStorage:
     if url is None:
-        return f"sqlite:///{folder / STUDY_FILE}"
+        return RDBStorage(f"sqlite:///{folder / STUDY_FILE}")
     if url.startswith(_JOURNAL):
         return JournalStorage(JournalFileBackend(url.removeprefix(_JOURNAL)))
     # a server may end a connection between two trials
@@ -152,57 +163,70 @@ def _path_problems(url: str, path: str) -> list[str]:
 # ------------------------------------------------------------------------------------------ what trials were and became
 
 
-def reconcile(study: optuna.Study, record: Record) -> list[Trial]:
+def reconcile(study: optuna.Study, record: Record, cfg: SweepConfig) -> list[Trial]:
     """Bring the study up to the journal after a kill.
 
-    A trial that the journal never saw start is told as failed, and its parameters are proposed again. One that it saw
-    end is told so.
+    A trial that the journal saw start and the study's database did not is added, all of them where another machine goes
+    on and begins a database; one that the journal never saw start is told as failed, and its parameters are proposed
+    again; a child waits until its turn comes again. Then the study hears what was measured and how it ended.
 
     Returns:
-        The trials that were running: they are to go on.
+        The trials that were running or paused: they are to go on.
     """
-    for frozen in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
-        known = record.trials.get(trial_name(frozen.number))
-        if known is None:
-            study.tell(frozen.number, state=TrialState.FAIL)
-            study.enqueue_trial({**frozen.system_attrs.get("fixed_params", {}), **frozen.params})
-        elif known.ended:
-            tell(study, known)
+    known = {int(trial.trial_id): trial for trial in record.searched}
+    if known and not study.get_trials(deepcopy=False):
+        warm_start(study, cfg.space, cfg)
+    for number in range(len(study.get_trials(deepcopy=False)), max(known, default=-1) + 1):
+        study.add_trial(_as_begun(known[number], cfg) if number in known else create_trial(state=TrialState.FAIL))
+    for frozen in study.get_trials(deepcopy=False, states=(TrialState.WAITING, TrialState.RUNNING)):
+        trial = known.get(frozen.number)
+        if trial is None:
+            if frozen.state is TrialState.RUNNING and PARENT not in frozen.user_attrs:
+                study.tell(frozen.number, state=TrialState.FAIL)
+                study.enqueue_trial({**frozen.system_attrs.get("fixed_params", {}), **frozen.params})
+            continue
+        if frozen.state is TrialState.WAITING:
+            _begin(study, frozen, _as_begun(trial, cfg))
+        if trial.ended:
+            tell(study, trial)
+        else:
+            report(study, trial)
+    for trial in known.values():
+        if trial.resumed and trial.ended:
+            tell(study, trial)
+    keep(study)
     return [trial for trial in record.trials.values() if not trial.ended]
 
 
-def rebuild(study: optuna.Study, record: Record, cfg: SweepConfig) -> None:
-    """Fill an empty study with what the journal knows, as where another machine goes on with a sweep.
-
-    Each trial has its number again. Numbers that the journal does not know were proposed and never started: they
-    failed. A study that has trials stays as it is.
-
-    Args:
-        study: of the sweep.
-        record: of the journal.
-        cfg: of the sweep.
-    """
-    known = {int(trial.trial_id): trial for trial in record.searched}
-    if not known or study.get_trials(deepcopy=False):
-        return
-    warm_start(study, cfg.space, cfg)
-    for number in range(len(study.get_trials(deepcopy=False)), max(known) + 1):
-        trial = known.get(number)
-        study.add_trial(create_trial(state=TrialState.FAIL) if trial is None else _rebuilt(study, trial, cfg))
+def keep(study: optuna.Study, sparing: bool = False) -> None:
+    """Have the study's database catch up; sparing: at most for a share of the time."""
+    storage = study._storage
+    if isinstance(storage, KeptStorage):
+        storage.keep(sparing)
 
 
-def _rebuilt(study: optuna.Study, trial: Trial, cfg: SweepConfig) -> FrozenTrial:
-    point = drawn_point(cfg.space, cfg, trial.params)
-    distributions = fitting(cfg.space, cfg, point)
-    facts: dict[str, Any] = {"params": point if distributions else {}, "distributions": distributions}
-    if len(study.directions) == 1:
-        facts["intermediate_values"] = {int(p["samples_seen"]): p["eval_loss"] for p in trial.curve}
-    if not trial.ended:
-        return create_trial(state=TrialState.RUNNING, **facts)
-    state, values, user_attrs, system_attrs = _outcome(study, trial)
-    if state is TrialState.PRUNED and (curve := facts.get("intermediate_values")):
-        values = [curve[max(curve)]]  # as ``Study.tell`` has it
-    return create_trial(state=state, values=values, user_attrs=user_attrs, system_attrs=system_attrs, **facts)
+def _as_begun(trial: Trial, cfg: SweepConfig) -> FrozenTrial:
+    """A trial as the study had it when it began: the sampler's parameters are those that give its own."""
+    point = configured_point(cfg.space, apply(cfg, trial.params))
+    distributions = fitting(cfg.space, apply(cfg, trial.params), point)
+    params = {name: point[name] for name in distributions}
+    marks = samplers.marks(cfg)
+    family = {} if trial.parent is None else {PARENT: trial.parent, REPLACES: trial.replaces}
+    return create_trial(
+        state=TrialState.RUNNING,
+        params=params,
+        distributions=distributions,
+        user_attrs=family,
+        system_attrs=marks,
+    )
+
+
+def _begin(study: optuna.Study, waiting: FrozenTrial, begun: FrozenTrial) -> None:
+    """Have a trial begin that waits in the study, with the parameters that it began with."""
+    storage, trial_id = study._storage, waiting._trial_id
+    storage.set_trial_state_values(trial_id, TrialState.RUNNING)
+    for name, own in begun.distributions.items():
+        storage.set_trial_param(trial_id, name, own.to_internal_repr(begun.params[name]), own)
 
 
 def report(study: optuna.Study, trial: Trial) -> None:
@@ -213,10 +237,11 @@ def report(study: optuna.Study, trial: Trial) -> None:
     if len(study.directions) > 1:
         return
     trial_id = _id(study, trial)
-    known = study._storage.get_trial(trial_id).intermediate_values
-    for point in trial.curve:
-        if int(point["samples_seen"]) not in known:
-            study._storage.set_trial_intermediate_value(trial_id, int(point["samples_seen"]), point["eval_loss"])
+    known = study._storage.get_trial(trial_id)
+    for measure in [] if known.state.is_finished() else trial.curve:
+        seen = int(measure["samples_seen"])
+        if seen not in known.intermediate_values:
+            study._storage.set_trial_intermediate_value(trial_id, seen, measure["eval_loss"])
 
 
 def tell(study: optuna.Study, trial: Trial) -> None:
@@ -224,31 +249,84 @@ def tell(study: optuna.Study, trial: Trial) -> None:
 
     - completed: its objectives' values
     - stopped: pruned, with its curve
-    - out of memory: pruned and infeasible, of which TPE keeps away; other samplers learn nothing of it
-    - failed, diverged, or completed without a finite value: failed
+    - diverged or out of memory: pruned and infeasible, of which TPE keeps away; other samplers learn nothing of it
+    - failed, or completed without a finite value: failed
+
+    What a stopped trial measured after it was taken up again is told as a trial of its own.
     """
-    trial_id = _id(study, trial)
-    if study._storage.get_trial(trial_id).state.is_finished():
+    number, trial_id = int(trial.trial_id), _id(study, trial)
+    own = study._storage.get_trial(trial_id)
+    if own.state.is_finished():
+        _tell_more(study, trial, own)
         return
     report(study, trial)
-    state, values, user_attrs, system_attrs = _outcome(study, trial)
-    for name, text in user_attrs.items():
-        study._storage.set_trial_user_attr(trial_id, name, text)
-    for name, value in system_attrs.items():
-        study._storage.set_trial_system_attr(trial_id, name, value)
-    study.tell(int(trial.trial_id), values, state=state)
-
-
-def _outcome(
-    study: optuna.Study, trial: Trial
-) -> tuple[TrialState, list[float] | None, dict[str, str], dict[str, float]]:
-    """State, values, user and system attributes of a trial that has ended, as ``tell`` explains them."""
     reached = _values(study, trial)
     if trial.status == COMPLETED and reached:
-        return TrialState.COMPLETE, reached, {}, {}
-    attributes = {"status": trial.status} | ({"error": trial.error} if trial.error else {})
-    state = TrialState.PRUNED if trial.status in (STOPPED, OOM) else TrialState.FAIL
-    return state, None, attributes, {_MEMORY: 1.0} if trial.status == OOM else {}
+        study.tell(number, reached)
+        return
+    study._storage.set_trial_user_attr(trial_id, "status", trial.status)
+    if trial.error:
+        study._storage.set_trial_user_attr(trial_id, "error", trial.error)
+    if trial.status in _INFEASIBLE:
+        study._storage.set_trial_system_attr(trial_id, _INFEASIBLE[trial.status], 1.0)
+    learned = trial.status == STOPPED or trial.status in _INFEASIBLE
+    study.tell(number, state=TrialState.PRUNED if learned else TrialState.FAIL)
+
+
+def _refuse(study: optuna.Study, trial: optuna.Trial, broken: dict[str, float]) -> None:
+    """Tell the study that a proposal is infeasible, and by how much; it takes a number, so trials' names have holes."""
+    trial.set_user_attr(_REFUSED, list(broken))
+    for name, amount in broken.items():
+        trial.set_constraint(name, min(amount, _WORST))
+    study.tell(trial, state=TrialState.PRUNED)
+
+
+def refused(study: optuna.Study) -> dict[str, int]:
+    """How many proposals broke each constraint."""
+    names = (name for t in study.get_trials(deepcopy=False) for name in t.user_attrs.get(_REFUSED, ()))
+    return dict(Counter(names))
+
+
+def _tell_more(study: optuna.Study, trial: Trial, own: FrozenTrial) -> None:
+    """Add what a trial measured beyond what the study knows; a trial that was told cannot be opened again there.
+
+    The added one has the same parameters, the whole curve, and the user attribute ``continues``. It takes a number that
+    no trial is named after then. ``counted`` leaves out what it continues.
+    """
+    entries = [own, *(t for t in study.get_trials(deepcopy=False) if t.user_attrs.get(CONTINUES) == trial.trial_id)]
+    if trial.samples_seen <= max((step for t in entries for step in t.intermediate_values), default=0):
+        return
+    reached = _values(study, trial) if trial.status == COMPLETED else []
+    stopped = TrialState.PRUNED if trial.status == STOPPED or trial.status in _INFEASIBLE else TrialState.FAIL
+    kept = {key: value for key, value in own.system_attrs.items() if key.endswith("generation")}
+    infeasible = {_INFEASIBLE[trial.status]: 1.0} if trial.status in _INFEASIBLE else {}
+    family = {key: own.user_attrs[key] for key in (PARENT, REPLACES) if key in own.user_attrs}
+    more = create_trial(
+        state=TrialState.COMPLETE if reached else stopped,
+        values=reached or None,
+        params=own.params,
+        distributions=own.distributions,
+        intermediate_values={int(measure["samples_seen"]): measure["eval_loss"] for measure in trial.curve},
+        user_attrs={**family, CONTINUES: trial.trial_id, **({} if reached else {"status": trial.status})},
+        system_attrs=kept | infeasible,
+    )
+    study.add_trial(more)
+
+
+def counted(trials: Sequence[FrozenTrial]) -> list[FrozenTrial]:
+    """Each trial once: without those that another continues."""
+    last = {t.user_attrs[CONTINUES]: t.number for t in trials if CONTINUES in t.user_attrs}
+    if not last:
+        return list(trials)
+    own = ((t, t.user_attrs.get(CONTINUES, trial_name(t.number))) for t in trials)
+    return [t for t, name in own if last.get(name, t.number) == t.number]
+
+
+class _Study(optuna.Study):
+    """What a sampler sees: each trial once."""
+
+    def _get_trials(self, *args: Any, **kwargs: Any) -> list[FrozenTrial]:
+        return counted(super()._get_trials(*args, **kwargs))
 
 
 def _id(study: optuna.Study, trial: Trial) -> int:
@@ -284,10 +362,12 @@ def warm_start(study: optuna.Study, space: Space, cfg: SweepConfig) -> int:
 
 
 def _fitting_trials(folder: Path, space: Space, cfg: SweepConfig) -> Iterator[FrozenTrial]:
-    for trial in _earlier(folder).get_trials(deepcopy=False, states=(TrialState.COMPLETE, TrialState.PRUNED)):
+    states = (TrialState.COMPLETE, TrialState.PRUNED)
+    for trial in counted(_earlier(folder).get_trials(deepcopy=False, states=states)):
         distributions = fitting(space, cfg, trial.params)
-        # memory ran out on another machine, or with another model: that says nothing here
-        if distributions and not trial.constraints and WARM not in trial.user_attrs:
+        # memory ran out or the loss diverged on another machine, or with another model: that says nothing here; and
+        # what a child of a population reached, its own parameters reached in part only
+        if distributions and not trial.constraints and not {WARM, PARENT} & trial.user_attrs.keys():
             yield create_trial(
                 state=trial.state,
                 values=trial.values,
@@ -339,35 +419,112 @@ def _warm_problems(cfg: SweepConfig) -> list[str]:
 
 
 class StudySearcher(Searcher):
-    """Proposes what the study asks for; the trials that were interrupted come first."""
+    """Proposes what the study asks for, or what is to go on; the trials that were interrupted come first."""
 
-    def __init__(self, study: optuna.Study, space: Space, cfg: SweepConfig, interrupted: list[Trial]) -> None:
+    def __init__(
+        self,
+        study: optuna.Study,
+        space: Space,
+        cfg: SweepConfig,
+        interrupted: list[Trial],
+        constraints: Constraints | None = None,
+        turns: Turns | None = None,
+    ) -> None:
+        """
+        Args:
+            study: of the sweep.
+            space: that is searched.
+            cfg: of the sweep.
+            interrupted: trials that were running when the sweep was killed.
+            constraints: that proposals must fulfil; None: those of the config.
+            turns: says whose turn it is; None: always a new trial's.
+        """
         super().__init__(metric="eval_loss", mode="min")
+        self._constraints = constraints or Constraints(cfg)
         self._study = study
         self._space = space
         self._cfg = cfg
         self._interrupted = list(interrupted)
+        self._turns = turns or Turns()
+        self._out: dict[str, Trial] = {}  # what was proposed and has not ended, by Tune's name
+        self._sittings: Counter[str] = Counter()  # proposals of each trial in this process
         if all(WARM in trial.user_attrs for trial in study.get_trials(deepcopy=False)):
             warm_start(study, space, cfg)
             study.enqueue_trial(configured_point(space, cfg))
-        study.sampler = samplers.build(cfg, study)
+            keep(study)  # so that the numbers of what follows hold after a kill
+        self._asked = _Study(study.study_name, study._storage, samplers.build(cfg, study, self._constraints))
 
-    def suggest(self, trial_id: str) -> dict[str, Any]:
+    @property
+    def over(self) -> bool:
+        """Whether there is nothing more to run, and nothing runs."""
+        return not self._interrupted and not self._out and self._turns.next({}) is Turn.END
+
+    def suggest(self, trial_id: str) -> Any:
+        """What to run: ``trial_id``, ``params``, the terms of ``Turns``, and ``sitting`` where it is not the first."""
         if self._interrupted:
-            known = self._interrupted.pop(0)
-            return {"trial_id": known.trial_id, "params": known.params}
-        trial = self._study.ask()
-        return {"trial_id": trial_name(trial.number), "params": sample(trial, self._space, self._cfg)}
+            turn: Trial | Child | Turn = self._interrupted.pop(0)
+        else:
+            turn = self._turns.next({trial.trial_id: trial for trial in self._out.values()})
+        if turn is Turn.WAIT or turn is Turn.END:
+            return None if turn is Turn.WAIT else self.FINISHED
+        known = turn if isinstance(turn, Trial) else self._child(turn) if isinstance(turn, Child) else self._new()
+        if known is None:
+            return self.exhausted(f"none of {_TRIES} proposals fulfils search.constraints")
+        self._out[trial_id] = known
+        proposal = {"trial_id": known.trial_id, "params": known.params, **self._turns.terms(known)}
+        if sitting := self._sittings[known.trial_id]:
+            proposal["sitting"] = sitting
+        self._sittings[known.trial_id] += 1
+        return proposal
+
+    def exhausted(self, why: str) -> Any:
+        """What is answered where nothing is left to propose."""
+        return self.FINISHED
+
+    def _new(self) -> Trial | None:
+        """A point that fulfils the constraints; those that do not are told as infeasible. None after many tries."""
+        own = self._asked.sampler
+        try:
+            for tries in range(_TRIES):
+                if tries == _OWN_TRIES:  # some samplers learn nothing of what is refused, and would ask for it for ever
+                    self._asked.sampler = samplers.at_random(self._cfg, self._study)
+                trial = self._asked.ask()
+                params = sample(trial, self._space, self._cfg)
+                broken = self._constraints.broken(params)
+                if not broken:
+                    return Trial(trial_name(trial.number), params)
+                _refuse(self._asked, trial, broken)
+        finally:
+            self._asked.sampler = own
+        return None
+
+    def _child(self, child: Child) -> Trial:
+        """Enter it into the study, where it is not there already; a kill may have come before its start."""
+        storage, parent, replaces = self._study._storage, child.parent, child.replaces.trial_id
+        names = {PARENT: parent.trial_id, REPLACES: replaces}
+        running = self._study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
+        number, params = next(((t.number, t.params) for t in running if t.user_attrs == names), (None, {}))
+        if number is None:
+            own = storage.get_trial(_id(self._study, parent))
+            params = perturbed(own.params, own.distributions, f"{self._cfg.search.seed}/{parent.trial_id}/{replaces}")
+            entry = create_trial(
+                state=TrialState.RUNNING, params=params, distributions=own.distributions, user_attrs=names
+            )
+            number = storage.get_trial_number_from_id(storage.create_new_trial(self._study._study_id, entry))
+        begun = Trial(trial_name(number), settings(self._space, self._cfg, params), samples_seen=parent.samples_seen)
+        begun.parent, begun.born, begun.replaces = parent.trial_id, parent.samples_seen, replaces
+        return begun
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
-        """Nothing: the study hears of measures and ends from the journal, by ``report`` and ``tell``."""
+        """There is room again; the study hears of measures and ends from the journal, by ``report`` and ``tell``."""
+        self._out.pop(trial_id, None)
 
     def __getstate__(self) -> dict[str, Any]:
         """Nothing for Tune's own snapshots: a sweep goes on from the study and the journal."""
         return {}
 
     def save(self, checkpoint_path: str) -> None:
-        """Nothing: the study is on disk."""
+        """Nothing: the study and the journal are on disk."""
 
     def restore(self, checkpoint_path: str) -> None:
-        """Nothing: the study is on disk."""
+        """Nothing: the study and the journal are on disk."""

@@ -46,6 +46,7 @@ def _show(status: Status, as_json: bool, follow: bool, trial_id: str | None) -> 
         _print_json(status, trial_id, follow)
         return
     console = Console(highlight=False, markup=False, emoji=False)
+    told = len(status.events) if trial_id is None else _whole_lines(status.log(trial_id))
     if not (follow and console.is_terminal):
         console.print(_view(status, trial_id), soft_wrap=trial_id is not None)
     if follow and console.is_terminal:
@@ -53,7 +54,7 @@ def _show(status: Status, as_json: bool, follow: bool, trial_id: str | None) -> 
             for now in _looks(status):
                 live.update(_view(now, trial_id), refresh=True)
     elif follow:
-        _print_news(status, trial_id)
+        _print_news(status, trial_id, told)
 
 
 def _looks(status: Status) -> Iterator[Status]:
@@ -76,9 +77,14 @@ def _print_json(status: Status, trial_id: str | None, follow: bool) -> None:
             print(json.dumps(facts(now), ensure_ascii=False), flush=True)
 
 
-def _print_news(status: Status, trial_id: str | None) -> None:
-    """What is new at each look, in lines: of the sweep's journal, or of a trial's log."""
-    told = len(status.events) if trial_id is None else _log_size(status, trial_id)
+def _print_news(status: Status, trial_id: str | None, told: int) -> None:
+    """What is new at each look, in lines: of the sweep's journal, or of a trial's log.
+
+    Args:
+        status: at the first look.
+        trial_id: of the trial; None: the journal.
+        told: events of the journal, or bytes of the log, that have been shown.
+    """
     now = status
     for now in _looks(status):
         if trial_id is None:
@@ -95,9 +101,9 @@ def _print_news(status: Status, trial_id: str | None) -> None:
     print(f"{now.folder.name}: {now.state}", *(f"hint: {hint}" for hint in hints(now)), sep="\n")
 
 
-def _log_size(status: Status, trial_id: str) -> int:
-    log = status.log(trial_id)
-    return log.stat().st_size if log.is_file() else 0
+def _whole_lines(log: Path) -> int:
+    """Bytes of a log up to the end of its last whole line, which is what has been shown of it."""
+    return log.read_bytes().rfind(b"\n") + 1 if log.is_file() else 0
 
 
 def _print_log(status: Status, trial_id: str, told: int) -> int:

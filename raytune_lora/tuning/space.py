@@ -61,21 +61,9 @@ def configured_point(space: Space, cfg: RunConfig) -> dict[str, Any]:
     return point
 
 
-def drawn_point(space: Space, cfg: RunConfig, params: dict[str, Any]) -> dict[str, Any]:
-    """What the sampler drew where ``sample`` gave these parameters; what cannot have been drawn is left out."""
-    point: dict[str, Any] = {}
-
-    def choose(d: DimensionConfig) -> Any:
-        value = params.get(d.key)
-        if d.multiple_of and value is not None:
-            factor = params.get(d.multiple_of, plain(lookup(cfg, d.multiple_of)))
-            value = next(iter(_nearest(d, value / factor)), None) if factor else None
-        if contains(d, value):
-            point[parameter(d)] = value
-        return value
-
-    _walk(space, cfg, choose)
-    return point
+def settings(space: Space, cfg: RunConfig, point: dict[str, Any]) -> dict[str, Any]:
+    """What a point, given as the sampler's parameters, sets the config's keys to, as ``apply`` takes it."""
+    return _walk(space, cfg, lambda d: point.get(parameter(d)))
 
 
 def fitting(space: Space, cfg: RunConfig, params: dict[str, Any]) -> dict[str, optuna.distributions.BaseDistribution]:

@@ -10,26 +10,37 @@ from functools import partial, wraps
 from typing import Any
 
 import optuna
-import ray
 from ray import tune
 from ray.tune import Callback, FailureConfig, TuneConfig, Tuner
 from ray.tune import RunConfig as TuneRunConfig
 
 from raytune_lora.config.schema import SweepConfig
+from raytune_lora.config.search import Scheduler
 from raytune_lora.errors import StorageError
 from raytune_lora.training.driver import this_node
 from raytune_lora.training.failures import DISK, FAILED, STOPPED
 from raytune_lora.training.place import SAVE_AND_STOP, STOP
-from raytune_lora.tuning.budget import Budget
+from raytune_lora.tuning.budget import SPACE, Budget
 from raytune_lora.tuning.confirm import best_configurations, planned, ranked, train_runs
 from raytune_lora.tuning.disk import Quota
 from raytune_lora.tuning.interrupt import Interrupts
-from raytune_lora.tuning.isolated import run_trial
+from raytune_lora.tuning.isolated import run_trial, task_name
 from raytune_lora.tuning.job import SWEEP, Job, open_job, plain_run
 from raytune_lora.tuning.results import TRIALS
-from raytune_lora.tuning.scheduler import build
-from raytune_lora.tuning.search import NAME_FILE, StudySearcher, open_study, pareto, rebuild, reconcile, report, tell
-from raytune_lora.tuning.trials import COMPLETED, CONFIRM, Journal, Trial
+from raytune_lora.tuning.scheduler import build, turns
+from raytune_lora.tuning.search import (
+    NAME_FILE,
+    StudySearcher,
+    keep,
+    open_study,
+    pareto,
+    reconcile,
+    refused,
+    report,
+    tell,
+)
+from raytune_lora.tuning.trials import COMPLETED, CONFIRM, PAUSED, RUNNING, Journal, Trial
+from raytune_lora.tuning.turns import TERMS
 
 _ENOUGH = 10  # completed trials before parameter importance says anything
 _RESOURCES = {"memory": 1.0}  # a byte: a Tune trial only waits for its workers, and zero is refused
@@ -57,26 +68,28 @@ def _sweep(job: Job) -> None:
     record = job.journal.record
     study = open_study(job.folder.path, job.cfg.search)
     job.folder.copy.send(job.folder.path / NAME_FILE)
-    rebuild(study, record, job.cfg)
-    interrupted = [trial for trial in reconcile(study, record) if trial.confirms is None]
+    interrupted = [trial for trial in reconcile(study, record, job.cfg) if trial.confirms is None]
     budget = Budget(job.cfg.budget, job.journal, job.cfg.search.trials, job.progress.note)
     if budget.spent():
         _end(interrupted, job.journal, study)
-    if TRIALS not in record.phases or (record.ended < job.cfg.search.trials and not budget.spent()):
+    more = record.ended < job.cfg.search.trials and not job.cfg.scheduler.goes_on
+    if TRIALS not in record.phases or (more and not budget.spent()):
         with job.phase(TRIALS, "running trials"):
-            if record.ended < job.cfg.search.trials and not budget.spent():
+            if not budget.spent():
                 _tune(job, study, interrupted, budget)
     several = len(job.cfg.search.objectives) > 1
-    job.learned = {"importance": _importance(study), "pareto": pareto(study) if several else []}
+    front = pareto(study) if several else []
+    job.learned = {"importance": _importance(study, job.cfg), "pareto": front, "refused": refused(study)}
     _confirm(job)
     job.finish()
 
 
 def _end(interrupted: list[Trial], journal: Journal, study: optuna.Study) -> None:
-    """Record the ends of trials that were running when a sweep was killed after its budget had ended the search."""
+    """Record the ends of trials that were running or paused when a budget had ended the search."""
     for trial in interrupted:
         journal.append("trial_ended", trial_id=trial.trial_id, status=STOPPED, error=None, seconds=0.0)
         tell(study, trial)
+    keep(study)
 
 
 def _confirm(job: Job) -> None:
@@ -126,7 +139,7 @@ def _halting(method: Callable[..., Any]) -> Callable[..., Any]:
 
 
 class _Searcher(StudySearcher):
-    """Proposes nothing more once the budget is spent."""
+    """Proposes nothing more once the budget is spent; where nothing is left to propose, that ends the search too."""
 
     budget: Budget
     halt: _Halt
@@ -135,21 +148,30 @@ class _Searcher(StudySearcher):
     def suggest(self, trial_id: str) -> Any:
         return self.FINISHED if self.budget.spent() else super().suggest(trial_id)
 
+    def exhausted(self, why: str) -> Any:
+        self.budget.end(SPACE, why)
+        return super().exhausted(why)
+
 
 def _tune(job: Job, study: optuna.Study, interrupted: list[Trial], budget: Budget) -> None:
     logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # what goes wrong is in the journal
-    cfg = job.cfg
-    board = job.pool.board
-    searcher = _Searcher(study, cfg.space, cfg, interrupted)
+    cfg, board, record = job.cfg, job.pool.board, job.journal.record
+    when = {"total": job.plan.total, "every": job.plan.every}
+    scheduler = build(cfg.scheduler, record=record, **when)
+    running = [trial for trial in interrupted if trial.status == RUNNING]
+    searcher = _Searcher(study, cfg.space, cfg, running, job.constraints, turns(cfg, scheduler, record, **when))
     halt = _Halt(job.interrupts)
     searcher.budget, searcher.halt = budget, halt
+    if searcher.over:
+        return
     trainable = partial(run_trial, board=board, cfg=plain_run(cfg), store=job.store, trials=job.folder.trials)
+    trainable.__name__ = f"{job.folder.path.name} trials"  # type: ignore[attr-defined]  # Ray's dashboard shows it
     tuner = Tuner(
         tune.with_resources(trainable, _on_this_node()),
         tune_config=TuneConfig(
             search_alg=searcher,
-            scheduler=build(cfg.scheduler, total=job.plan.total, every=job.plan.every, record=job.journal.record),
-            num_samples=cfg.search.trials - job.journal.record.ended,
+            scheduler=scheduler,
+            num_samples=-1,  # the searcher says when there are no more
             max_concurrent_trials=cfg.search.concurrent,
             reuse_actors=True,
         ),
@@ -168,8 +190,12 @@ def _tune(job: Job, study: optuna.Study, interrupted: list[Trial], budget: Budge
             tuner.fit()
     finally:
         job.interrupts.awaited = False
+    if halt.why is None or isinstance(halt.why, KeyboardInterrupt):  # else the journal has what the database lacks
+        keep(study)
     if halt.why is not None:
         raise halt.why
+    if record.ended_by:
+        _end([trial for trial in record.searched if trial.status == PAUSED], job.journal, study)
 
 
 def _on_this_node() -> tune.PlacementGroupFactory:
@@ -190,7 +216,8 @@ class _Recorder(Callback):
         self._study = study
         self._board = job.pool.board
         self._budget = budget
-        self._quota = Quota(job.cfg.disk, job.folder.copy.within(job.folder.trials.name))
+        trials = job.folder.copy.within(job.folder.trials.name)
+        self._quota = Quota(job.cfg.disk, trials, job.cfg.scheduler.goes_on)
         self._gpus = job.cfg.workers * job.cfg.gpus_per_worker  # of a trial
         self._began: dict[str, float] = {}
         self._told: set[str] = set()  # trials that were asked to end
@@ -203,7 +230,10 @@ class _Recorder(Callback):
     def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:
         name = trial.config["trial_id"]
         self._began[name] = time.monotonic()
-        self._journal.append("trial_started", trial_id=name, params=trial.config["params"], gpus=self._gpus)
+        terms = {key: trial.config[key] for key in TERMS if key in trial.config}
+        self._journal.append("trial_started", trial_id=name, params=trial.config["params"], gpus=self._gpus, **terms)
+        if "replaces" in terms:
+            tell(self._study, self._journal.record.trials[terms["replaces"]])
 
     @_halting
     def on_trial_result(self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **_: Any) -> None:
@@ -217,10 +247,10 @@ class _Recorder(Callback):
     @_halting
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:
         known = self._journal.record.trials[trial.config["trial_id"]]
-        status = trial.last_result.get("status", STOPPED)
+        status = trial.last_result.get("status", PAUSED if "until" in trial.config else STOPPED)
         if status == DISK:
             raise StorageError(trial.last_result["error"])
-        if status == STOPPED and known.last:  # it had come to its end when it was told to stop
+        if status in (STOPPED, PAUSED) and known.last:  # it had come to its end when it was told to stop
             status = COMPLETED
         self._end(trial, status, trial.last_result.get("error"))
 
@@ -229,15 +259,16 @@ class _Recorder(Callback):
         if why is None and not self._spent():
             return
         for trial in trials:
-            name = trial.config["trial_id"]
-            if not trial.is_finished() and name not in self._told:
-                self._told.add(name)
-                self._board.stop.remote(name, SAVE_AND_STOP if isinstance(why, KeyboardInterrupt) else STOP)
+            task = task_name(trial.config)
+            if not trial.is_finished() and task not in self._told:
+                self._told.add(task)
+                self._board.stop.remote(task, SAVE_AND_STOP if isinstance(why, KeyboardInterrupt) else STOP)
 
     @_halting
     def _spent(self) -> bool:
         self._journal.keep_time()
-        return self._budget.spent()
+        keep(self._study, sparing=True)
+        return self._budget.spent() and not self._budget.is_out_of_points
 
     @_halting
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:
@@ -246,18 +277,24 @@ class _Recorder(Callback):
 
     def _end(self, trial: Any, status: str, error: str | None) -> None:
         name = trial.config["trial_id"]
-        ray.get(self._board.stop.remote(name))
+        self._board.stop.remote(task_name(trial.config))  # it does what it is asked in order
         if name not in self._journal.record.trials:  # its Tune actor never came up
             self.on_trial_start(0, [], trial)
         seconds = round(time.monotonic() - self._began[name], 3)
+        if status == PAUSED:
+            self._journal.append("trial_paused", trial_id=name, seconds=seconds)
+            return
         self._journal.append("trial_ended", trial_id=name, status=status, error=error, seconds=seconds)
         tell(self._study, self._journal.record.trials[name])
 
 
-def _importance(study: optuna.Study) -> dict[str, float]:
-    """How much each parameter matters for the loss, by fANOVA's kin PED-ANOVA; nothing where too few trials say so."""
+def _importance(study: optuna.Study, cfg: SweepConfig) -> dict[str, float]:
+    """How much each parameter matters for the loss, by fANOVA's kin PED-ANOVA; nothing where too few trials say so.
+
+    Nothing of a population either: what a child reached is not owed to its own parameters alone.
+    """
     completed = study.get_trials(deepcopy=False, states=(optuna.trial.TrialState.COMPLETE,))
-    if len(completed) < _ENOUGH:
+    if len(completed) < _ENOUGH or cfg.scheduler.kind is Scheduler.pbt:
         return {}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

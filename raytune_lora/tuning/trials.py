@@ -16,10 +16,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from raytune_lora.training.failures import DIVERGED, FAILED, LOST, OOM, QUOTA
+from raytune_lora.training.failures import DIVERGED, FAILED, LOST, OOM, QUOTA, STOPPED
 from raytune_lora.tuning.parts import Parts
 
-COMPLETED = "completed"
+RUNNING, PAUSED, COMPLETED = "running", "paused", "completed"
 ENDED_BADLY = (FAILED, DIVERGED, OOM, LOST, QUOTA)
 PREPARE, BASELINE, TRIALS, CONFIRM, BEST = PHASES = "prepare", "baseline", "trials", "confirm", "best"
 
@@ -48,10 +48,11 @@ class Trial:
 
     trial_id: str
     params: dict[str, Any]  # by dotted config key
-    status: str = "running"
+    status: str = RUNNING
     samples_seen: int = 0
     eval_loss: float | None = None  # the lowest measured
     checkpoint: str | None = None  # of that loss
+    latest: str | None = None  # checkpoint of the last measure
     seconds: float = 0.0  # from start to end, all its starts together
     training_seconds: float = 0.0  # in optimizer steps
     trainable_parameters: int | None = None
@@ -63,10 +64,15 @@ class Trial:
     confirms: str | None = None  # the trial whose parameters it runs again with another seed
     gpus: int = 0  # of all its workers
     retries: int = 0  # new attempts: after memory ran out, or a worker or machine was lost
+    resumed: int = 0  # how often it was taken up again after it had ended
+    parent: str | None = None  # the trial from whose checkpoint it began
+    born: int = 0  # samples that its parent had seen at that checkpoint
+    replaces: str | None = None  # the member of the population whose place it took
+    until: int | None = None  # samples after which it pauses
 
     @property
     def ended(self) -> bool:
-        return self.status != "running"
+        return self.status not in (RUNNING, PAUSED)
 
 
 @dataclass
@@ -76,6 +82,7 @@ class Record:
     trials: dict[str, Trial] = field(default_factory=dict)
     phases: dict[str, dict[str, Any]] = field(default_factory=dict)  # finished ones: seconds and what they measured
     clock: float = 0.0  # seconds at work, in all sittings
+    progressed: float = 0.0  # Unix time of the last event that was not the clock's
     ended_by: dict[str, Any] | None = None  # the budget that ended the search, and why
     # of the search's trials:
     ended: int = 0  # how many have ended, well or badly
@@ -88,6 +95,8 @@ class Record:
         """Take one event in."""
         kind = event["event"]
         self.clock = event.get("clock", self.clock)
+        if kind != "clock":
+            self.progressed = event.get("time", self.progressed)
         if kind == "phase":
             self.phases[event["name"]] = event
         elif kind == "trial_started":
@@ -96,6 +105,10 @@ class Record:
             self.trials[event["trial_id"]].retries += 1
         elif kind == "trial_result":
             self._result(self.trials[event["trial_id"]], event)
+        elif kind == "trial_paused":
+            trial = self.trials[event["trial_id"]]
+            trial.status = PAUSED
+            trial.seconds += event["seconds"]
         elif kind == "trial_ended":
             self._ended(self.trials[event["trial_id"]], event)
         elif kind == "ended_by":
@@ -128,12 +141,26 @@ class Record:
         among = self.searched if confirmed is None else self.runs(confirmed["winner"])
         return lowest(among)
 
+    def lineage(self, trial: Trial) -> list[Trial]:
+        """The trials whose training led to this one, the first one first, and itself last."""
+        found = [trial]
+        while found[0].parent is not None:
+            found.insert(0, self.trials[found[0].parent])
+        return found
+
     def _started(self, event: dict[str, Any]) -> None:
         name = event["trial_id"]
-        trial = self.trials.setdefault(name, Trial(name, event["params"], confirms=event.get("confirms")))
-        if trial.ended and trial.confirms is None:
-            self.ended -= 1
-        trial.status, trial.gpus = "running", event.get("gpus", 0)
+        trial = self.trials.get(name)
+        if trial is None:
+            given = {key: event[key] for key in ("confirms", "parent", "born", "replaces") if key in event}
+            trial = self.trials[name] = Trial(name, event["params"], **given)
+            trial.samples_seen = trial.born
+            if trial.replaces is not None and not self.trials[trial.replaces].ended:
+                self._ended(self.trials[trial.replaces], {"status": STOPPED, "error": None, "seconds": 0.0})
+        if trial.ended:
+            trial.resumed += 1
+            self.ended -= trial.confirms is None
+        trial.status, trial.gpus, trial.until = RUNNING, event.get("gpus", 0), event.get("until")
 
     def _result(self, trial: Trial, event: dict[str, Any]) -> None:
         seen = event["samples_seen"]
@@ -145,7 +172,7 @@ class Record:
         trial.training_seconds = event["training_seconds"]
         trial.trainable_parameters = event["trainable_parameters"]
         trial.peak_memory_bytes = event["peak_memory_bytes"]
-        trial.micro_batch, trial.last = event["micro_batch"], event["last"]
+        trial.micro_batch, trial.last, trial.latest = event["micro_batch"], event["last"], event["checkpoint"]
         if math.isfinite(event["eval_loss"]) and (trial.eval_loss is None or event["eval_loss"] <= trial.eval_loss):
             trial.eval_loss, trial.checkpoint = event["eval_loss"], event["checkpoint"]
         if trial.confirms is None:
@@ -162,7 +189,7 @@ class Record:
         if trial.status in ENDED_BADLY and self.leader is trial:
             self.leader = lowest(self.searched)
         loss = math.inf if trial.eval_loss is None or trial.status in ENDED_BADLY else trial.eval_loss
-        self.in_vain = 0 if loss < self._lowest else self.in_vain + 1
+        self.in_vain = 0 if loss < self._lowest else self.in_vain + (not trial.resumed)
         self._lowest = min(self._lowest, loss)
 
 

@@ -20,6 +20,7 @@ import urllib.request
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -74,7 +75,7 @@ def laptop() -> dict[str, str]:
     """The environment of a machine that knows no cluster."""
     cleared = {"RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH", "RAY_ADDRESS", *PLANTED}
     kept = {name: value for name, value in os.environ.items() if name not in cleared}
-    return kept | {"PYTHONPATH": str(readme.ROOT), "PATH": f"{BIN}:{os.environ['PATH']}", "HOME": "/nowhere"}
+    return kept | {"PYTHONPATH": str(readme.ROOT), "PATH": f"{BIN}:{os.environ['PATH']}"}
 
 
 @pytest.fixture(scope="module")
@@ -147,10 +148,10 @@ def _pour(source: socket.socket, target: socket.socket) -> None:
 class Submitting:
     """A submission at work, and what it has printed."""
 
-    def __init__(self, *arguments: str, environment: dict[str, str]) -> None:
-        command = [sys.executable, str(readme.ROOT / "jobs" / "submit.py"), *arguments]
+    def __init__(self, *arguments: str, environment: dict[str, str], project: Path = readme.ROOT) -> None:
+        command = [sys.executable, "jobs/submit.py", *arguments]
         self.process = subprocess.Popen(
-            command, env=environment, cwd=readme.ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+            command, env=environment, cwd=project, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
         )
         self.lines: list[str] = []
         self._reader = threading.Thread(target=self._read, daemon=True)
@@ -200,8 +201,9 @@ def events(folder: Path, kind: str) -> list[dict[str, float]]:
         ({"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "another0planted0token"}, "the cluster refuses the token in"),
     ],
 )
-def test_without_the_token(cluster: Cluster, token: dict[str, str], said: str) -> None:
-    refused = Submitting("--address", cluster.dashboard, "--status", "mine", environment=laptop() | token).end(2)
+def test_without_the_token(cluster: Cluster, token: dict[str, str], said: str, tmp_path: Path) -> None:
+    environment = laptop() | token | {"HOME": str(tmp_path)}  # where Ray may have put a token of this machine's own
+    refused = Submitting("--address", cluster.dashboard, "--status", "mine", environment=environment).end(2)
     assert refused.startswith(f"error: --address {cluster.dashboard}: {said}")
     assert refused.count("\n") == 1
     assert not any(secret in refused for secret in token.values() if "planted" in secret)
@@ -235,58 +237,83 @@ def test_submitted_by_ray_and_no_secret_is_written(
     for name, secret in PLANTED.items():
         assert not cluster.leaks(secret, tmp_path), name
         assert secret not in done.stdout + done.stderr
+    names = {actor["class_name"]: actor["repr_name"] for actor in listed("/api/v0/actors?detail=true", cluster)}
+    assert names["Board"] == "mine board"
+    assert names["RayTrainWorker"] == "mine group 0"
+    assert names["ImplicitFunc"] == "mine trials"
 
 
-def test_submitted_left_alone_stopped_and_resumed(cluster: Cluster, tmp_path: Path, cache: Path) -> None:
-    way, began = Way(cluster.dashboard_port), time.time()
+def listed(path: str, cluster: Cluster) -> list[dict[str, Any]]:
+    """What the state API lists, those that ended included."""
+    token = {"Authorization": f"Bearer {PLANTED['RAY_AUTH_TOKEN']}"}
+    request = urllib.request.Request(cluster.dashboard + path, headers=token)
+    with urllib.request.urlopen(request, timeout=20) as answer:
+        found: list[dict[str, Any]] = json.load(answer)["data"]["result"]["result"]
+    return found
+
+
+@pytest.fixture
+def project(tmp_path: Path, rows: Path) -> Path:
+    """A user's checkout, with data in it."""
+    for name in ("jobs", "conf", "raytune_lora"):
+        shutil.copytree(readme.ROOT / name, tmp_path / "project" / name, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(rows, tmp_path / "project" / "my.jsonl")
+    return tmp_path / "project"
+
+
+def test_submitted_left_alone_stopped_and_resumed(
+    cluster: Cluster, tmp_path: Path, cache: Path, tiny_folder: Path, project: Path
+) -> None:
+    way, sweep, got = Way(cluster.dashboard_port), tmp_path / "mine", project / "sweeps" / "mine"
+    changed = {
+        "gpus_per_worker=1": "gpus_per_worker=0",
+        "workers=4": "workers=1",
+        "search.concurrent=8": "search.trials=1",
+    }
+    changed |= {"deepspeed=zero3": "deepspeed=off", "http://127.0.0.1:8265": way.address}
+    changed |= {"/shared/sweeps/mine": str(sweep), "/shared/cache": str(cache), "/shared/model": str(tiny_folder)}
+    arguments = [*readme.arguments("jobs/submit.py", changed), *SMALL, "--env", "PASSED_ON", "training.max_steps=2400"]
+    arguments += ["training.global_batch=8", "evaluation.every=800", "scheduler=none"]
     there = ("--address", way.address)
-    environment = cluster.environment | PASSED
-    sweep = ("model=tiny", "data=fake", "deepspeed=off", f"output={tmp_path / 'mine'}", f"cache={cache}", *SMALL)
-    trials = (
-        "search.trials=2",
-        "training.global_batch=8",
-        "training.max_steps=250",
-        "evaluation.every=400",
-        "scheduler=none",
-    )
-    arguments = (*there, "--env", "PASSED_ON", *sweep, *trials)
-    first = Submitting(*arguments, "--to", str(tmp_path / "got"), environment=environment)
+
+    def submit(*arguments: str) -> Submitting:
+        return Submitting(*arguments, environment=cluster.environment | PASSED, project=project)
+
+    began = time.time()
+    first = submit(*arguments)
     first.wait_for("mine: submitted as job raytune-lora-mine.1")
-
-    second = Submitting(*arguments, "--detach", environment=environment)
-    way_was_cut_after = len(first.lines)
-    assert re.search(r"error: --name mine: a sweep of that name is (running|pending) ", second.end(2))
-
+    assert re.search(r"error: --name mine: a sweep of that name is (running|pending); ", submit(*arguments).end(2))
     way.open = False
     first.wait_for("does not answer (ConnectionError); the sweep goes on; trying again in 1 s")
     way.open = True
-    first.wait_for("measuring the base model")
-    assert len(first.lines) > way_was_cut_after
-    assert len(set(first.lines)) == len(first.lines)  # nothing is told twice
-
+    assert re.search(r"mine: (running|pending), ", submit(*there, "--status", "mine").end())
+    first.wait_for("trial 0000 started")
+    told = [line for line in first.lines if "does not answer" not in line]
+    assert len(set(told)) == len(told)  # nothing is told twice
     first.process.send_signal(signal.SIGINT)
     assert "the sweep goes on without this machine\nto follow it, and fetch its results: " in first.end(0)
-    assert not (tmp_path / "got").exists()
+    assert not got.exists()
 
-    wait_for(lambda: bool(events(tmp_path / "mine", "trial_result")))
-    print(f"submit to first trial: {events(tmp_path / 'mine', 'trial_started')[0]['time'] - began:.1f} s")
-    assert "mine: running, " in Submitting(*there, "--status", "mine", environment=environment).end()
-    assert "mine: asked to stop" in Submitting(*there, "--stop", "mine", environment=environment).end()
-    last = Submitting(*there, "--logs", "mine", "--to", str(tmp_path / "got"), environment=environment)
-    assert "mine: stopped, " in last.end(1)
-    assert not events(tmp_path / "mine", "phase")[2:]
+    wait_for(lambda: bool(events(sweep, "trial_result")))
+    print(f"submit to first trial: {events(sweep, 'trial_started')[0]['time'] - began:.1f} s")
+    assert "mine: asked to stop" in submit(*there, "--stop", "mine").end()
+    assert "mine: stopped, " in submit(*there, "--logs", "mine").end(1)
+    assert len(events(sweep, "phase")) == 2  # prepare, baseline
 
-    resumed = Submitting(*there, "--resume", "mine", "--to", str(tmp_path / "got"), environment=environment)
-    said = resumed.end(0)
+    said = submit(*there, "--resume", "mine").end(0)
     assert "mine: submitted as job raytune-lora-mine.2" in said
     assert "mine: succeeded, " in said
-    assert f"results: {tmp_path / 'got'}\n" in said
-    results = json.loads((tmp_path / "got" / "results.json").read_text())
-    assert [trial["status"] for trial in results["trials"]] == ["completed", "completed"]
+    assert f"results: {got}\n" in said
+    results = json.loads((got / "results.json").read_text())
+    assert [trial["status"] for trial in results["trials"]] == ["completed"]
     for file in ("report.html", "best/adapter/adapter_model.safetensors", "best/config.yaml"):
-        assert (tmp_path / "got" / file).read_bytes() == (tmp_path / "mine" / file).read_bytes()
+        assert (got / file).read_bytes() == (sweep / file).read_bytes()
     # Ray's agent writes down what it is passed; nothing of this project does
-    assert cluster.leaks(PASSED["PASSED_ON"], tmp_path) <= {"runtime_env_agent.log"}
+    assert cluster.leaks(PASSED["PASSED_ON"], tmp_path) == {"runtime_env_agent.log"}
+
+    command = [sys.executable, "jobs/status.py", *readme.arguments("jobs/status.py", {"sweeps/mine": str(sweep)})]
+    shown = subprocess.run(command, cwd=project, env=laptop(), capture_output=True, text=True, check=True)
+    assert shown.stdout.startswith("mine: finished; at work for ")
 
 
 def test_the_dashboard_of_a_local_cluster_is_for_this_machine_alone() -> None:
@@ -295,7 +322,7 @@ def test_the_dashboard_of_a_local_cluster_is_for_this_machine_alone() -> None:
         "from raytune_lora.config.schema import ClusterConfig\n"
         "with connected(ClusterConfig(dashboard=True)): print('at', ray._private.worker.global_worker.node.webui_url)\n"
     )
-    environment = laptop() | {"HOME": os.environ["HOME"], "RAY_AUTH_MODE": "disabled"}
+    environment = laptop() | {"RAY_AUTH_MODE": "disabled"}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
     assert re.search(r"^at 127\.0\.0\.1:\d+$", done.stdout, re.MULTILINE)
 

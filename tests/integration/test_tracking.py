@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
+import sys
 import time
 import urllib.request
 import uuid
@@ -12,12 +14,18 @@ from pathlib import Path
 import pytest
 import ray
 
+from raytune_lora.config.compose import compose, to_plain
 from raytune_lora.config.schema import TrackingConfig
 from raytune_lora.data.store import TokenStore
 from raytune_lora.training.driver import Pool
 from raytune_lora.training.plan import plan_run
-from raytune_lora.training.tracking import TrackedTrial, tracker_class
+from raytune_lora.training.tracking import TrackedTrial, Tracker, tracker_class
+from raytune_lora.training.tracking.series import most_series
 from raytune_lora.training.tracking.watch import StepTokens
+from raytune_lora.tuning.folder import SweepFolder
+from raytune_lora.tuning.gauges import exported as sweep_exported
+from raytune_lora.tuning.trials import MEASURED as MEASURED_BY_TRIALS
+from raytune_lora.tuning.trials import Journal
 from tests.integration import tasks
 from tests.integration.conftest import METRICS_INTERVAL, Configure
 from tests.integration.running import losses, run
@@ -25,7 +33,7 @@ from tests.integration.running import losses, run
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
 
 NUMBERS = ["samples_seen", "loss", "eval_loss", "learning_rate", "grad_norm"]
-MEASURED = ["step_seconds", "tokens_per_second", "memory_bytes", "mfu"]
+MEASURED = ["step_seconds", "data_wait_seconds", "checkpoint_seconds", "tokens_per_second", "memory_bytes", "mfu"]
 
 
 def test_trackers_that_fail_leave_the_losses_as_they_are(
@@ -54,37 +62,103 @@ def test_trackers_that_fail_leave_the_losses_as_they_are(
         assert line["tokens_per_second"] * line["step_seconds"] == pytest.approx(tokens(line["step"]))
         assert line["memory_bytes"] > 100 * 2**20
         assert line["mfu"] is None, "the peak of a CPU is not known"
+        assert 0 < line["data_wait_seconds"] < line["step_seconds"]
+    after = [line["step"] for line in lines if line["checkpoint_seconds"] is not None]
+    assert after == [line["step"] + 1 for line in lines[:-1] if line["eval_loss"] is not None]
+    assert all(line["checkpoint_seconds"] > 0 for line in lines if line["step"] in after)
 
 
-def exported() -> dict[tuple[str, str], float]:
-    """What the node gives to Prometheus of our gauges, by name and trial."""
+def series(sweep: str) -> list[tuple[str, str, str]]:
+    """What the node gives to Prometheus of a sweep: each series' name, labels and value."""
     port = ray.nodes()[0]["MetricsExportPort"]
     with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=20) as answer:
         text = answer.read().decode()
-    found = re.findall(r'^ray_raytune_lora_(\w+)\{.*trial="(\w+)".*\} (\S+)$', text, re.M)
-    return {(name, trial): float(value) for name, trial, value in found}
+    return re.findall(rf'^ray_raytune_lora_(\w+)\{{(.*sweep="{sweep}".*)\}} (\S+)$', text, re.M)
+
+
+def exported(sweep: str) -> dict[tuple[str, str], float]:
+    """The values, by metric and its label beside ``sweep``."""
+    own = re.compile(r'(?:slot|state|rank|budget)="(\w+)"')
+    return {(name, "".join(own.findall(labels))): float(value) for name, labels, value in series(sweep)}
 
 
 def test_ray_exports_the_numbers_of_a_trial_until_it_ends(
     ray_instance: None, configure: Configure, tmp_path: Path
 ) -> None:
-    name = uuid.uuid4().hex
-    (tmp_path / name).mkdir()
+    sweep = uuid.uuid4().hex
+    folder = tmp_path / sweep / "0007"
+    folder.mkdir(parents=True)
     tracker = tracker_class("ray")(TrackingConfig())
-    tracker.start(TrackedTrial.of(configure(), tmp_path / name))
+    tracker.start(TrackedTrial.of(configure(), folder, slot=3))
 
     def wait_for(value: float | None) -> None:
         deadline = time.monotonic() + 90
-        while exported().get(("loss", name)) != value:
-            assert time.monotonic() < deadline, f"Ray does not show {value}: {exported()}"
+        while exported(sweep).get(("trial_loss", "3")) != value:
+            assert time.monotonic() < deadline, f"Ray does not show {value}: {exported(sweep)}"
             time.sleep(0.5)
 
-    tracker.log(1, {"loss": 4.25, "mfu": None})
+    began = time.time()
+    tracker.log(1, {"loss": 4.25, "mfu": None, "step_seconds": 2.0, "checkpoint_seconds": 1.5})
     wait_for(4.25)
     shown = time.monotonic()
     while time.monotonic() < shown + 5 * METRICS_INTERVAL:  # Ray keeps what is not set again for two
-        assert exported()["loss", name] == 4.25
+        assert exported(sweep)["trial_loss", "3"] == 4.25
         time.sleep(0.5)
-    assert ("mfu", name) not in exported()
+    found = exported(sweep)
+    assert found["trial_number", "3"] == 7
+    assert ("trial_mfu_ratio", "3") not in found
+    assert found["trial_checkpoint_seconds", "3"] == 1.5
+    assert found["trial_checkpoint_timestamp_seconds", "3"] == pytest.approx(began - 2, abs=1), "before the step"
     tracker.close()
     wait_for(None)
+
+
+def test_a_job_says_which_sweep_it_is() -> None:
+    """By the table that the dashboard's jobs page shows; in a process that starts its own Ray."""
+    program = """
+import ray
+from raytune_lora.cluster.connect import connected
+from raytune_lora.config.schema import ClusterConfig
+
+with connected(ClusterConfig(), name="mine"):
+    jobs = ray._private.worker.global_worker.gcs_client.get_all_job_info()
+    print([job.config.metadata["raytune_lora"] for job in jobs.values()])
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120, check=False)
+    assert done.stdout.splitlines()[-1:] == ["['mine']"], done.stderr
+
+
+def test_ten_thousand_trials_are_no_more_series_than_four(
+    ray_instance: None, configure: Configure, tmp_path: Path
+) -> None:
+    """By Ray's real exporter, and with all that a tracker and a journal have to say."""
+    sweep, slots, trials = uuid.uuid4().hex, 4, 10_000
+    values = dict.fromkeys([*NUMBERS, *MEASURED], 1.0)
+    config = to_plain(configure())
+    journal = Journal(tmp_path / "journal.jsonl")
+    told = compose(["experiment=tiny", "tracking=ray", "budget.hours=1", "budget.gpu_hours=1"])
+    folder = SweepFolder(tmp_path / sweep)
+    folder.trials.mkdir(parents=True)
+    journal.record.add({"event": "phase", "name": "baseline", "eval_loss": 9.0})
+    with sweep_exported(told, folder, journal, trials):
+        at_work: list[Tracker] = []
+        for number in range(trials):
+            name = f"{number:04d}"
+            if len(at_work) == slots:
+                at_work.pop(0).close()
+            at_work.append(tracker_class("ray")(TrackingConfig()))
+            trial = TrackedTrial(name, sweep, folder.path, folder.trials, number % slots, config, name)
+            at_work[-1].start(trial)
+            at_work[-1].log(1, values)
+            journal.record.add({"event": "trial_started", "trial_id": name, "params": {}, "gpus": 1})
+            measured = dict.fromkeys(MEASURED_BY_TRIALS, 1) | {"eval_loss": number / trials, "training_seconds": 1.0}
+            journal.record.add({"event": "trial_result", "trial_id": name, **measured})
+        deadline = time.monotonic() + 60
+        while exported(sweep).get(("sweep_trials", "running")) != trials or len(exported(sweep)) < most_series(slots):
+            assert time.monotonic() < deadline, f"{len(exported(sweep))} of {most_series(slots)}: {exported(sweep)}"
+            time.sleep(0.5)
+        assert len(series(sweep)) == most_series(slots)
+        found = exported(sweep)
+        assert {found["trial_number", str(slot)] for slot in range(slots)} == set(range(trials - slots, trials))
+        for tracker in at_work:
+            tracker.close()

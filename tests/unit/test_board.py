@@ -22,6 +22,10 @@ def task(name: str, attempt: int = 0) -> Task:
     return Task(name, print, RunConfig(), TokenStore(Path(name), {}), Path(name), attempt=attempt)
 
 
+def within(name: str, folder: str) -> Task:
+    return dataclasses.replace(task(name), folder=Path(folder))
+
+
 def run(steps: Coroutine[Any, Any, None]) -> None:
     asyncio.run(asyncio.wait_for(steps, 5))
 
@@ -223,5 +227,34 @@ def test_a_task_that_hangs_ends_and_its_workers_are_named() -> None:
         assert await board.end_stalled(-1) == ["worker"]
         assert await board.next(("a", 0), 0) == Ended(FAILED, "no progress for -1 s")
         assert await board.end_stalled(-1) == [], "it is at nothing now"
+
+    run(steps())
+
+
+def test_a_task_waits_until_the_group_that_was_told_to_stop_has_left_its_folder() -> None:
+    async def steps() -> None:
+        board = Board()
+        stopped, again, third = (within(name, "trial") for name in ("a", "a+1", "a+2"))
+        await board.submit(stopped)
+        assert await board.take("one", 0) == stopped
+        await board.stop("a")
+        await board.submit(again)
+        taken = asyncio.create_task(board.take("two", 0))
+        await asyncio.sleep(0.05)
+        assert not taken.done()
+        await board.submit(elsewhere := within("b", "other"))
+        assert await taken == elsewhere
+        taken = asyncio.create_task(board.take("three", 0))
+        await asyncio.sleep(0.05)
+        assert not taken.done()
+        await board.done(stopped.key, "one", Ended())
+        assert await taken == again
+        assert await board.asked("a+1") == GO_ON
+        await board.submit(third)
+        taken = asyncio.create_task(board.take("two", 1))
+        await asyncio.sleep(0.05)
+        assert not taken.done()
+        await board.group_failed("three", Ended(FAILED, "it was killed"))
+        assert await taken == third
 
     run(steps())

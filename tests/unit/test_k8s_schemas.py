@@ -30,6 +30,7 @@ PLAIN = {  # the fields without which the API server refuses an object, and its 
     "NetworkPolicy": ("networking.k8s.io/v1", "spec/podSelector", "spec/policyTypes"),
     "PodDisruptionBudget": ("policy/v1", "spec/selector/matchLabels"),
     "PodMonitor": ("monitoring.coreos.com/v1", "spec/selector/matchLabels", "spec/podMetricsEndpoints"),
+    "PrometheusRule": ("monitoring.coreos.com/v1", "spec/groups"),
     "ResourceFlavor": ("kueue.x-k8s.io/v1beta1", "metadata/name"),
     "ClusterQueue": ("kueue.x-k8s.io/v1beta1", "spec/namespaceSelector", "spec/resourceGroups"),
     "LocalQueue": ("kueue.x-k8s.io/v1beta1", "spec/clusterQueue"),

@@ -40,7 +40,19 @@ ONLY_IN = {
     "deepspeed": ("training",),
 }
 # Importing these loads no torch, not through another module either, and the first of them no Ray.
-NO_RAY = ("cli", "config", "planning", "report", "errors", "artifacts", "storage", "cache", "working_copy")
+NO_RAY = (
+    "cli",
+    "config",
+    "planning",
+    "report",
+    "errors",
+    "artifacts",
+    "storage",
+    "cache",
+    "working_copy",
+    "tuning.status",
+    "tuning.show",
+)
 LIGHT = (*NO_RAY, "tuning.space", "tuning.search", "tuning.scheduler", "tuning.trials")
 LOADS_TORCH = {"torch", "transformers", "peft", "trl", "accelerate", "deepspeed", "bitsandbytes"}
 

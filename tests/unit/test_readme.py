@@ -18,7 +18,9 @@ EXECUTED = {
     "jobs/sweep.py --help": "unit/test_readme.py::test_help_and_config",
     "jobs/prepare.py data.path=": "unit/test_inspect.py::test_no_model_is_needed_to_see_what_is_in_the_data",
     "--cfg job": "unit/test_readme.py::test_help_and_config",
-    "ray job submit": "integration/test_submit.py::test_submitted_to_a_cluster",
+    "ray job submit": "integration/test_submit.py::test_submitted_by_ray_and_no_secret_is_written",
+    "jobs/submit.py": "integration/test_submit.py::test_submitted_left_alone_stopped_and_resumed",
+    "jobs/status.py": "integration/test_submit.py::test_submitted_left_alone_stopped_and_resumed",
 }
 
 

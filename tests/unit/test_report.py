@@ -202,8 +202,24 @@ def test_the_best_trial_leads_the_table_and_those_without_a_loss_end_it() -> Non
 def test_each_trial_has_a_line_and_each_parameter_a_plot() -> None:
     page = Page(render(sample()))
     with_curve = sum(bool(trial["curve"]) for trial in SAMPLE["trials"])
-    assert page.count("g", "curve") == 2 * with_curve  # a wide and a narrow chart
-    assert page.count("svg") == 2 + len(SAMPLE["best"]["params"])
+    assert page.count("g", "curve") == 2 * with_curve + 2  # a wide and a narrow chart; the lowest loss so far
+    assert page.count("svg") == 4 + len(SAMPLE["best"]["params"])
+
+
+def test_the_lowest_loss_so_far_falls_over_the_samples_of_all_trials() -> None:
+    def of(number: int, loss: float | None, seen: int) -> dict[str, Any]:
+        return {"trial_id": f"{number:04}", "status": "completed", "eval_loss": loss, "samples_seen": seen}
+
+    html = render(sample(trials=[of(2, 1.0, 40), of(0, 3.0, 10), of(1, None, 30), of(3, 2.0, 20)], best=None))
+    assert Page(html).count("circle", "dot") == 2 * 3
+    wide = html.partition("What the search found")[2]
+    (line,) = re.findall(r'<polyline points="([^"]+)"', wide.partition("</svg>")[0])
+    xs, ys = zip(*(map(float, point.split(",")) for point in line.split()), strict=True)
+    ends = [x for n, x in enumerate(xs) if x not in xs[:n]]
+    assert [round((x - 48) / (ends[-1] - 48), 2) for x in ends] == [0.1, 0.8, 1.0]  # of 100 samples
+    assert list(ys) == sorted(ys)
+    assert ys[-1] == ys[-2]  # the last trial found nothing better
+    assert "What the search found" not in render(sample(trials=[of(0, 3.0, 10), of(1, None, 30)], best=None))
 
 
 def test_a_run_has_no_search_plots_and_shows_its_training_loss() -> None:

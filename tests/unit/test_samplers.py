@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import random
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -20,7 +21,7 @@ from raytune_lora.config.methods import LoraMethodConfig
 from raytune_lora.config.schema import SweepConfig, TinyModelConfig
 from raytune_lora.config.search import DimensionConfig, DimensionKind, Objective, Sampler, SearchConfig
 from raytune_lora.tuning.samplers import WARM, marks, problems
-from raytune_lora.tuning.search import StudySearcher, open_study, tell
+from raytune_lora.tuning.search import StudySearcher, keep, open_study, tell
 from raytune_lora.tuning.space import apply, lookup
 from raytune_lora.tuning.trials import Trial
 
@@ -104,7 +105,7 @@ def test_trials_may_end_in_any_way_and_run_side_by_side(sampler: Sampler) -> Non
     together = parameters([searching.suggest("") for _ in range(4)])
     assert len({tuple(values.values()) for values in together}) == 4
     states = [trial.state.name for trial in study.trials[:4]]
-    assert states == ["PRUNED", "FAIL", "PRUNED", "FAIL"]
+    assert states == ["PRUNED", "FAIL", "PRUNED", "PRUNED"]
 
 
 def go_on(folder: Path, statuses: list[str]) -> dict[str, list[dict[str, Any]]]:
@@ -115,7 +116,9 @@ def go_on(folder: Path, statuses: list[str]) -> dict[str, list[dict[str, Any]]]:
         own = folder / sampler.value
         own.mkdir(exist_ok=True)
         cfg.search.storage = f"journal://{own}/journal"
-        found[sampler.value] = search(open_study(own, cfg.search), cfg, statuses)
+        study = open_study(own, cfg.search)
+        found[sampler.value] = search(study, cfg, statuses)
+        keep(study)
     return found
 
 
@@ -190,7 +193,7 @@ def test_tpe_keeps_away_from_where_memory_runs_out() -> None:
                 tell(study, end(proposal, "completed" if fits else status))
         share[status] = there / 60
     assert share["oom"] <= 0.5
-    assert share["failed"] >= 0.8
+    assert share["failed"] >= 0.7
 
 
 def test_a_grid_tries_each_point_once_and_begins_with_the_configs(tmp_path: Path) -> None:
@@ -202,6 +205,7 @@ def test_a_grid_tries_each_point_once_and_begins_with_the_configs(tmp_path: Path
     cfg.search.storage = f"journal://{tmp_path}/journal"
     study = open_study(tmp_path, cfg.search)
     tried = parameters(search(study, cfg, ["completed", "stopped", "failed", "oom", "completed"]))
+    keep(study)
     tried += parameters(search(open_study(tmp_path, cfg.search), cfg, ["completed"] * 7))
     assert tried[0] == {RANK: 16, DECAY: 0.0}
     assert sorted(map(str, tried)) == sorted(
@@ -280,6 +284,7 @@ def test_what_does_not_learn_takes_no_warm_start(sampler: Sampler) -> None:
 @pytest.mark.parametrize("sampler", [Sampler.tpe, Sampler.gp, Sampler.cmaes, Sampler.nsga2])
 def test_what_learns_begins_near_the_best_of_a_warm_start(sampler: Sampler) -> None:
     cfg, cold, warm = config(sampler), optuna.create_study(), optuna.create_study()
+    cfg.search.random_share = 0.0
     dimensions = {
         RANK: optuna.distributions.IntDistribution(4, 64, step=4),
         DECAY: optuna.distributions.FloatDistribution(0.0, 0.2),
@@ -303,5 +308,5 @@ def test_what_learns_begins_near_the_best_of_a_warm_start(sampler: Sampler) -> N
 
 @pytest.mark.parametrize("path", sorted((conf_dir() / "search").glob("*.yaml")), ids=lambda path: path.stem)
 def test_the_command_of_each_shipped_sampler_can_be_searched(path: Path) -> None:
-    command = path.read_text().splitlines()[0].split()
-    assert problems(compose(command[3:])) == []
+    command = shlex.split(path.read_text().splitlines()[0].lstrip("# "))
+    assert problems(compose(command[2:])) == []

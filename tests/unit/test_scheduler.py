@@ -17,7 +17,7 @@ from raytune_lora.tuning.trials import Record, Trial, trial_name
 
 TOTAL, EVERY = 128, 16
 LOSSES = [5.0, 0.5, 4.0, 1.0, 3.0, 0.75, 6.0, 2.0, 1.5, 5.5, 0.6, 2.5]  # of 12 trials at the end, in their order
-STOPPING = [kind for kind in Scheduler if kind is not Scheduler.none]
+STOPPING = [Scheduler.asha, Scheduler.hyperband, Scheduler.median]
 
 
 def trial(name: str, *losses: float, status: str = "completed", **facts: Any) -> Trial:
@@ -164,17 +164,16 @@ def test_a_trial_that_goes_on_is_compared_once_at_each_rung() -> None:
 
 
 def test_hyperband_has_a_bracket_for_each_rung_to_begin_at_and_most_trials_are_in_the_first() -> None:
-    deciding = scheduler(total=128, kind=Scheduler.hyperband)
+    deciding = scheduler(total=128, grace=16, kind=Scheduler.hyperband)
     assert isinstance(deciding, Asha)
     firsts = [min(rung for rung, _ in bracket._rungs) for bracket in deciding._brackets]
-    assert (
-        firsts == rungs(SchedulerConfig(kind=Scheduler.hyperband, reduction=2.0), total=128, every=16) == [16, 32, 64]
-    )
+    cfg = SchedulerConfig(kind=Scheduler.hyperband, grace=16, reduction=2.0)
+    assert firsts == rungs(cfg, total=128, every=16) == [16, 32, 64]
     drawn = [deciding.bracket_of(trial_name(number)) for number in range(200)]
     counts = [drawn.count(bracket) for bracket in range(3)]
     assert counts == sorted(counts, reverse=True)
     assert min(counts) > 0
-    again = scheduler(total=128, kind=Scheduler.hyperband)
+    again = scheduler(total=128, grace=16, kind=Scheduler.hyperband)
     assert isinstance(again, Asha)
     assert [again.bracket_of(trial_name(number)) for number in range(200)] == drawn
 
@@ -185,7 +184,8 @@ def test_hyperband_has_a_bracket_for_each_rung_to_begin_at_and_most_trials_are_i
         (None, 2.0, 64, [16, 32]),
         (None, 2.0, 65, [16, 32, 64]),
         (32, 3.0, 1000, [32, 96, 288, 864]),
-        (None, 2.5, 200, [16, 40, 100]),
+        (16, 2.5, 200, [16, 40, 100]),
+        (None, 2.5, 200, [48, 120]),  # from a fifth of a run on, where there is a validation
         (None, 3.0, 16, []),
     ],
 )

@@ -27,9 +27,9 @@ from raytune_lora.config.compose import compose, dump
 from raytune_lora.config.schema import SweepConfig
 from raytune_lora.config.search import Objective, SearchConfig
 from raytune_lora.errors import UserError
-from raytune_lora.tuning.search import StudySearcher, open_study, pareto, rebuild, reconcile, report, tell, warm_start
+from raytune_lora.tuning.search import StudySearcher, keep, open_study, pareto, reconcile, report, tell, warm_start
 from raytune_lora.tuning.search import problems as search_problems
-from raytune_lora.tuning.space import lookup
+from raytune_lora.tuning.space import apply, configured_point, lookup
 from raytune_lora.tuning.trials import Record, Trial, trial_name
 
 CURVE = [{"samples_seen": 16.0, "eval_loss": 2.0, "train_loss": 2.0}]
@@ -100,7 +100,7 @@ def test_the_last_loss_of_a_stopped_trial_is_in_the_study(study: optuna.Study, c
         (trial(0, "completed", 1.5), "COMPLETE", 1.5),
         (trial(0, "stopped", 1.5), "PRUNED", None),
         (trial(0, "failed", 1.5), "FAIL", None),
-        (trial(0, "diverged"), "FAIL", None),
+        (trial(0, "diverged"), "PRUNED", None),
         (trial(0, "oom"), "PRUNED", None),
         (trial(0, "completed"), "FAIL", None),
     ],
@@ -116,16 +116,16 @@ def test_the_study_is_told_how_a_trial_ended(
     assert study.trials[0].value == value
 
 
-def test_a_trial_without_memory_is_an_infeasible_point_and_others_say_why_they_failed(
+def test_a_trial_that_ran_out_of_memory_or_diverged_is_an_infeasible_point_and_others_say_why_they_failed(
     study: optuna.Study, cfg: SweepConfig
 ) -> None:
     searching = searcher(study, cfg)
-    for number, status in enumerate(("oom", "failed", "stopped", "completed")):
+    for number, status in enumerate(("oom", "failed", "stopped", "completed", "diverged")):
         searching.suggest("")
         tell(study, trial(number, status, 2.0, error=None if status == "completed" else f"it was {status}"))
-    assert [t.constraints for t in study.trials] == [{"memory": 1.0}, {}, {}, {}]
+    assert [t.constraints for t in study.trials] == [{"memory": 1.0}, {}, {}, {}, {"finite": 1.0}]
     assert study.trials[1].user_attrs == {"status": "failed", "error": "it was failed"}
-    assert states(study) == ["PRUNED", "FAIL", "PRUNED", "COMPLETE"]
+    assert states(study) == ["PRUNED", "FAIL", "PRUNED", "COMPLETE", "PRUNED"]
 
 
 # --------------------------------------------------------------------------------------------------- several objectives
@@ -172,11 +172,13 @@ def search_twice(folder: Path, cfg: SweepConfig, storage: str) -> list[str]:
     for path in (folder / "sweep", other):
         path.mkdir(parents=True)
     own = SearchConfig(storage=storage)
-    first = searcher(open_study(folder / "sweep", own), cfg).suggest("")
-    tell(open_study(folder / "sweep", own), trial(0, "completed", 1.5, params=first["params"], curve=list(CURVE)))
+    study = open_study(folder / "sweep", own)
+    first = searcher(study, cfg).suggest("")
+    tell(study, trial(0, "completed", 1.5, params=first["params"], curve=list(CURVE)))
+    keep(study)
     assert searcher(open_study(other, own), cfg).suggest("")["params"] == first["params"]
     again = open_study(folder / "sweep", own)
-    assert reconcile(again, Record()) == []
+    assert reconcile(again, Record(), cfg) == []
     assert [t.value for t in again.trials] == [1.5]
     assert again.trials[0].intermediate_values == {16: 2.0}
     assert searcher(again, cfg).suggest("")["trial_id"] == "0001"
@@ -269,6 +271,7 @@ def test_a_server_that_does_not_answer_is_named_without_its_password(tmp_path: P
 def test_optuna_dashboard_shows_the_study(study: optuna.Study, cfg: SweepConfig, tmp_path: Path) -> None:
     searcher(study, cfg).suggest("")
     tell(study, trial(0, "completed", 1.5))
+    keep(study)
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -305,6 +308,7 @@ def earlier(tmp_path: Path, cfg: SweepConfig) -> Path:
         tell(study, trial(number, status, 1.0 + number, params=searching.suggest("")["params"], curve=list(CURVE)))
     study.ask({"training.seed": optuna.distributions.IntDistribution(0, 9)})
     study.tell(5, 0.1)
+    keep(study)
     return folder
 
 
@@ -326,7 +330,7 @@ def test_a_warm_start_gives_the_study_what_fits_and_the_sweep_its_own_trials(
 
     ended = trial(3, "completed", 1.5, params=first["params"])
     study = open_study(tmp_path, changed.search)
-    assert reconcile(study, record(ended)) == []
+    assert reconcile(study, record(ended), cfg) == []
     assert searcher(study, changed).suggest("")["trial_id"] == "0004"
     tell(study, trial(4, "completed", 0.5))
     assert states(study) == ["COMPLETE", "COMPLETE", "PRUNED", "COMPLETE", "COMPLETE"]
@@ -360,6 +364,7 @@ def test_a_sweep_in_a_shared_database_is_a_warm_start_too(tmp_path: Path) -> Non
     (tmp_path / "a" / "config.yaml").write_text(dump(cfg))
     study = open_study(tmp_path / "a", cfg.search)
     tell(study, trial(0, "completed", 1.0, params=searcher(study, cfg).suggest("")["params"]))
+    keep(study)
     cfg.search.warm_start = [str(tmp_path / "a")]
     (tmp_path / "b").mkdir()
     study = open_study(tmp_path / "b", cfg.search)
@@ -369,7 +374,13 @@ def test_a_sweep_in_a_shared_database_is_a_warm_start_too(tmp_path: Path) -> Non
 # --------------------------------------------------------------------------------------------------------- after a kill
 
 
-def killed(folder: Path, cfg: SweepConfig) -> tuple[Record, list[dict[str, Any]]]:
+@pytest.fixture(params=[True, False], ids=["kept", "behind"])
+def kept(request: pytest.FixtureRequest) -> bool:
+    """Whether the database had caught up when the kill came."""
+    return bool(request.param)
+
+
+def killed(folder: Path, cfg: SweepConfig, kept: bool = True) -> tuple[Record, list[dict[str, Any]]]:
     """Four trials: ended, ended but the study not told of it, running, and asked for but never started."""
     study = open_study(folder, cfg.search)
     searching = searcher(study, cfg)
@@ -380,45 +391,76 @@ def killed(folder: Path, cfg: SweepConfig) -> tuple[Record, list[dict[str, Any]]
     known[2].curve, known[2].samples_seen = list(CURVE), 16
     report(study, known[2])
     tell(study, known[0])
+    if kept:
+        keep(study)
     return record(*known), proposals
 
 
-def test_the_study_catches_up_with_the_journal(tmp_path: Path, cfg: SweepConfig) -> None:
-    known, _ = killed(tmp_path, cfg)
+def test_the_study_catches_up_with_the_journal(kept: bool, tmp_path: Path, cfg: SweepConfig) -> None:
+    known, proposals = killed(tmp_path, cfg, kept)
+    drawn = [configured_point(cfg.space, apply(cfg, proposal["params"])) for proposal in proposals[:3]]
     for _ in range(2):
         study = open_study(tmp_path, cfg.search)
-        interrupted = reconcile(study, known)
+        interrupted = reconcile(study, known, cfg)
         assert [each.trial_id for each in interrupted] == ["0002"]
-        assert states(study) == ["COMPLETE", "COMPLETE", "RUNNING", "FAIL", "WAITING"]
+        assert states(study) == ["COMPLETE", "COMPLETE", "RUNNING", *(["FAIL", "WAITING"] if kept else [])]
         assert [each.value for each in study.trials[:2]] == [1.0, 2.0]
+        assert study.trials[2].intermediate_values == {16: 2.0}
+        assert [t.params for t in study.trials[:3]] == drawn
 
 
-def test_an_interrupted_trial_goes_on_first_with_its_parameters(tmp_path: Path, cfg: SweepConfig) -> None:
-    known, proposals = killed(tmp_path, cfg)
+def test_an_interrupted_trial_goes_on_first_with_its_parameters(kept: bool, tmp_path: Path, cfg: SweepConfig) -> None:
+    known, proposals = killed(tmp_path, cfg, kept)
     study = open_study(tmp_path, cfg.search)
-    searching = searcher(study, cfg, reconcile(study, known))
+    searching = searcher(study, cfg, reconcile(study, known, cfg))
     assert searching.suggest("new a") == proposals[2]
     again = trial(2, "completed", 1.0)
     again.curve = [{"samples_seen": seen, "eval_loss": 1.0, "train_loss": 1.0} for seen in (16, 32)]
     tell(study, again)
     assert study.trials[2].intermediate_values == {16: 2.0, 32: 1.0}
-    assert states(study) == ["COMPLETE", "COMPLETE", "COMPLETE", "FAIL", "WAITING"]
+    assert states(study)[:3] == ["COMPLETE", "COMPLETE", "COMPLETE"]
 
 
 def test_what_never_started_is_proposed_again_and_then_something_new(tmp_path: Path, cfg: SweepConfig) -> None:
     known, proposals = killed(tmp_path, cfg)
     study = open_study(tmp_path, cfg.search)
-    searching = searcher(study, cfg, reconcile(study, known)[1:])
+    searching = searcher(study, cfg, reconcile(study, known, cfg)[1:])
     assert searching.suggest("a") == {"trial_id": "0004", "params": proposals[3]["params"]}
     fresh = searching.suggest("b")
     assert fresh["trial_id"] == "0005"
     assert fresh["params"] not in [proposal["params"] for proposal in proposals]
 
 
-def test_a_first_trial_that_never_started_is_still_the_config(tmp_path: Path, cfg: SweepConfig) -> None:
-    first = searcher(open_study(tmp_path, cfg.search), cfg).suggest("a")
+def test_a_study_that_is_lost_is_made_again_from_the_journal(tmp_path: Path, cfg: SweepConfig) -> None:
+    known, proposals = killed(tmp_path, cfg)
+    del known.trials["0001"]
+    (tmp_path / "study.db").unlink()
     study = open_study(tmp_path, cfg.search)
-    again = searcher(study, cfg, reconcile(study, Record())).suggest("b")
+    searching = searcher(study, cfg, reconcile(study, known, cfg))
+    assert states(open_study(tmp_path, cfg.search)) == ["COMPLETE", "FAIL", "RUNNING"]
+    assert [searching.suggest("")["trial_id"] for _ in range(2)] == ["0002", "0003"]
+    assert proposals[0]["params"] == known.trials["0000"].params
+
+
+def test_what_waited_in_the_study_and_began_keeps_its_number(tmp_path: Path, cfg: SweepConfig) -> None:
+    """It is proposed again after one kill, begins, and the database has not heard of that when the next one comes."""
+    known, _ = killed(tmp_path, cfg)
+    study = open_study(tmp_path, cfg.search)
+    again = searcher(study, cfg, reconcile(study, known, cfg)[1:]).suggest("")
+    known.trials["0004"] = trial(4, "completed", 0.5, params=again["params"])
+    study = open_study(tmp_path, cfg.search)
+    assert states(study)[4:] == ["WAITING"]
+    reconcile(study, known, cfg)
+    assert states(study)[4:] == ["COMPLETE"]
+    assert study.trials[4].params == study.trials[3].params
+
+
+def test_a_first_trial_that_never_started_is_still_the_config(tmp_path: Path, cfg: SweepConfig) -> None:
+    study = open_study(tmp_path, cfg.search)
+    first = searcher(study, cfg).suggest("a")
+    keep(study)
+    study = open_study(tmp_path, cfg.search)
+    again = searcher(study, cfg, reconcile(study, Record(), cfg)).suggest("b")
     assert again == {"trial_id": "0001", "params": first["params"]}
 
 
@@ -427,7 +469,7 @@ def test_a_finished_study_stays_as_it_is(tmp_path: Path, cfg: SweepConfig) -> No
     searcher(study, cfg).suggest("a")
     ended = trial(0, "completed", 1.0)
     tell(study, ended)
-    assert reconcile(study, record(ended)) == []
+    assert reconcile(study, record(ended), cfg) == []
     searching = searcher(study, cfg)
     assert states(study) == ["COMPLETE"]
     assert searching.suggest("b")["trial_id"] == "0001"
@@ -456,7 +498,7 @@ def test_a_study_is_rebuilt_from_the_journal(objectives: list[Objective], tmp_pa
     study.tell(4, state=TrialState.FAIL)
 
     other = open_study(make(tmp_path / "other"), cfg.search)
-    rebuild(other, record(*known), cfg)
+    assert [each.trial_id for each in reconcile(other, record(*known), cfg)] == ["0005"]
     for one, again in zip(study.get_trials(), other.get_trials(), strict=True):
         if one.number == 4:
             assert again.state is TrialState.FAIL
@@ -464,11 +506,9 @@ def test_a_study_is_rebuilt_from_the_journal(objectives: list[Objective], tmp_pa
         for name in ("number", "state", "values", "distributions", "intermediate_values", "user_attrs", "constraints"):
             assert getattr(again, name) == getattr(one, name), name
         assert again.params == pytest.approx(one.params)
-    assert [each.trial_id for each in reconcile(other, record(*known))] == ["0005"]
     ended = trial(5, "completed", 1.5, params=known[4].params, curve=list(CURVE), training_seconds=1.0)
     tell(other, ended)
     assert other.get_trials()[5].state is TrialState.COMPLETE
-    rebuild(other, record(*known), cfg)
     assert searcher(other, cfg).suggest("")["trial_id"] == "0006"
 
 
@@ -481,12 +521,13 @@ def test_a_rebuilt_study_has_its_warm_start_first(tmp_path: Path, cfg: SweepConf
     earlier = open_study(make(tmp_path / "earlier"), cfg.search)
     params = searcher(earlier, cfg).suggest("")["params"]
     tell(earlier, trial(0, "completed", 2.0, params=params))
+    keep(earlier)
     warm = copy.deepcopy(cfg)
     warm.search.warm_start = [str(tmp_path / "earlier")]
     study = open_study(make(tmp_path / "first"), warm.search)
     own = searcher(study, warm).suggest("")
     assert own["trial_id"] == "0001"
     other = open_study(make(tmp_path / "other"), warm.search)
-    rebuild(other, record(trial(1, "completed", 1.0, params=own["params"])), warm)
+    reconcile(other, record(trial(1, "completed", 1.0, params=own["params"])), warm)
     assert [t.values for t in other.get_trials()] == [[2.0], [1.0]]
     assert searcher(other, warm).suggest("")["trial_id"] == "0002"

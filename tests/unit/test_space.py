@@ -16,7 +16,7 @@ from raytune_lora.config.data import FakeDataConfig
 from raytune_lora.config.methods import LoraMethodConfig
 from raytune_lora.config.schema import Optimizer, Quantization, SweepConfig, TinyModelConfig
 from raytune_lora.config.search import DimensionConfig, DimensionKind
-from raytune_lora.tuning.preflight import _extremes
+from raytune_lora.tuning import preflight
 from raytune_lora.tuning.space import apply, configured_point, extremes, fitting, lookup, points, problems, sample
 
 INT, FLOAT, CATEGORICAL = DimensionKind.int, DimensionKind.float, DimensionKind.categorical
@@ -53,7 +53,7 @@ def samples(cfg: SweepConfig, count: int = 60) -> list[dict[str, Any]]:
 def test_the_shipped_spaces_are_well(overrides: list[str]) -> None:
     cfg = compose(overrides)
     assert problems(cfg.space, cfg) == []
-    assert _extremes(cfg) == []
+    assert preflight.extremes(cfg) == []
 
 
 def test_a_good_space_has_no_problem() -> None:
@@ -140,14 +140,14 @@ def test_all_problems_of_a_space_are_told() -> None:
 def test_the_bounds_of_a_dimension_are_checked_in_the_config(wrong: DimensionConfig, problem: str) -> None:
     cfg = config(x=wrong)
     assert problems(cfg.space, cfg) == []
-    (found,) = _extremes(cfg)
+    (found,) = preflight.extremes(cfg)
     assert found.startswith(problem)
 
 
 def test_what_is_wrong_anyway_is_not_told_of_each_dimension() -> None:
     cfg = config(**lora_space())
     cfg.training.epochs = 0
-    assert _extremes(cfg) == []
+    assert preflight.extremes(cfg) == []
 
 
 # ---------------------------------------------------------------------------------------------- conditional dimensions
@@ -326,7 +326,7 @@ def preset(name: str, *overrides: str) -> SweepConfig:
 def test_the_presets_have_the_guides_ranks(name: str, low: int, high: int) -> None:
     cfg = preset(name)
     assert problems(cfg.space, cfg) == []
-    assert _extremes(cfg) == []
+    assert preflight.extremes(cfg) == []
     first = configured_point(cfg.space, cfg)
     assert first["method.r"] == min(max(16, low), high)
     assert first["method.alpha / method.r"] == 2
@@ -336,7 +336,7 @@ def test_the_presets_have_the_guides_ranks(name: str, low: int, high: int) -> No
 def test_the_wide_preset_has_the_guides_bounds() -> None:
     cfg = preset("wide")
     assert problems(cfg.space, cfg) == []
-    assert _extremes(cfg) == []
+    assert preflight.extremes(cfg) == []
     bounds = {d.key: (d.low, d.high) for d in cfg.space.values() if d.low is not None}
     assert bounds == {
         "method.r": (8, 64),

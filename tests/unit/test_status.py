@@ -175,3 +175,16 @@ def test_followed_to_its_end(running: SweepFolder) -> None:
     out, _ = process.communicate(timeout=60)
     assert "1:00 trial 0001 failed after 16 samples, 3 s: out of luck" in out
     assert out.endswith("mine: finished\n[]\n")
+
+
+def test_the_log_of_a_trial_is_followed(running: SweepFolder) -> None:
+    code = "import sys\nfrom raytune_lora.cli import main\nmain(sys.argv[1:])\n"
+    arguments = ["status", str(running.path), "--trial", "0001", "--follow"]
+    process = subprocess.Popen([sys.executable, "-c", code, *arguments], stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    assert any(line == "and another\n" for line in process.stdout)
+    with (running.trials / "0001" / "logs" / "worker-0.log").open("a") as log:
+        log.write("ne more\n")
+    time.sleep(2.5)
+    add(running, event="trial_ended", trial_id="0001", status="stopped", error=None, seconds=3.0)
+    assert process.communicate(timeout=60)[0] == "half a line more\n"

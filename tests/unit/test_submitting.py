@@ -39,7 +39,7 @@ def test_what_would_be_sent(here: Path, capsys: pytest.CaptureFixture[str]) -> N
     rows(here / "data" / "mine.jsonl")
     rows(here / "data" / "other.jsonl")
     arguments = ["data=file", "data.path=data/mine.jsonl", "output=/shared/sweeps/mine", "search.trials=3"]
-    assert main(["submit", "--dry-run", "model=tiny", *arguments]) == 0
+    assert main(["submit", "model=tiny", "--dry-run", *arguments]) == 0
     out = capsys.readouterr().out
     assert "data/mine.jsonl" in out.partition("command:")[0]
     assert "other" not in out

@@ -111,6 +111,35 @@ def test_the_seconds_of_all_starts_add_up(path: Path) -> None:
     assert (trial.seconds, trial.status, trial.error) == (3.0, "completed", None)
 
 
+def test_a_stopped_trial_that_goes_on_is_one_trial_that_ended(path: Path) -> None:
+    journal = Journal(path)
+    write(journal, "0000", 2.0, status="completed")
+    write(journal, "0001", 3.0, status="stopped")
+    assert (journal.record.ended, journal.record.in_vain) == (2, 1)
+    write(journal, "0001", 3.0)
+    assert (journal.record.ended, journal.record.trials["0001"].resumed) == (1, 1)
+    write(journal, "0001", 2.5, start=2, status="stopped")
+    assert (journal.record.ended, journal.record.in_vain) == (2, 1), "it does not count against budget.patience twice"
+    write(journal, "0001", 1.0, start=3, status="completed")
+    assert (journal.record.ended, journal.record.in_vain) == (2, 0)
+    assert repr(Journal(path).record) == repr(journal.record)
+
+
+def test_a_member_of_a_population_pauses_and_ends_where_a_child_takes_its_place(path: Path) -> None:
+    journal = Journal(path)
+    for name, loss in (("0000", 1.0), ("0001", 2.0)):
+        write(journal, name, loss)
+        journal.append("trial_paused", trial_id=name, seconds=1.5)
+    parent, loser = journal.record.trials.values()
+    assert (loser.status, loser.ended, loser.seconds, journal.record.ended) == ("paused", False, 1.5, 0)
+    journal.append("trial_started", trial_id="0002", params=PARAMS, parent="0000", born=8, replaces="0001", until=16)
+    child = journal.record.trials["0002"]
+    assert (loser.status, loser.seconds, journal.record.ended) == ("stopped", 1.5, 1)
+    assert (child.samples_seen, child.until, parent.status) == (8, 16, "paused")
+    assert [trial.trial_id for trial in journal.record.lineage(child)] == ["0000", "0002"]
+    assert repr(Journal(path).record) == repr(journal.record)
+
+
 def test_a_loss_that_is_no_number_is_never_the_best(path: Path) -> None:
     journal = Journal(path)
     write(journal, "0000", math.nan, 2.0, math.inf, math.nan)

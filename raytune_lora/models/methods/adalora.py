@@ -7,7 +7,8 @@ from typing import Any
 from raytune_lora.config.methods import AdaloraMethodConfig
 from raytune_lora.models.methods.base import Start
 from raytune_lora.models.methods.peft_method import TargetedMethod
-from raytune_lora.models.shape import Shape
+from raytune_lora.planning.added import Added
+from raytune_lora.planning.shape import Shape
 
 _PATTERN = "rank_pattern"
 
@@ -74,6 +75,16 @@ class Adalora(TargetedMethod[AdaloraMethodConfig]):
 
     def count(self, shape: Shape) -> int:
         return sum(self.cfg.r * (linear.d_in + linear.d_out + 1) for linear in self.targets(shape))
+
+    def added(self, shape: Shape) -> Added:
+        targets = tuple(self.targets(shape))
+        return Added(
+            trained=self.count(shape),
+            inputs=targets,
+            dropout=self.cfg.dropout > 0,
+            per_token=self.cfg.r * len(targets),
+            weights=sum(self.cfg.r * linear.d_in for linear in targets),  # Q times the singular values
+        )
 
 
 def _measured(model: Any) -> dict[str, dict[str, Any]]:

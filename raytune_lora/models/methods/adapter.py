@@ -8,7 +8,8 @@ from raytune_lora.config.methods import AdapterMethodConfig, Placement
 from raytune_lora.errors import UserError
 from raytune_lora.models.methods.base import Start
 from raytune_lora.models.methods.own import OwnMethod
-from raytune_lora.models.shape import Shape
+from raytune_lora.planning.added import Added
+from raytune_lora.planning.shape import Shape
 
 _ATTENTION = ("self_attn", "attn", "attention", "self_attention")  # what decoder layers call their sublayers
 _FEED_FORWARD = ("mlp", "feed_forward", "ffn", "block_sparse_moe")
@@ -40,6 +41,15 @@ class Adapter(OwnMethod[AdapterMethodConfig]):
     def count(self, shape: Shape) -> int:
         one = 2 * shape.hidden * self.cfg.width + self.cfg.width + shape.hidden
         return shape.layers * one * (1 if self.cfg.placement is Placement.pfeiffer else 2)
+
+    def added(self, shape: Shape) -> Added:
+        behind_both = self.cfg.placement is Placement.houlsby
+        places = shape.layers * (2 if behind_both else 1)
+        return Added(
+            trained=self.count(shape),
+            per_token=places * (shape.hidden + 2 * self.cfg.width),
+            untouched=0 if behind_both else 1,
+        )
 
 
 def decoder_layers(model: Any) -> list[Any]:

@@ -14,7 +14,8 @@ from typing import Any, ClassVar, Generic, TypeVar
 
 from raytune_lora.config.methods import MethodConfig
 from raytune_lora.config.schema import Quantization
-from raytune_lora.models.shape import Shape
+from raytune_lora.planning.added import Added
+from raytune_lora.planning.shape import Shape
 
 C = TypeVar("C", bound=MethodConfig)
 
@@ -85,6 +86,10 @@ class Method(ABC, Generic[C]):
     @abstractmethod
     def count(self, shape: Shape) -> int:
         """How many parameters train on a model of that shape, exactly."""
+
+    def added(self, shape: Shape) -> Added:
+        """What the method adds to the memory of a model of that shape, ``count`` among it."""
+        return Added(trained=self.count(shape))
 
     @abstractmethod
     def save(self, model: Any, state: dict[str, Any], folder: Path) -> None:

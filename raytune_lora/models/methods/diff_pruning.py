@@ -9,7 +9,11 @@ from raytune_lora.config.methods import DiffPruningMethodConfig
 from raytune_lora.models.methods.base import Start
 from raytune_lora.models.methods.own import OwnMethod, load_state, save_state, untouched
 from raytune_lora.models.methods.peft_method import target_problems
-from raytune_lora.models.shape import Linear, Shape, shape_of
+from raytune_lora.models.shape import shape_of
+from raytune_lora.planning.added import Added
+from raytune_lora.planning.shape import Linear, Shape
+
+_KEPT = 4  # tensors of a layer's size that a forward pass keeps: the draws, the gates, their product with D
 
 
 class DiffPruning(OwnMethod[DiffPruningMethodConfig]):
@@ -62,6 +66,11 @@ class DiffPruning(OwnMethod[DiffPruningMethodConfig]):
     def count(self, shape: Shape) -> int:
         """The difference and the logits of z: two a weight."""
         return 2 * sum(linear.d_in * linear.d_out for linear in self._targets(shape))
+
+    def added(self, shape: Shape) -> Added:
+        targets = tuple(self._targets(shape))
+        whole = sum(linear.d_in * linear.d_out for linear in targets)
+        return Added(trained=self.count(shape), inputs=targets, weights=_KEPT * whole)
 
     def problems(self, shape: Shape) -> list[str]:
         return target_problems(self.cfg, shape)

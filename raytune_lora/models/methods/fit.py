@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from raytune_lora.config.schema import RunConfig
 from raytune_lora.models.methods import method_for
-from raytune_lora.models.shape import Shape
+from raytune_lora.planning.shape import Shape
 
 
 def problems(cfg: RunConfig) -> list[str]:

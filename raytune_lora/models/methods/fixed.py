@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from raytune_lora.config.methods import (
@@ -13,7 +14,8 @@ from raytune_lora.config.methods import (
 )
 from raytune_lora.models.methods.base import UNQUANTIZED, Start
 from raytune_lora.models.methods.peft_method import TargetedMethod
-from raytune_lora.models.shape import Shape
+from raytune_lora.planning.added import Added
+from raytune_lora.planning.shape import Shape
 
 _NO_QUANTIZED_LAYER = "PEFT has no quantized layer for it: set quantization=none"
 
@@ -41,6 +43,14 @@ class Vera(TargetedMethod[VeraMethodConfig]):
     def count(self, shape: Shape) -> int:
         return sum(self.cfg.r + linear.d_out for linear in self.targets(shape))
 
+    def added(self, shape: Shape) -> Added:
+        """What each scale multiplies is kept."""
+        targets = self.targets(shape)
+        widest = max(linear.d_in for linear in targets) + max(linear.d_out for linear in targets)
+        masks = sum(linear.d_in for linear in targets) if self.cfg.dropout else 0
+        kept = sum(self.cfg.r + linear.d_out for linear in targets)
+        return Added(trained=self.count(shape), fixed=self.cfg.r * widest, per_token=kept + masks)
+
 
 class Loha(TargetedMethod[LohaMethodConfig]):
     """W + alpha / r * (B1 A1) * (B2 A2), elementwise (arXiv:2108.06098)."""
@@ -63,6 +73,9 @@ class Loha(TargetedMethod[LohaMethodConfig]):
 
     def count(self, shape: Shape) -> int:
         return sum(2 * self.cfg.r * (linear.d_in + linear.d_out) for linear in self.targets(shape))
+
+    def added(self, shape: Shape) -> Added:
+        return _whole_update(self, shape)
 
 
 class Lokr(TargetedMethod[LokrMethodConfig]):
@@ -95,6 +108,9 @@ class Lokr(TargetedMethod[LokrMethodConfig]):
             total += out_small * in_small + (low_rank if 2 * self.cfg.r < max(out_large, in_large) else whole)
         return total
 
+    def added(self, shape: Shape) -> Added:
+        return _whole_update(self, shape)
+
 
 class Ia3(TargetedMethod[Ia3MethodConfig]):
     """A learned scale for each output, or for each input of feed-forward layers (arXiv:2205.05638)."""
@@ -113,6 +129,12 @@ class Ia3(TargetedMethod[Ia3MethodConfig]):
     def count(self, shape: Shape) -> int:
         inputs = set(shape.targets(list(self.cfg.feedforward_modules)))
         return sum(linear.d_in if linear in inputs else linear.d_out for linear in self.targets(shape))
+
+    def added(self, shape: Shape) -> Added:
+        """What each scale multiplies is kept."""
+        inputs = shape.targets(list(self.cfg.feedforward_modules))
+        outputs = [linear for linear in self.targets(shape) if linear not in inputs]
+        return Added(trained=self.count(shape), inputs=tuple(inputs), per_token=sum(linear.d_out for linear in outputs))
 
     def problems(self, shape: Shape) -> list[str]:
         found = super().problems(shape)
@@ -142,6 +164,11 @@ class Shira(TargetedMethod[ShiraMethodConfig]):
     def count(self, shape: Shape) -> int:
         return sum(self.cfg.r * (linear.d_in + linear.d_out) for linear in self.targets(shape))
 
+    def added(self, shape: Shape) -> Added:
+        """The places of its weights, two numbers of 64 bits each, are made anew at each step."""
+        whole, places = _whole_update(self, shape), 4 * self.count(shape)
+        return replace(whole, fixed=places, weights=whole.weights + places)
+
     def problems(self, shape: Shape) -> list[str]:
         found = super().problems(shape)
         for linear in self.targets(shape):
@@ -152,6 +179,13 @@ class Shira(TargetedMethod[ShiraMethodConfig]):
                 )
                 break
         return found
+
+
+def _whole_update(method: TargetedMethod[Any], shape: Shape) -> Added:
+    """Of a method that makes an update, or a weight, as large as each layer's own and multiplies the input with it."""
+    targets = tuple(method.targets(shape))
+    whole = sum(linear.d_in * linear.d_out for linear in targets)
+    return Added(trained=method.count(shape), inputs=targets, weights=whole)
 
 
 def _factors(width: int, factor: int) -> tuple[int, int]:

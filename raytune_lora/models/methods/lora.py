@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any, TypeVar
 
 from raytune_lora.config.methods import DoraMethodConfig, LoraMethodConfig, LoraPlusMethodConfig, RsloraMethodConfig
 from raytune_lora.config.schema import Quantization
 from raytune_lora.models.methods.base import ANY, FOUR_BITS, Start
 from raytune_lora.models.methods.peft_method import TargetedMethod
-from raytune_lora.models.shape import Shape
+from raytune_lora.planning.added import Added
+from raytune_lora.planning.shape import Shape
 
 L = TypeVar("L", bound=LoraMethodConfig)
 
@@ -35,6 +37,15 @@ class LoraFamily(TargetedMethod[L]):
 
     def count(self, shape: Shape) -> int:
         return sum(self.cfg.r * (linear.d_in + linear.d_out) for linear in self.targets(shape))
+
+    def added(self, shape: Shape) -> Added:
+        targets = tuple(self.targets(shape))
+        return Added(
+            trained=self.count(shape),
+            inputs=targets,
+            dropout=self.cfg.dropout > 0,
+            per_token=self.cfg.r * len(targets),
+        )
 
 
 class Lora(LoraFamily[LoraMethodConfig]):
@@ -63,6 +74,11 @@ class Dora(LoraFamily[DoraMethodConfig]):
 
     def count(self, shape: Shape) -> int:
         return super().count(shape) + sum(linear.d_out for linear in self.targets(shape))
+
+    def added(self, shape: Shape) -> Added:
+        """The outputs of W and of B A are kept, as the magnitude multiplies both."""
+        common = super().added(shape)
+        return replace(common, per_token=common.per_token + 2 * sum(linear.d_out for linear in self.targets(shape)))
 
 
 class LoraPlus(LoraFamily[LoraPlusMethodConfig]):

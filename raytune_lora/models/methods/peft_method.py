@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 from raytune_lora.config.methods import ALL_LINEAR, TargetedMethodConfig
 from raytune_lora.errors import UserError
 from raytune_lora.models.methods.base import C, Method, Start
-from raytune_lora.models.shape import Linear, Shape
+from raytune_lora.planning.shape import Linear, Shape
 
 T = TypeVar("T", bound=TargetedMethodConfig)
 

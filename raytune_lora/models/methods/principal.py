@@ -14,7 +14,7 @@ from raytune_lora.config.methods import LoraMethodConfig, OloraMethodConfig, Pis
 from raytune_lora.models.methods.base import UNQUANTIZED, Start
 from raytune_lora.models.methods.lora import LoraFamily
 from raytune_lora.models.methods.peft_method import write_adapter
-from raytune_lora.models.shape import Shape
+from raytune_lora.planning.shape import Shape
 
 L = TypeVar("L", bound=LoraMethodConfig)
 _FIRST = "_first"  # attribute of the model: B0 and A0 of each layer

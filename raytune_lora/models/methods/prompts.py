@@ -13,7 +13,8 @@ from raytune_lora.config.methods import (
 )
 from raytune_lora.models.methods.base import Start
 from raytune_lora.models.methods.peft_method import PeftMethod, write_adapter
-from raytune_lora.models.shape import Shape
+from raytune_lora.planning.added import Added
+from raytune_lora.planning.shape import Shape
 
 C = TypeVar("C", bound=MethodConfig)
 _ENCODER = "prompt_encoder.default."  # what PEFT puts before the names of the network's parameters
@@ -64,6 +65,9 @@ class PrefixTuning(PromptMethod[PrefixTuningMethodConfig]):
             return tokens * out
         return tokens * shape.kv_width + shape.kv_width * width + width + width * out + out
 
+    def added(self, shape: Shape) -> Added:
+        return Added(trained=self.count(shape), keys=self.cfg.virtual_tokens)
+
 
 class PromptTuning(PromptMethod[PromptTuningMethodConfig]):
     """Input embeddings (arXiv:2104.08691)."""
@@ -85,6 +89,9 @@ class PromptTuning(PromptMethod[PromptTuningMethodConfig]):
     def count(self, shape: Shape) -> int:
         return self.cfg.virtual_tokens * shape.hidden
 
+    def added(self, shape: Shape) -> Added:
+        return Added(trained=self.count(shape), prefix=self.cfg.virtual_tokens, from_start=True)
+
 
 class PTuning(PromptMethod[PTuningMethodConfig]):
     """Input embeddings out of a three-layer network (arXiv:2103.10385)."""
@@ -104,3 +111,6 @@ class PTuning(PromptMethod[PTuningMethodConfig]):
         hidden, width = shape.hidden, self.cfg.width
         network = hidden * width + width + width * width + width + width * hidden + hidden
         return self.cfg.virtual_tokens * hidden + network
+
+    def added(self, shape: Shape) -> Added:
+        return Added(trained=self.count(shape), prefix=self.cfg.virtual_tokens, from_start=True)

@@ -9,8 +9,9 @@ from raytune_lora.config.methods import IrQloraMethodConfig, LoftqMethodConfig
 from raytune_lora.models.methods.base import FOUR_BITS, Start
 from raytune_lora.models.methods.lora import LoraFamily
 from raytune_lora.models.methods.own import load_state, save_state, untouched
-from raytune_lora.models.shape import Shape, shape_of
+from raytune_lora.models.shape import shape_of
 from raytune_lora.models.weights import Weights
+from raytune_lora.planning.shape import Shape
 
 _WHOLE = "it quantizes the model's weights or measures what that lost, layer by layer and whole: set quantization=nf4"
 _BASE = "base_model.model."  # what PEFT puts before the names of the base model's layers

@@ -9,7 +9,8 @@ from raytune_lora.config.methods import BitfitMethodConfig, FullMethodConfig, La
 from raytune_lora.models.methods.base import UNQUANTIZED, Method, Start
 from raytune_lora.models.methods.own import OwnMethod
 from raytune_lora.models.methods.peft_method import PeftMethod
-from raytune_lora.models.shape import Shape
+from raytune_lora.planning.added import Added
+from raytune_lora.planning.shape import Shape
 
 _WITH_BIASES = "GPT-2, GPT-NeoX and Pythia, OPT, BLOOM, Phi, StarCoder2, and the attention of Qwen2 and Qwen2.5"
 
@@ -26,6 +27,10 @@ class Full(Method[FullMethodConfig]):
 
     def count(self, shape: Shape) -> int:
         return shape.parameters
+
+    def added(self, shape: Shape) -> Added:
+        normed = shape.layers * shape.block.norm_width + shape.hidden
+        return Added(shape.parameters, own=True, inputs=shape.linears, per_token=normed, from_start=True)
 
     def save(self, model: Any, state: dict[str, Any], folder: Path) -> None:
         weights = {name: tensor.to(model.dtype) for name, tensor in state.items()}
@@ -52,6 +57,9 @@ class Bitfit(OwnMethod[BitfitMethodConfig]):
 
     def count(self, shape: Shape) -> int:
         return shape.biases
+
+    def added(self, shape: Shape) -> Added:
+        return Added(trained=self.count(shape), own=True)
 
     def merge(self, model: Any) -> Any:
         return model
@@ -81,3 +89,7 @@ class Layernorm(PeftMethod[LayernormMethodConfig]):
 
     def count(self, shape: Shape) -> int:
         return shape.norms
+
+    def added(self, shape: Shape) -> Added:
+        """PEFT trains copies; what the scales multiply is kept."""
+        return Added(trained=self.count(shape), per_token=shape.layers * shape.block.norm_width + shape.hidden)

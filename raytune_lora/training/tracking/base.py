@@ -27,14 +27,15 @@ class TrackedTrial:
     sweep: str  # name of the sweep or run that it belongs to
     home: Path  # folder of that
     folder: Path  # of the trial
+    slot: int  # number of the worker group that trains it, among those at work at a time
     config: dict[str, Any]  # the trial's whole config, as plain values
     run_id: str  # no other trial has it, and a trial that goes on keeps it
 
     @classmethod
-    def of(cls, cfg: RunConfig, folder: Path) -> TrackedTrial:
+    def of(cls, cfg: RunConfig, folder: Path, slot: int = 0) -> TrackedTrial:
         """The facts of a trial that trains in ``folder``."""
         home = Path(cfg.output) if cfg.output else folder.parent
-        return cls(folder.name, home.name, home, folder, to_plain(cfg), _run_id(folder))
+        return cls(folder.name, home.name, home, folder, slot, to_plain(cfg), _run_id(folder))
 
 
 class Tracker(ABC):

@@ -97,10 +97,10 @@ class _Lane:
         with self._lock:
             if self._off:
                 return
-            self._off = True
-        _log.warning(
-            "tracker %s %s: it is switched off, the training goes on", self._tracker.kind, why, exc_info=traceback
-        )
+            _log.warning(
+                "tracker %s %s: it is switched off, the training goes on", self._tracker.kind, why, exc_info=traceback
+            )
+            self._off = True  # last: nothing waits for a lane that is off, and the trial would end before its warning
         with contextlib.suppress(queue.Empty):
             while True:
                 self._waiting.get_nowait()

@@ -3,7 +3,9 @@
 - ``samples_seen``: samples trained on, of the whole group
 - ``loss``: training loss of the step; ``eval_loss``: validation loss, at the steps that measure it (nats a token)
 - ``learning_rate``; ``grad_norm``: before clipping
-- ``step_seconds``: wall time from the end of the step before, reading data included, validation and checkpoints not
+- ``step_seconds``: wall time from the end of the step before, reading data included, validation and checkpoints not;
+  ``data_wait_seconds``: of that, until the step's data was there
+- ``checkpoint_seconds``: wall time of the checkpoint between the step before and this one, if there was one
 - ``tokens_per_second``: tokens that are not padding, of the whole group
 - ``memory_bytes``: GPU memory that the first worker's process holds; its resident memory where there is no GPU
 - ``mfu``: model FLOPs utilization, a share of 1; None where the peak is not known (see ``utilization``)
@@ -44,7 +46,7 @@ def watchers(cfg: RunConfig, plan: Plan, place: Place, split: Any, model: Any) -
     peak = worker_peak(precision(cfg.model.precision))
     share = flops_per_token(model) / (peak * plan.workers) if peak else None
     trackers: list[Tracker] = [StepLog(cfg.tracking), *(tracker_class(k)(cfg.tracking) for k in cfg.tracking.trackers)]
-    return [Watcher(plan, StepTokens(split, plan), share, trackers, TrackedTrial.of(cfg, place.folder))]
+    return [Watcher(plan, StepTokens(split, plan), share, trackers, TrackedTrial.of(cfg, place.folder, place.slot))]
 
 
 class Watcher(TrainerCallback):
@@ -68,11 +70,17 @@ class Watcher(TrainerCallback):
         self._trial = trial
         self._trackers: Trackers | None = None
         self._step: tuple[int, dict[str, float | None]] | None = None  # measured, and not yet handed over
-        self._mark = 0.0
+        self._mark = 0.0  # since when the next step has been under way
+        self._data_wait = 0.0
+        self._saving_since = 0.0
+        self._checkpoint: float | None = None  # seconds that one took since the last step
 
     def on_train_begin(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
         self._trackers = Trackers(self._to_start, self._trial)
         self._mark = time.perf_counter()
+
+    def on_step_begin(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
+        self._data_wait = time.perf_counter() - self._mark
 
     def on_log(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
         logs: dict[str, float] = kwargs["logs"]
@@ -89,11 +97,13 @@ class Watcher(TrainerCallback):
             "learning_rate": logs.get("learning_rate"),
             "grad_norm": logs.get("grad_norm"),
             "step_seconds": seconds,
+            "data_wait_seconds": self._data_wait,
+            "checkpoint_seconds": self._checkpoint,
             "tokens_per_second": tokens_per_second,
             "memory_bytes": _memory(),
             "mfu": mfu,
         }
-        self._step = step, values
+        self._step, self._checkpoint = (step, values), None
         if not control.should_evaluate:
             self._hand_over()
         self._mark = now
@@ -102,9 +112,12 @@ class Watcher(TrainerCallback):
         if self._step is not None:
             self._step[1]["eval_loss"] = kwargs["metrics"]["eval_loss"]
         self._hand_over()
+        self._saving_since = time.perf_counter()
 
-    def on_save(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
+    def saved(self) -> None:
+        """A checkpoint is whole: the next step begins."""
         self._mark = time.perf_counter()
+        self._checkpoint = self._mark - self._saving_since
 
     def close(self) -> None:
         """End the trackers, however the training ended."""
@@ -117,6 +130,16 @@ class Watcher(TrainerCallback):
             step, values = self._step
             self._trackers.log(step, {name: _finite(value) for name, value in values.items()})
         self._step = None
+
+
+class AfterSave(TrainerCallback):
+    """Tells a watcher that a checkpoint is whole; the last of the callbacks, for others take part in saving."""
+
+    def __init__(self, watcher: Watcher) -> None:
+        self._watcher = watcher
+
+    def on_save(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
+        self._watcher.saved()
 
 
 class StepTokens:

@@ -1,0 +1,64 @@
+"""The shape of a base model: the numbers that parameters and memory are computed from."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from raytune_lora.config.methods import ALL_LINEAR
+
+
+@dataclass(frozen=True)
+class Linear:
+    """A linear layer, or GPT-2's transposed one."""
+
+    name: str  # dotted path in the model
+    d_in: int
+    d_out: int
+    source: str = ""  # layers with the same one are fed the same tensor
+
+
+@dataclass(frozen=True)
+class Block:
+    """One decoder layer, as the mean of all of them."""
+
+    heads: int
+    query_width: int  # heads times their size
+    kv_width: int  # heads for keys and values times their size
+    feed_forward: int  # width inside the feed-forward network; of a mixture, that of the experts a token sees
+    feed_forward_kept: int  # tensors of that width that the backward pass needs of a frozen network
+    norm_width: int  # inputs of its normalization layers, elements a token
+    rms: bool  # whether those are computed in fp32 step by step, as RMSNorm is
+    experts: int = 0  # that a token sees; 0: no mixture
+    fused: bool = False  # whether one layer gives queries, keys and values together
+    softcap: bool = False  # whether attention's scores are capped, which only the eager implementation does
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Numbers of a base model, without its weights."""
+
+    hidden: int  # width of the residual stream
+    layers: int  # decoder layers
+    block: Block
+    vocab: int
+    head: str | None  # name of the linear layer that gives the logits
+    linears: tuple[Linear, ...]
+    norms: int  # parameters of all normalization layers
+    biases: int  # parameters called bias
+    parameters: int  # all, shared ones once
+    softcap: bool = False  # whether the logits are capped
+
+    @property
+    def kv_width(self) -> int:
+        """Of one layer's keys."""
+        return self.block.kv_width
+
+    def targets(self, names: list[str]) -> list[Linear]:
+        """The linear layers that PEFT takes for these ``target_modules``."""
+        if names == [ALL_LINEAR]:
+            return [linear for linear in self.linears if linear.name != self.head]
+        return [
+            linear
+            for linear in self.linears
+            if any(linear.name == name or linear.name.endswith(f".{name}") for name in names)
+        ]

@@ -1,0 +1,159 @@
+"""What a point of the search space must fulfil before it is trained: relations between keys, and planned memory.
+
+A proposal that breaks a constraint is no trial: the study is told at once that it is infeasible and by how much, which
+TPE learns from, and another one is asked for. The point of the config as it stands comes first, so it must be feasible.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from raytune_lora.cluster.connect import smallest_gpu
+from raytune_lora.config.schema import RunConfig, SweepConfig
+from raytune_lora.config.search import Sampler
+from raytune_lora.data.store import TokenStore
+from raytune_lora.errors import UserError
+from raytune_lora.models.planned import planned_memory, remedies
+from raytune_lora.models.shape import shape_of_folder
+from raytune_lora.planning.memory import Memory
+from raytune_lora.planning.shape import Shape
+from raytune_lora.tuning import relations
+from raytune_lora.tuning import space as spaces
+from raytune_lora.tuning.relations import Unreadable
+
+MEMORY = "memory_gb"  # the constraint's name; a relation's is its text
+_KEY = "search.constraints"
+
+
+@dataclass(frozen=True)
+class MemoryLimit:
+    """What the planned memory of a worker is held against."""
+
+    gb: float
+    shape: Shape  # of the base model
+    length: int  # tokens of the longest row
+
+    def plan(self, cfg: RunConfig) -> Memory:
+        """The memory of each worker of a run on the sweep's data."""
+        return planned_memory(cfg, self.shape, min(self.length, cfg.data.max_length))
+
+
+class Constraints:
+    """The constraints of a sweep; its config has none of ``problems``."""
+
+    def __init__(self, cfg: SweepConfig, limit: MemoryLimit | None = None) -> None:
+        """
+        Args:
+            cfg: of the sweep.
+            limit: of memory; None for none.
+        """
+        self._cfg = cfg
+        self._relations = [relations.parse(text) for text in cfg.search.constraints.relations]
+        self._limit = limit
+
+    def broken(self, params: dict[str, Any]) -> dict[str, float]:
+        """The constraints that a point breaks, by name, and by how much; of memory, as a share of the limit.
+
+        Args:
+            params: of a trial, by dotted key.
+        """
+        if not self._relations and self._limit is None:
+            return {}
+        cfg = spaces.apply(self._cfg, params)
+        found = {relation.text: relation.broken_by(cfg) for relation in self._relations}
+        if self._limit is not None:
+            found[MEMORY] = self._limit.plan(cfg).gb / self._limit.gb - 1
+        return {name: amount for name, amount in found.items() if amount > 0}
+
+    def broken_at(self, point: dict[str, Any]) -> dict[str, float]:
+        """The same of a point given as the sampler's parameters."""
+        return self.broken(spaces.settings(self._cfg.space, self._cfg, point))
+
+    def check(self) -> None:
+        """Refuse what can be known to be infeasible once the model and the data are there.
+
+        Raises:
+            UserError: the config as it stands does not fit, or a grid has fewer feasible points than trials.
+        """
+        found = [] if self._limit is None else _memory_problems(self._first(), self._limit)
+        found = found or self._grid_problems()
+        if found:
+            raise UserError(found)
+
+    def _first(self) -> SweepConfig:
+        """The config of the first trial."""
+        cfg = self._cfg
+        return spaces.apply(cfg, spaces.settings(cfg.space, cfg, spaces.configured_point(cfg.space, cfg)))
+
+    def relation_problems(self) -> list[str]:
+        """Relations that the first trial breaks, and a grid that the relations leave too small."""
+        cfg = self._first()
+        found = [
+            f"{_KEY}.relations: {relation.text!r} does not hold for the config as it stands, which is tried first "
+            f"({relation.shown(cfg)}); change the keys, or the relation"
+            for relation in self._relations
+            if relation.broken_by(cfg)
+        ]
+        return found or self._grid_problems()
+
+    def _grid_problems(self) -> list[str]:
+        cfg = self._cfg
+        if cfg.search.sampler is not Sampler.grid or not (self._relations or self._limit):
+            return []
+        count = sum(not self.broken_at(point) for point in spaces.points(cfg.space, cfg))
+        if cfg.search.trials <= count:
+            return []
+        return [
+            f"search.trials must be <= the {count} points of the grid that fulfil {_KEY} (got {cfg.search.trials}); "
+            f"set search.trials={count}, give the space more steps or choices, or loosen the constraints"
+        ]
+
+
+def problems(cfg: SweepConfig) -> list[str]:
+    """What is wrong with the relations: seen before the model and the data are there."""
+    found = []
+    for text in cfg.search.constraints.relations:
+        try:
+            own = relations.problems(relations.parse(text), cfg)
+        except Unreadable as error:
+            own = [str(error)]
+        found += [f"{_KEY}.relations: {text!r} {problem}" for problem in own]
+    return found or Constraints(cfg).relation_problems()
+
+
+def memory_limit(cfg: SweepConfig, model: Path, store: TokenStore) -> MemoryLimit | None:
+    """The limit of memory that a sweep or run has; None for none.
+
+    Args:
+        cfg: with the limit, or without: then it is that of the smallest GPU, if that is known, and none on the CPU.
+        model: folder of the base model.
+        store: the data, for its longest row.
+    """
+    gb = cfg.search.constraints.memory_gb
+    if gb is None and cfg.gpus_per_worker:
+        gb = smallest_gpu(cfg.cluster)
+    if not gb:
+        return None
+    length = max(int(store.lengths(split).max()) for split in ("train", "validation"))
+    return MemoryLimit(gb, shape_of_folder(model, cfg.model), length)
+
+
+def _memory_problems(cfg: SweepConfig, limit: MemoryLimit) -> list[str]:
+    plan = limit.plan(cfg)
+    if plan.gb <= limit.gb:
+        return []
+
+    def fits(changed: RunConfig) -> bool:
+        return limit.plan(changed).gb <= limit.gb
+
+    ways = remedies(cfg, fits)
+    able = "; or ".join(ways) or "nothing that is known here; take a smaller model"
+    asked = cfg.search.constraints.memory_gb
+    where = f"{_KEY}.memory_gb={asked:g}" if asked else f"{_KEY}.memory_gb: the smallest GPU has {limit.gb:.1f} GB"
+    return [
+        f"{where}: a worker's planned memory is {plan.gb:.3g} GB "
+        f"(micro batch {cfg.training.micro_batch}, rows of up to {min(limit.length, cfg.data.max_length)} tokens)\n"
+        f"{plan.table()}\n  what would fit: {able} ({_KEY}.memory_gb=0 sets no limit)"
+    ]
