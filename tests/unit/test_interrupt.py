@@ -18,8 +18,8 @@ from raytune_lora.tuning.interrupt import Interrupts
 with Interrupts(lambda line: print(line, flush=True)) as interrupts:
     interrupts.awaited = sys.argv[1] == "awaited"
     child = subprocess.Popen(["sleep", "60"], start_new_session=True)
-    print(child.pid, flush=True)
     try:
+        print(child.pid, flush=True)
         while not interrupts.asked:
             time.sleep(0.01)
         print("asked", flush=True)

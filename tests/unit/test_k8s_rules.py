@@ -150,7 +150,10 @@ def test_every_overlay_keeps_the_rules(folder: str, rule: Any) -> None:
 @pytest.mark.parametrize(
     ("rule", "folder", "where", "value"),
     FAULTS,
-    ids=[f"{rule.__name__}-{where.split('/', 2)[-1]}-{value}"[:90] for rule, _, where, value in FAULTS],
+    ids=[
+        f"{rule.__name__}-{where.split('/', 2)[-1]}-{'gone' if value is GONE else value}"[:90]
+        for rule, _, where, value in FAULTS
+    ],
 )
 def test_a_fault_is_found(rule: Any, folder: str, where: str, value: Any) -> None:
     assert list(rule(changed(k8s.render(folder), where, value)))
