@@ -1,26 +1,49 @@
-"""A sweep whose driver is killed (SIGKILL) again and again at random moments, and what each kill costs.
+"""A sweep under kills (SIGKILL) of one kind, and what each kill costs.
 
-    python jobs/bench/kills.py --kills 10 --seed 0
+    python jobs/bench/kills.py driver --kills 10
+    python jobs/bench/kills.py worker --trials 20 --every 20    # the process that trains
+    python jobs/bench/kills.py machine --trials 20 --every 20   # all processes of a machine; another one comes
+    python jobs/bench/kills.py pause --trials 20 --every 40     # SIGSTOP to all processes of a machine, for a while
+    python jobs/bench/kills.py head --kills 3                   # head and driver, as of a RayJob; all are started again
 
-The moments are drawn over the journal's events, so that each sitting gets somewhere on a fast machine and on a slow
-one: after a few events, and then after a random part of the time between two of them. Nothing is waited for between a
-kill and the next start. At the end the sweep is let through, and its journal is compared with what was asked for.
+All but the first have a cluster on this machine: a head without CPUs, and machines that are a ``ray start`` each.
+
+Where the sweep's own process dies, the moments are drawn over the journal's events, so that each sitting gets somewhere
+on a fast machine and on a slow one: after a few events, and then after a random part of the time between two of them.
+Nothing is waited for between such a kill and the next start. The other kills come every so many seconds, whatever the
+sweep does then. At the end the sweep is let through, and its journal is compared with what was asked for.
+
+What a kill costs: ``lost`` are seconds of steps that were done again, over all kills; ``recovery`` are seconds until
+the trials that a kill hit were training again.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
+import os
 import random
+import re
+import signal
+import socket
+import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 JOB = Path(__file__).resolve().parents[1] / "sweep.py"
+RAY = str(Path(sys.executable).parent / "ray")
+DRIVER, WORKER, MACHINE, PAUSE, HEAD = KINDS = "driver", "worker", "machine", "pause", "head"
 SWEEP = (
     "experiment=tiny",
     "scheduler=none",
@@ -30,19 +53,19 @@ SWEEP = (
     "evaluation.every=80",
     "evaluation.loss_rows=8",
     "evaluation.generate_rows=0",
+    "cluster.retries=1000",
 )
-LIMIT = 300  # seconds of a sitting
+LIMIT = 300  # seconds in which something must happen to the sweep
+PAUSED = 15.0  # seconds; the cluster gives a machine up after six
+NOTICING = {
+    "health_check_initial_delay_ms": 0,
+    "health_check_period_ms": 1000,
+    "health_check_failure_threshold": 5,
+    "health_check_timeout_ms": 1000,
+}
 
 
-@dataclass
-class Kill:
-    """One sitting that was killed."""
-
-    seconds: float  # that it lasted
-    to_first_event: float  # seconds from its start to its first event of a trial
-    events: int  # of trials, in this sitting
-    ended: int  # trials that had ended by then, in all sittings
-    lost: float  # seconds of the trials that ran since their last checkpoints, or since they went on
+# ------------------------------------------------------------------------------------------------------ what is known
 
 
 def events(folder: Path) -> list[dict[str, Any]]:
@@ -52,88 +75,272 @@ def events(folder: Path) -> list[dict[str, Any]]:
     return [event for event in map(json.loads, lines) if event["event"].startswith("trial_")]
 
 
-def running(folder: Path) -> dict[str, float]:
-    """The trials that have not ended, and when each started or went on (Unix time)."""
-    found: dict[str, float] = {}
+def running(folder: Path) -> list[str]:
+    """The trials that have started and not ended."""
+    found = dict.fromkeys(event["trial_id"] for event in events(folder) if event["event"] == "trial_started")
     for event in events(folder):
-        if event["event"] == "trial_started":
-            found[event["trial_id"]] = event["time"]
-        elif event["event"] == "trial_ended":
+        if event["event"] == "trial_ended":
             found.pop(event["trial_id"], None)
+    return list(found)
+
+
+def steps(folder: Path, trial: str) -> list[dict[str, Any]]:
+    """All that a trial did, what it did again too; a line that a kill cut is none."""
+    file, found = folder / "trials" / trial / "steps.jsonl", []
+    for line in file.read_text().splitlines() if file.exists() else []:
+        with contextlib.suppress(ValueError):
+            found.append(json.loads(line))
     return found
 
 
-def start(*overrides: str) -> subprocess.Popen[bytes]:
-    return subprocess.Popen([sys.executable, str(JOB), *overrides], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
-
-
-def kill_once(folder: Path, overrides: tuple[str, ...], draw: random.Random) -> Kill | None:
-    """One sitting; None where it came to its end before its kill."""
-    known, began, process = len(events(folder)), time.time(), start(*overrides)
-    wanted, part, first = draw.randint(1, 6), draw.random(), 0.0
-    while (new := len(events(folder)) - known) < wanted and process.poll() is None:
-        first = first or (time.time() if new else 0.0)
-        if time.time() - began > LIMIT:
-            process.kill()
-            raise SystemExit(f"a sitting got nowhere in {LIMIT} s")
-        time.sleep(0.02)
-    first = first or time.time()
-    time.sleep(part * (time.time() - first) / max(1, new))
-    if process.poll() is not None:
-        return None
-    process.kill()
-    killed = time.time()
-    process.wait()
+def redone(folder: Path) -> float:
+    """Seconds of the steps that had been done before."""
     lost = 0.0
-    for name, started in running(folder).items():
-        saved = [m.stat().st_mtime for m in (folder / "trials" / name).glob("checkpoint-*/manifest.json")]
-        if started > began:  # in this sitting
-            lost += killed - max([started, *saved])
-    sitting = events(folder)
-    ended = sum(event["event"] == "trial_ended" for event in sitting)
-    return Kill(killed - began, first - began, len(sitting) - known, ended, lost)
+    for trial in (folder / "trials").iterdir():
+        seen = set()
+        for step in steps(folder, trial.name):
+            lost += (step.get("step_seconds") or 0.0) if step["step"] in seen else 0.0
+            seen.add(step["step"])
+    return lost
+
+
+def trainer(folder: Path, trial: str) -> int:
+    """The process that trains a trial, by its log; 0 where none does yet."""
+    log = folder / "trials" / trial / "logs" / "worker-0.log"
+    found = re.findall(r"^worker 0 of \d+, process (\d+)$", log.read_text(), re.MULTILINE) if log.exists() else []
+    return int(found[-1]) if found else 0
+
+
+@dataclass
+class Kill:
+    """One kill, and what came of the trials that it hit."""
+
+    hit: dict[str, int]  # by trial, the steps that were known of it
+    moment: float = field(default_factory=time.monotonic)
+    recovery: float | None = None  # seconds until all of them trained again; None: one of them never did
+
+    def look(self, folder: Path) -> None:
+        """See whether they train again."""
+        if self.hit and self.recovery is None and all(len(steps(folder, t)) > known for t, known in self.hit.items()):
+            self.recovery = round(time.monotonic() - self.moment, 2)
+
+
+# ---------------------------------------------------------------------------------------------------------- processes
+
+
+class Tree:
+    """A process and all that it started."""
+
+    def __init__(self, *command: str, **settings: Any) -> None:
+        self.process = subprocess.Popen(command, start_new_session=True, **settings)
+
+    def send(self, number: signal.Signals) -> set[int]:
+        """Signal all of it; the processes that were there."""
+        with contextlib.suppress(psutil.Error):
+            root = psutil.Process(self.process.pid)
+            tree = [root, *root.children(recursive=True)]
+            for process in tree:
+                with contextlib.suppress(psutil.Error):
+                    process.send_signal(number)
+            return {process.pid for process in tree}
+        return set()
+
+    def end(self) -> set[int]:
+        found = self.send(signal.SIGKILL)
+        self.process.wait()
+        return found
+
+
+class Cluster:
+    """A head without CPUs, and machines."""
+
+    def __init__(self, home: Path, machines: int) -> None:
+        self._home, self._port, self._count = home, free_port(), machines
+        self.address = f"127.0.0.1:{self._port}"
+        self.machines: list[Tree] = []
+        self.start()
+
+    def start(self) -> None:
+        """The head, and its machines."""
+        head = ("--head", f"--port={self._port}", "--num-cpus=0", "--include-dashboard=false")
+        self.head = self._node(*head, f"--temp-dir={self._home}", f"--system-config={json.dumps(NOTICING)}")
+        self.machines = [self.add() for _ in range(self._count)]
+
+    def add(self) -> Tree:
+        return self._node(f"--address={self.address}", "--num-cpus=1")
+
+    def _node(self, *arguments: str) -> Tree:
+        common = ("--node-ip-address=127.0.0.1", f"--dashboard-agent-listen-port={free_port()}")
+        ports = ("--min-worker-port=0", "--max-worker-port=0")
+        command = (RAY, "start", "--block", *arguments, *common, *ports, f"--object-store-memory={100 * 2**20}")
+        environment = os.environ | {"RAY_AUTH_MODE": "disabled", "OMP_NUM_THREADS": "1"}
+        node = Tree(*command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=environment)
+        assert node.process.stdout is not None
+        if not any(b"Ray runtime started" in line for line in node.process.stdout):
+            raise SystemExit("a machine of the cluster did not start")
+        threading.Thread(target=node.process.stdout.read, daemon=True).start()
+        return node
+
+    def replace(self, machine: Tree) -> None:
+        """Another machine in the place of one that is gone."""
+        self.machines[self.machines.index(machine)] = self.add()
+
+    def close(self) -> None:
+        for tree in (*self.machines, self.head):
+            tree.end()
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+# -------------------------------------------------------------------------------------------------------------- kills
+
+
+class Trouble:
+    """A sweep, and kills of one kind."""
+
+    def __init__(self, kind: str, folder: Path, cluster: Cluster | None, seed: int, *overrides: str) -> None:
+        self._kind, self._folder, self._cluster = kind, folder, cluster
+        self._draw = random.Random(seed)
+        where = () if cluster is None else (f"cluster.address={cluster.address}",)
+        self._command = (sys.executable, str(JOB), *overrides, *where, f"output={folder}", "resume=auto")
+        self.said = folder.with_name(f"{folder.name}.log")
+        self.kills: list[Kill] = []
+        self.sweep = self._start()
+
+    def _start(self) -> Tree:
+        environment = os.environ | {"RAY_AUTH_MODE": "disabled"}
+        with self.said.open("ab") as log:
+            return Tree(*self._command, stdout=log, stderr=log, env=environment)
+
+    def run(self, kills: int, every: float) -> int:
+        """Let the sweep have its kills, then let it through; its status."""
+        moment = self._moment_of_a_sitting if self._kind in (DRIVER, HEAD) else partial(self._moment_in_turn, every)
+        while len(self.kills) < kills and moment():
+            getattr(self, f"_kill_{self._kind}")()
+        self._until(lambda: False, LIMIT * 4)
+        return self.sweep.process.wait()
+
+    def _until(self, condition: Callable[[], Any], limit: float = LIMIT) -> bool:
+        """Wait, and see what comes of the kills so far; whether the sweep still runs then."""
+        began = time.monotonic()
+        while self.sweep.process.poll() is None and not condition():
+            if time.monotonic() - began > limit:
+                self.sweep.end()
+                raise SystemExit(f"nothing happened to the sweep in {limit} s")
+            for kill in self.kills:
+                kill.look(self._folder)
+            time.sleep(0.05)
+        return self.sweep.process.poll() is None
+
+    def _moment_of_a_sitting(self) -> bool:
+        known, wanted, part = len(events(self._folder)), self._draw.randint(1, 6), self._draw.random()
+        if not self._until(lambda: len(events(self._folder)) > known):
+            return False
+        first = time.monotonic()
+        if not self._until(lambda: len(events(self._folder)) - known >= wanted):
+            return False
+        due = time.monotonic() + part * (time.monotonic() - first) / wanted
+        return self._until(lambda: time.monotonic() > due)
+
+    def _moment_in_turn(self, every: float) -> bool:
+        last = self.kills[-1].moment if self.kills else time.monotonic() - every * self._draw.random()
+        return self._until(lambda: running(self._folder)) and self._until(lambda: time.monotonic() > last + every)
+
+    def _note(self, trials: Iterable[str]) -> None:
+        self.kills.append(Kill({trial: len(steps(self._folder, trial)) for trial in trials}))
+        print(f"kill {len(self.kills)} at trials {list(self.kills[-1].hit)}", file=sys.stderr)
+
+    def _kill_driver(self) -> None:
+        self.sweep.end()
+        self._note(running(self._folder))
+        self.sweep = self._start()
+
+    def _kill_head(self) -> None:
+        """The head, the driver on it, and with them the cluster."""
+        assert self._cluster is not None
+        self.sweep.end()
+        self._cluster.close()
+        self._note(running(self._folder))
+        self._cluster.start()
+        self.sweep = self._start()
+
+    def _kill_worker(self) -> None:
+        trial = self._draw.choice(running(self._folder) or [""])
+        if process := trainer(self._folder, trial):
+            with contextlib.suppress(ProcessLookupError):  # its group was replaced just now
+                os.kill(process, signal.SIGKILL)
+        self._note([trial] if process else [])
+
+    def _kill_machine(self) -> None:
+        assert self._cluster is not None
+        machine = self._draw.choice(self._cluster.machines)
+        self._note(self._trials_on(machine.end()))
+        threading.Thread(target=self._cluster.replace, args=(machine,), daemon=True).start()
+
+    def _kill_pause(self) -> None:
+        assert self._cluster is not None
+        machine = self._draw.choice(self._cluster.machines)
+        self._note(self._trials_on(machine.send(signal.SIGSTOP)))
+        threading.Thread(target=self._go_on, args=(machine,), daemon=True).start()
+
+    def _go_on(self, machine: Tree) -> None:
+        """A paused machine goes on; where it ends, as it was given up meanwhile, another one comes."""
+        assert self._cluster is not None
+        time.sleep(PAUSED)
+        machine.send(signal.SIGCONT)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            machine.process.wait(30)
+            self._cluster.replace(machine)
+
+    def _trials_on(self, processes: set[int]) -> list[str]:
+        return [trial for trial in running(self._folder) if trainer(self._folder, trial) in processes]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--kills", type=int, default=10)
+    parser.add_argument("kind", choices=KINDS)
+    parser.add_argument("--kills", type=int, default=1000, help="as many as there is time for, where it is left out")
+    parser.add_argument("--every", type=float, default=20.0, help="seconds between two kills (worker, machine, pause)")
     parser.add_argument("--trials", type=int, default=8)
     parser.add_argument("--concurrent", type=int, default=2)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", type=Path, help="folder of the sweep; a temporary one is deleted")
     parser.add_argument("overrides", nargs="*")
     args = parser.parse_args()
-    with tempfile.TemporaryDirectory() as temporary:
+    with tempfile.TemporaryDirectory(prefix="k-") as temporary, contextlib.ExitStack() as stack:
         folder = args.output or Path(temporary) / "sweep"
+        cluster = None
+        if args.kind != DRIVER:
+            cluster = Cluster(Path(temporary) / "ray", args.concurrent + 1)
+            stack.callback(cluster.close)
         sizes = (f"search.trials={args.trials}", f"search.concurrent={args.concurrent}")
-        overrides: tuple[str, ...] = (*SWEEP, *sizes, f"cache={temporary}/cache", f"output={folder}", *args.overrides)
-        draw, kills = random.Random(args.seed), list[Kill]()
-        while len(kills) < args.kills:
-            kill = kill_once(folder, overrides, draw)
-            if kill is None:
-                break
-            kills.append(kill)
-            print(f"kill {len(kills)}: {kill}", file=sys.stderr)
-            if (folder / "config.yaml").exists():
-                overrides = (f"resume={folder}",)
-        last = start(f"resume={folder}")
-        _, err = last.communicate()
-        print(json.dumps(summary(folder, kills, args.trials, last.returncode, err.decode()[-2000:]), indent=2))
+        overrides = (*SWEEP, *sizes, f"cache={temporary}/cache", *args.overrides)
+        trouble = Trouble(args.kind, folder, cluster, args.seed, *overrides)
+        stack.callback(lambda: trouble.sweep.end())
+        status = trouble.run(args.kills, args.every)
+        found = summary(folder, trouble.kills, args.trials, status)
+        print(json.dumps({"kind": args.kind, **found}, indent=2))
+        if not found["fine"]:
+            raise SystemExit(trouble.said.read_text()[-3000:])
 
 
-def summary(folder: Path, kills: list[Kill], trials: int, status: int, said: str) -> dict[str, Any]:
+def summary(folder: Path, kills: list[Kill], trials: int, status: int) -> dict[str, Any]:
     ends = [event["trial_id"] for event in events(folder) if event["event"] == "trial_ended"]
     results = json.loads((folder / "results.json").read_text()) if (folder / "results.json").exists() else {}
-    known = [trial["trial_id"] for trial in results.get("trials", [])]
-    fine = status == 0 and len(ends) == len(set(ends)) == len(known) == trials and results["state"] == "finished"
-    if not fine:
-        print(said, file=sys.stderr)
+    known = [trial["status"] for trial in results.get("trials", [])]
+    fine = status == 0 and len(ends) == len(set(ends)) == trials and known == ["completed"] * trials
+    times = [kill.recovery for kill in kills if kill.recovery is not None]
     return {
-        "fine": fine,
-        "kills": [asdict(kill) for kill in kills],
+        "fine": fine and results["state"] == "finished",
+        "kills": [{"hit": list(kill.hit), "recovery": kill.recovery} for kill in kills],
         "trials": {"asked for": trials, "ended": len(ends), "twice": len(ends) - len(set(ends)), "known": len(known)},
-        "lost seconds a kill": sum(kill.lost for kill in kills) / max(1, len(kills)),
-        "seconds to the first event": sum(kill.to_first_event for kill in kills) / max(1, len(kills)),
+        "seconds lost a kill": round(redone(folder) / max(1, len(kills)), 2),
+        "seconds to recover, median": round(statistics.median(times), 2) if times else None,
+        "seconds to recover, longest": max(times, default=None),
     }
 
 

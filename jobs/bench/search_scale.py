@@ -71,7 +71,7 @@ def run(folder: Path, args: argparse.Namespace) -> dict[str, Any]:
     from raytune_lora.tuning.interrupt import Interrupts
     from raytune_lora.tuning.job import SWEEP, Job
     from raytune_lora.tuning.progress import Progress
-    from raytune_lora.tuning.search import open_study
+    from raytune_lora.tuning.study import open_study
     from raytune_lora.tuning.trials import Journal
 
     rows = 100 * REPORTS

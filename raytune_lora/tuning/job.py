@@ -45,8 +45,8 @@ from raytune_lora.tuning.parts import Parts
 from raytune_lora.tuning.preflight import check
 from raytune_lora.tuning.progress import Progress
 from raytune_lora.tuning.results import BASELINE, BEST, write_results
-from raytune_lora.tuning.search import STUDY_FILE
 from raytune_lora.tuning.space import apply, lookup
+from raytune_lora.tuning.study import STUDY_FILE
 from raytune_lora.tuning.trials import Journal, Trial
 
 SWEEP, RUN = "sweep", "run"

@@ -53,7 +53,7 @@ NO_RAY = (
     "tuning.status",
     "tuning.show",
 )
-LIGHT = (*NO_RAY, "tuning.space", "tuning.search", "tuning.scheduler", "tuning.trials")
+LIGHT = (*NO_RAY, "tuning.space", "tuning.study", "tuning.search", "tuning.scheduler", "tuning.trials")
 LOADS_TORCH = {"torch", "transformers", "peft", "trl", "accelerate", "deepspeed", "bitsandbytes"}
 
 

@@ -21,8 +21,9 @@ from raytune_lora.config.methods import LoraMethodConfig
 from raytune_lora.config.schema import SweepConfig, TinyModelConfig
 from raytune_lora.config.search import DimensionConfig, DimensionKind, Objective, Sampler, SearchConfig
 from raytune_lora.tuning.samplers import WARM, marks, problems
-from raytune_lora.tuning.search import StudySearcher, keep, open_study, tell
+from raytune_lora.tuning.search import StudySearcher
 from raytune_lora.tuning.space import apply, lookup
+from raytune_lora.tuning.study import keep, open_study, tell
 from raytune_lora.tuning.trials import Trial
 
 INT, FLOAT, CATEGORICAL = DimensionKind.int, DimensionKind.float, DimensionKind.categorical

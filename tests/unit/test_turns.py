@@ -11,7 +11,7 @@ from optuna.trial import TrialState
 from raytune_lora.config import validate
 from raytune_lora.config.compose import compose
 from raytune_lora.config.schema import SweepConfig
-from raytune_lora.tuning.search import counted
+from raytune_lora.tuning.study import counted
 from raytune_lora.tuning.trials import Record
 from tests.unit.playing import EVERY, Disk, Killed, Play, Weights, outcome
 
