@@ -12,6 +12,15 @@ from raytune_lora.cache import Cache
 from raytune_lora.config.schema import TinyModelConfig
 from raytune_lora.models.sources import byte_tokenizer, materialize
 
+UNIT = Path(__file__).parent / "unit"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests that start Ray want both cores: side by side they would wait for each other beyond their time limits."""
+    for item in items:
+        if not item.path.is_relative_to(UNIT):
+            item.add_marker(pytest.mark.xdist_group("ray"))
+
 
 @pytest.fixture(scope="session")
 def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:

@@ -34,7 +34,7 @@ def exported(cfg: SweepConfig, folder: SweepFolder, journal: Journal, trials: in
         yield
         return
     gauges = SweepGauges(cfg, folder, journal, trials)
-    exporter = Exporter(gauges.read, sweep=folder.path.name)
+    exporter = Exporter(gauges.read, sweep=folder.name)
     try:
         yield
     finally:

@@ -217,7 +217,7 @@ def _work(job: Job, run: Callable[[Job], None]) -> dict[str, Any]:
     cfg = job.cfg
     groups = cfg.search.concurrent if job.kind == SWEEP else 1
     trials = cfg.search.trials if job.kind == SWEEP else 1
-    with connected(cfg.cluster, name=job.folder.path.name), exported(cfg, job.folder, job.journal, trials):
+    with connected(cfg.cluster, name=job.folder.name), exported(cfg, job.folder, job.journal, trials):
         pool = Pool(plain_run(cfg), job.folder.groups, groups, cfg.search.stalled, job.progress.note)
         try:
             with pool:

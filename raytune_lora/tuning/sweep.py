@@ -156,7 +156,7 @@ def _tune(job: Job, study: optuna.Study, interrupted: list[Trial], budget: Budge
     if searcher.over:
         return
     trainable = partial(run_trial, board=board, cfg=plain_run(cfg), store=job.store, trials=job.folder.trials)
-    trainable.__name__ = f"{job.folder.path.name} trials"  # type: ignore[attr-defined]  # Ray's dashboard shows it
+    trainable.__name__ = f"{job.folder.name} trials"  # type: ignore[attr-defined]  # Ray's dashboard shows it
     tuner = Tuner(
         tune.with_resources(trainable, _on_this_node()),
         tune_config=TuneConfig(
