@@ -15,6 +15,7 @@ from raytune_lora.models.sources import byte_tokenizer, materialize
 UNIT = Path(__file__).parent / "unit"
 
 
+@pytest.hookimpl(tryfirst=True)  # xdist reads the groups in its own
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Tests that start Ray want both cores: side by side they would wait for each other beyond their time limits."""
     for item in items:
