@@ -31,9 +31,8 @@ $(INSTALLED): pyproject.toml constraints.txt
 sweep: setup ## find the best adapter for a small model, no GPU needed; results in sweeps/quickstart
 	$(BIN)/python jobs/sweep.py experiment=quickstart output=sweeps/quickstart $(ARGS)
 
-# One process has the tests that start Ray, one after the other, and another all the others.
 test: setup ## run the tests: make test ARGS='-k layers'
-	$(BIN)/python -m pytest -n 2 --dist loadgroup --no-loadscope-reorder $(ARGS)
+	$(BIN)/python -m pytest -n 2 --dist loadscope --no-loadscope-reorder $(ARGS)
 
 lint: setup ## check style, types and which way imports run
 	$(BIN)/ruff check .

@@ -7,20 +7,22 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from xdist.scheduler import LoadScopeScheduling
 
 from raytune_lora.cache import Cache
 from raytune_lora.config.schema import TinyModelConfig
 from raytune_lora.models.sources import byte_tokenizer, materialize
 
-UNIT = Path(__file__).parent / "unit"
+
+class _OneRay(LoadScopeScheduling):
+    """The tests that start Ray run one after the other, as they want both cores, and beside them those of the units."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        return nodeid.partition("::")[0] if nodeid.startswith("tests/unit/") else "ray"
 
 
-@pytest.hookimpl(tryfirst=True)  # xdist reads the groups in its own
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests that start Ray want both cores: side by side they would wait for each other beyond their time limits."""
-    for item in items:
-        if not item.path.is_relative_to(UNIT):
-            item.add_marker(pytest.mark.xdist_group("ray"))
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> _OneRay:
+    return _OneRay(config, log)
 
 
 @pytest.fixture(scope="session")

