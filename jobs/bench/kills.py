@@ -176,8 +176,13 @@ class Cluster:
         environment = os.environ | {"RAY_AUTH_MODE": "disabled", "OMP_NUM_THREADS": "1"}
         node = Tree(*command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=environment)
         assert node.process.stdout is not None
-        if not any(b"Ray runtime started" in line for line in node.process.stdout):
-            raise SystemExit("a machine of the cluster did not start")
+        said = []
+        for line in node.process.stdout:
+            said.append(line.decode())
+            if "Ray runtime started" in said[-1]:
+                break
+        else:
+            raise SystemExit("a machine of the cluster did not start:\n" + "".join(said))
         threading.Thread(target=node.process.stdout.read, daemon=True).start()
         return node
 

@@ -1,4 +1,4 @@
-"""Ray Train's trainer, without its placement group cleaner, with names for its workers, and telling where they are."""
+"""Ray Train's trainer without processes that are not needed, with names for its workers, and telling where they are."""
 
 from __future__ import annotations
 
@@ -6,10 +6,13 @@ from typing import Any
 
 import ray
 from ray.train.torch import TorchTrainer
+from ray.train.v2._internal.callbacks.datasets import DatasetsCallback
 from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
 from ray.train.v2._internal.execution.callback import ControllerCallback, WorkerGroupCallback
 from ray.train.v2._internal.execution.worker_group.worker import RayTrainWorker
 from ray.train.v2._internal.execution.worker_group.worker_group import WorkerGroup
+
+_NOT_NEEDED = (PlacementGroupCleanerCallback, DatasetsCallback)
 
 
 class GroupTrainer(TorchTrainer):
@@ -18,7 +21,8 @@ class GroupTrainer(TorchTrainer):
     The cleaner, an actor beside each group, asks every second whether the controller lives. For that it searches all
     processes of the machine for a Ray address, may ask another cluster than its own and then take the group's
     resources away, and delays the end of each group by twelve seconds (Ray 2.60). Ray itself takes a placement group
-    back when the controller or the driver that made it dies.
+    back when the controller or the driver that made it dies. The other process that is left out would divide Ray data
+    sets among the workers, and there are none.
     """
 
     def __init__(self, title: str, *arguments: Any, **settings: Any) -> None:
@@ -33,7 +37,7 @@ class GroupTrainer(TorchTrainer):
 
     def _create_default_callbacks(self) -> list[Any]:
         callbacks = super()._create_default_callbacks()  # type: ignore[misc]  # of the class that TorchTrainer stands for
-        kept = [callback for callback in callbacks if not isinstance(callback, PlacementGroupCleanerCallback)]
+        kept = [callback for callback in callbacks if not isinstance(callback, _NOT_NEEDED)]
         return [*kept, _NamedWorkers(self._title)]
 
 

@@ -19,6 +19,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -151,7 +152,13 @@ class Submitting:
     def __init__(self, *arguments: str, environment: dict[str, str], project: Path = readme.ROOT) -> None:
         command = [sys.executable, "jobs/submit.py", *arguments]
         self.process = subprocess.Popen(
-            command, env=environment, cwd=project, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+            command,
+            env=environment,
+            cwd=project,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL),  # tests in the background ignore it
         )
         self.lines: list[str] = []
         self._reader = threading.Thread(target=self._read, daemon=True)
@@ -272,7 +279,7 @@ def test_submitted_left_alone_stopped_and_resumed(
     }
     changed |= {"deepspeed=zero3": "deepspeed=off", "http://127.0.0.1:8265": way.address}
     changed |= {"/shared/sweeps/mine": str(sweep), "/shared/cache": str(cache), "/shared/model": str(tiny_folder)}
-    arguments = [*readme.arguments("jobs/submit.py", changed), *SMALL, "--env", "PASSED_ON", "training.max_steps=2400"]
+    arguments = [*readme.arguments("jobs/submit.py", changed), *SMALL, "--env", "PASSED_ON", "training.max_steps=800"]
     arguments += ["training.global_batch=8", "evaluation.every=800", "scheduler=none"]
     there = ("--address", way.address)
 

@@ -153,12 +153,15 @@ def test_ten_thousand_trials_are_no_more_series_than_four(
             journal.record.add({"event": "trial_started", "trial_id": name, "params": {}, "gpus": 1})
             measured = dict.fromkeys(MEASURED_BY_TRIALS, 1) | {"eval_loss": number / trials, "training_seconds": 1.0}
             journal.record.add({"event": "trial_result", "trial_id": name, **measured})
+        newest = set(range(trials - slots, trials))
         deadline = time.monotonic() + 60
-        while exported(sweep).get(("sweep_trials", "running")) != trials or len(exported(sweep)) < most_series(slots):
-            assert time.monotonic() < deadline, f"{len(exported(sweep))} of {most_series(slots)}: {exported(sweep)}"
+        while (
+            (found := exported(sweep)).get(("sweep_trials", "running")) != trials
+            or {found.get(("trial_number", str(slot))) for slot in range(slots)} != newest
+            or len(found) < most_series(slots)
+        ):
+            assert time.monotonic() < deadline, f"{len(found)} of {most_series(slots)}: {found}"
             time.sleep(0.5)
         assert len(series(sweep)) == most_series(slots)
-        found = exported(sweep)
-        assert {found["trial_number", str(slot)] for slot in range(slots)} == set(range(trials - slots, trials))
         for tracker in at_work:
             tracker.close()
