@@ -22,3 +22,8 @@ class Added:
     keys: int = 0  # tokens that it puts before the keys and values alone
     untouched: int = 0  # layers that come before all that trains: none of them keeps anything
     from_start: bool = False  # whether the first layer's input trains
+
+    @classmethod
+    def low_rank(cls, targets: tuple[Linear, ...], r: int, dropout: float, *, trained: int, weights: int = 0) -> Added:
+        """Of products of two matrices beside some layers, between which each token has ``r`` elements a layer."""
+        return cls(trained, inputs=targets, dropout=dropout > 0, per_token=r * len(targets), weights=weights)

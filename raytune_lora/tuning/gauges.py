@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import heapq
-import os
 import shutil
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
+from raytune_lora.artifacts import folder_bytes
 from raytune_lora.config.schema import SweepConfig
 from raytune_lora.training.tracking.gauges import Exporter, Shown
 from raytune_lora.training.tracking.series import BUDGETS, RANKS, STATES
@@ -115,16 +115,6 @@ class _CheckpointSizes:
         """Bytes of all checkpoints."""
         moved = (t for t in trials if self._measured.get(t.trial_id, (0, 0, ""))[1:] != (t.samples_seen, t.status))
         for trial, _ in zip(moved, range(_MEASURED_AT_ONCE), strict=False):
-            size = sum(_size(checkpoint) for checkpoint in (self._folder / trial.trial_id).glob("checkpoint-*"))
+            size = sum(folder_bytes(checkpoint) for checkpoint in (self._folder / trial.trial_id).glob("checkpoint-*"))
             self._measured[trial.trial_id] = size, trial.samples_seen, trial.status
         return sum(size for size, _, _ in self._measured.values())
-
-
-def _size(folder: Path) -> int:
-    """Bytes of all files within; an old checkpoint may be deleted meanwhile."""
-    found = 0
-    for parent, _, names in os.walk(folder):
-        for name in names:
-            with contextlib.suppress(FileNotFoundError):
-                found += os.stat(os.path.join(parent, name)).st_size
-    return found

@@ -78,13 +78,8 @@ class Adalora(TargetedMethod[AdaloraMethodConfig]):
 
     def added(self, shape: Shape) -> Added:
         targets = tuple(self.targets(shape))
-        return Added(
-            trained=self.count(shape),
-            inputs=targets,
-            dropout=self.cfg.dropout > 0,
-            per_token=self.cfg.r * len(targets),
-            weights=sum(self.cfg.r * linear.d_in for linear in targets),  # Q times the singular values
-        )
+        products = sum(self.cfg.r * linear.d_in for linear in targets)  # Q times the singular values
+        return Added.low_rank(targets, self.cfg.r, self.cfg.dropout, trained=self.count(shape), weights=products)
 
 
 def _measured(model: Any) -> dict[str, dict[str, Any]]:

@@ -40,12 +40,7 @@ class LoraFamily(TargetedMethod[L]):
 
     def added(self, shape: Shape) -> Added:
         targets = tuple(self.targets(shape))
-        return Added(
-            trained=self.count(shape),
-            inputs=targets,
-            dropout=self.cfg.dropout > 0,
-            per_token=self.cfg.r * len(targets),
-        )
+        return Added.low_rank(targets, self.cfg.r, self.cfg.dropout, trained=self.count(shape))
 
 
 class Lora(LoraFamily[LoraMethodConfig]):
