@@ -169,7 +169,7 @@ def prepare_with_ours(side: str, cfg: Any, tokenizer: Any, cache: str) -> tuple[
 
     from raytune_lora.cache import Cache
     from raytune_lora.config.data import Action
-    from raytune_lora.data.store import prepare
+    from raytune_lora.data.prepare import prepare
     from raytune_lora.training.batches import training_loader
     from raytune_lora.training.plan import plan_run
 

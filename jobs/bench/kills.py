@@ -6,7 +6,8 @@
     python jobs/bench/kills.py pause --trials 20 --every 40     # SIGSTOP to all processes of a machine, for a while
     python jobs/bench/kills.py head --kills 3                   # head and driver, as of a RayJob; all are started again
 
-All but the first have a cluster on this machine: a head without CPUs, and machines that are a ``ray start`` each.
+All but the first have a cluster on this machine: a head without CPUs, and machines that are a ``ray start`` each. With
+``--skew 3600`` the machines' clocks are wrong by as many seconds, ahead and behind in turn (libfaketime).
 
 Where the sweep's own process dies, the moments are drawn over the journal's events, so that each sitting gets somewhere
 on a fast machine and on a slow one: after a few events, and then after a random part of the time between two of them.
@@ -152,10 +153,10 @@ class Tree:
 
 
 class Cluster:
-    """A head without CPUs, and machines."""
+    """A head without CPUs, and machines, whose clocks may be wrong."""
 
-    def __init__(self, home: Path, machines: int) -> None:
-        self._home, self._port, self._count = home, free_port(), machines
+    def __init__(self, home: Path, machines: int, skew: int = 0) -> None:
+        self._home, self._port, self._count, self._skew = home, free_port(), machines, skew
         self.address = f"127.0.0.1:{self._port}"
         self.machines: list[Tree] = []
         self.start()
@@ -164,16 +165,19 @@ class Cluster:
         """The head, and its machines."""
         head = ("--head", f"--port={self._port}", "--num-cpus=0", "--include-dashboard=false")
         self.head = self._node(*head, f"--temp-dir={self._home}", f"--system-config={json.dumps(NOTICING)}")
-        self.machines = [self.add() for _ in range(self._count)]
+        self.machines = []
+        while len(self.machines) < self._count:
+            self.machines.append(self._add(len(self.machines)))
 
-    def add(self) -> Tree:
-        return self._node(f"--address={self.address}", "--num-cpus=1")
+    def _add(self, place: int) -> Tree:
+        clock = wrong_clock(self._skew if place % 2 else -self._skew) if self._skew else {}
+        return self._node(f"--address={self.address}", "--num-cpus=1", **clock)
 
-    def _node(self, *arguments: str) -> Tree:
+    def _node(self, *arguments: str, **clock: str) -> Tree:
         common = ("--node-ip-address=127.0.0.1", f"--dashboard-agent-listen-port={free_port()}")
         ports = ("--min-worker-port=0", "--max-worker-port=0")
         command = (RAY, "start", "--block", *arguments, *common, *ports, f"--object-store-memory={100 * 2**20}")
-        environment = os.environ | {"RAY_AUTH_MODE": "disabled", "OMP_NUM_THREADS": "1"}
+        environment = os.environ | {"RAY_AUTH_MODE": "disabled", "OMP_NUM_THREADS": "1"} | clock
         node = Tree(*command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=environment)
         assert node.process.stdout is not None
         said = []
@@ -188,11 +192,20 @@ class Cluster:
 
     def replace(self, machine: Tree) -> None:
         """Another machine in the place of one that is gone."""
-        self.machines[self.machines.index(machine)] = self.add()
+        place = self.machines.index(machine)
+        self.machines[place] = self._add(place)
 
     def close(self) -> None:
         for tree in (*self.machines, self.head):
             tree.end()
+
+
+def wrong_clock(seconds: int) -> dict[str, str]:
+    """The environment of processes whose time of day is ahead by so many seconds; what measures durations is right."""
+    import libfaketime
+
+    _, preload = libfaketime.get_reload_information()
+    return {**preload, "FAKETIME": f"{seconds:+d}s"}
 
 
 def free_port() -> int:
@@ -312,6 +325,7 @@ def main() -> None:
     parser.add_argument("--every", type=float, default=20.0, help="seconds between two kills (worker, machine, pause)")
     parser.add_argument("--trials", type=int, default=8)
     parser.add_argument("--concurrent", type=int, default=2)
+    parser.add_argument("--skew", type=int, default=0, help="seconds by which the machines' clocks are wrong")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", type=Path, help="folder of the sweep; a temporary one is deleted")
     parser.add_argument("overrides", nargs="*")
@@ -320,7 +334,7 @@ def main() -> None:
         folder = args.output or Path(temporary) / "sweep"
         cluster = None
         if args.kind != DRIVER:
-            cluster = Cluster(Path(temporary) / "ray", args.concurrent + 1)
+            cluster = Cluster(Path(temporary) / "ray", args.concurrent + 1, args.skew)
             stack.callback(cluster.close)
         sizes = (f"search.trials={args.trials}", f"search.concurrent={args.concurrent}")
         overrides = (*SWEEP, *sizes, f"cache={temporary}/cache", *args.overrides)

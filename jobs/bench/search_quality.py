@@ -117,7 +117,7 @@ class Play:
         from ray.tune.schedulers import TrialScheduler
 
         from raytune_lora.training.failures import DIVERGED, STOPPED
-        from raytune_lora.tuning.study import report
+        from raytune_lora.tuning.told import report
         from raytune_lora.tuning.trials import COMPLETED, MEASURED
 
         loss, seen = float(trial.losses[trial.done]), self._task.samples[trial.done]
@@ -139,7 +139,7 @@ class Play:
         return True
 
     def _end(self, trial: Running, status: str) -> bool:
-        from raytune_lora.tuning.study import tell
+        from raytune_lora.tuning.told import tell
 
         self._record.add(
             {"event": "trial_ended", "trial_id": trial.name, "status": status, "error": None, "seconds": 0.0}

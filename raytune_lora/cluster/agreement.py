@@ -1,7 +1,7 @@
 """Whether the nodes of a cluster are alike where a sweep needs them to be: the same programs, the same storage.
 
-Each node that could hold a worker is asked before anything starts. One that joins later is asked nothing: its image is
-the cluster's.
+Each node that could hold a worker is asked before anything starts. On one that joins later the workers ask themselves
+(``training.probe.agreed``).
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ import ray
 from ray import cloudpickle
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from raytune_lora.cluster import probe
 from raytune_lora.config.schema import RunConfig
+from raytune_lora.training import probe
 
 _SECONDS = 120.0  # until a node has started a process and answered
 
@@ -43,10 +43,8 @@ def disagreements(cfg: RunConfig, folders: dict[str, Path]) -> list[str]:
     found = [f"the node {ip} does not answer within {_SECONDS:.0f} s" for ip, answer in answers if answer is None]
     told = [(ip, answer) for ip, answer in answers if answer is not None]
     for ip, (there, _) in told:
-        differing = [name for name in here if here[name] != there[name]]
-        if differing:
-            pairs = ", ".join(f"{name} {there[name]} (the driver has {here[name]})" for name in differing)
-            found.append(f"the node {ip} has {pairs}; give all nodes the same image, or the same installation")
+        if (differing := probe.disagreement(ip, there, here)) is not None:
+            found.append(differing)
     for key, path in folders.items():
         blind = [ip for ip, (_, seen) in told if not seen[str(marks[key][0])]]
         if blind:
@@ -77,16 +75,12 @@ def _mark(folder: Path) -> Iterator[tuple[Path, str]]:
 def _ask(nodes: Sequence[dict[str, Any]], marks: list[tuple[Path, str]]) -> list[tuple[str, Any]]:
     """By the address of each node what it has and sees; None of one that does not answer."""
     cloudpickle.register_pickle_by_value(probe)  # a node may have another version of this package, or none
-    try:
-        ask = ray.remote(num_cpus=0, max_retries=0)(probe.look)
-        wanted = [(str(path), content) for path, content in marks]
-        asked = {
-            ask.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)).remote(
-                wanted
-            ): (node["NodeManagerAddress"])
-            for node in nodes
-        }
-    finally:
-        cloudpickle.unregister_pickle_by_value(probe)
+    ask = ray.remote(num_cpus=0, max_retries=0)(probe.look)
+    wanted = [(str(path), content) for path, content in marks]
+    there = [NodeAffinitySchedulingStrategy(node["NodeID"], soft=False) for node in nodes]
+    asked = {
+        ask.options(scheduling_strategy=strategy).remote(wanted): node["NodeManagerAddress"]
+        for node, strategy in zip(nodes, there, strict=True)
+    }
     ready, silent = ray.wait(list(asked), num_returns=len(asked), timeout=_SECONDS) if asked else ([], [])
     return [(asked[ref], ray.get(ref)) for ref in ready] + [(asked[ref], None) for ref in silent]

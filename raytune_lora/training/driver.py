@@ -21,6 +21,7 @@ from typing import Any
 
 import ray
 import ray.train
+from ray import cloudpickle
 from ray._private.state import state as ray_state
 from ray.exceptions import RayActorError
 from ray.train import FailureConfig, ScalingConfig
@@ -32,6 +33,7 @@ from raytune_lora.cache import Cache
 from raytune_lora.config.schema import RunConfig
 from raytune_lora.data.store import TokenStore
 from raytune_lora.errors import StorageError
+from raytune_lora.training import probe
 from raytune_lora.training.board import Board, Report
 from raytune_lora.training.deepspeed import without_mlflow
 from raytune_lora.training.failures import DISK, FAILED, LOST, OOM, Ended, classify
@@ -99,11 +101,13 @@ class Pool:
         self._groups = groups
         self._stalled = stalled
         self._tell = tell
+        self._versions = probe.versions()
         self._watcher = threading.Thread(target=self._watch, daemon=True)
         self._threads = [threading.Thread(target=self._keep, args=(n,), daemon=True) for n in range(groups)]
 
     def __enter__(self) -> Pool:
         self._folder.mkdir(parents=True, exist_ok=True)
+        cloudpickle.register_pickle_by_value(probe)  # a node that joins later may have another version of it, or none
         for thread in self._threads:
             thread.start()
         self._watcher.start()
@@ -148,6 +152,8 @@ class Pool:
                 ended = classify(error)
                 had_task = ray.get(self.board.group_failed.remote(group, ended))
                 failed_starts = 0 if had_task else failed_starts + 1
+                if failed_starts and not self._closing.is_set():
+                    self._tell(f"{group} could not start: {ended.error}")
                 more = self._cfg.cluster.retries if ended.status == LOST else 0
                 if failed_starts > max(more, _MORE_STARTS):
                     kind = DISK if ended.status == DISK else FAILED
@@ -202,12 +208,16 @@ class Pool:
         gpus = {"GPU": float(cfg.gpus_per_worker)} if cfg.gpus_per_worker else {}
         GroupTrainer(
             f"{self._title} group {slot}",
-            _workers,
+            probe.agreed,
             train_loop_config={
-                "board": self.board,
-                "group": group,
-                "slot": slot,
-                "once": not cfg.cluster.reuse_workers,
+                "versions": self._versions,
+                "function": (_workers.__module__, _workers.__name__),
+                "config": {
+                    "board": self.board,
+                    "group": group,
+                    "slot": slot,
+                    "once": not cfg.cluster.reuse_workers,
+                },
             },
             torch_config=TorchConfig(backend="nccl" if cfg.gpus_per_worker else "gloo"),
             scaling_config=ScalingConfig(

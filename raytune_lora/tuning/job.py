@@ -20,7 +20,8 @@ from raytune_lora.cluster.connect import connected
 from raytune_lora.config.compose import dump, to_plain
 from raytune_lora.config.schema import HubModelConfig, RunConfig, SweepConfig
 from raytune_lora.data.build import REPORT, in_short
-from raytune_lora.data.store import TokenStore, prepare
+from raytune_lora.data.prepare import prepare
+from raytune_lora.data.store import TokenStore
 from raytune_lora.errors import JobFailed, StorageError, UserError
 from raytune_lora.evaluation import ANSWERS
 from raytune_lora.models.export import ADAPTER, export_adapter

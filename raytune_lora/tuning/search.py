@@ -19,7 +19,8 @@ from raytune_lora.tuning.constraints import Constraints
 from raytune_lora.tuning.population import perturbed
 from raytune_lora.tuning.samplers import WARM
 from raytune_lora.tuning.space import Space, configured_point, sample, settings
-from raytune_lora.tuning.study import PARENT, REPLACES, EachOnce, keep, refuse, warm_start
+from raytune_lora.tuning.study import PARENT, REPLACES, EachOnce, keep, warm_start
+from raytune_lora.tuning.told import refuse
 from raytune_lora.tuning.trials import Trial, trial_name
 from raytune_lora.tuning.turns import Child, Turn, Turns
 

@@ -29,7 +29,8 @@ from raytune_lora.tuning.job import SWEEP, Job, open_job, plain_run
 from raytune_lora.tuning.results import TRIALS
 from raytune_lora.tuning.scheduler import build, turns
 from raytune_lora.tuning.search import StudySearcher
-from raytune_lora.tuning.study import NAME_FILE, keep, open_study, pareto, reconcile, refused, report, tell
+from raytune_lora.tuning.study import NAME_FILE, keep, open_study, pareto
+from raytune_lora.tuning.told import reconcile, refused, report, tell
 from raytune_lora.tuning.trials import COMPLETED, CONFIRM, PAUSED, RUNNING, Journal, Trial
 from raytune_lora.tuning.turns import TERMS
 

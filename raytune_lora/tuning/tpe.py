@@ -76,12 +76,11 @@ class Tpe(optuna.samplers.BaseSampler):
 
     def _update(self, study: optuna.Study) -> None:
         """Look at the trials that are new or had not ended; an ended one is as it was, or another continues it."""
-        trials = {trial.number: trial for trial in study.get_trials(deepcopy=False)}
-        numbers, self._open = [*self._open, *(number for number in trials if number >= self._read)], []
-        numbers = [number for number in numbers if number in trials]
-        self._read = max(trials, default=-1) + 1
+        trials = _Numbered(study)
+        numbers, self._open = [*self._open, *range(self._read, trials.end)], []
+        self._read = trials.end
         self._ended = [trial for trial in self._ended if trial.number in trials]  # without those that went on
-        for number in numbers:
+        for number in filter(trials.__contains__, numbers):
             if not trials[number].state.is_finished():
                 self._open.append(number)
             elif trials[number].state is not TrialState.FAIL:
@@ -90,7 +89,7 @@ class Tpe(optuna.samplers.BaseSampler):
 
     def _as_of_rung(self, study: optuna.Study) -> list[FrozenTrial]:
         """The trials to learn from, and those that run: each as it was at the rung."""
-        trials = {trial.number: trial for trial in study.get_trials(deepcopy=False)}
+        trials = _Numbered(study)
         running = [trials[number] for number in self._open if trials[number].state is TrialState.RUNNING]
         came = heapq.nlargest(self._enough, (_steps(trial) for trial in (*self._ended, *running)))
         rung = came[-1] if len(came) == self._enough else 0
@@ -126,6 +125,24 @@ def _as_of(trial: FrozenTrial, rung: int) -> FrozenTrial:
     there = copy.copy(trial)
     there.state, there.values = TrialState.COMPLETE, [loss]
     return there
+
+
+class _Numbered:
+    """A study's trials by their numbers: without a pass over all of them where none is left out."""
+
+    def __init__(self, study: optuna.Study) -> None:
+        trials = study.get_trials(deepcopy=False)
+        self.end = trials[-1].number + 1 if trials else 0
+        whole = len(trials) == self.end
+        self._trials: Any = trials if whole else {trial.number: trial for trial in trials}
+        self._numbers: Any = range(self.end) if whole else self._trials
+
+    def __contains__(self, number: int) -> bool:
+        return number in self._numbers
+
+    def __getitem__(self, number: int) -> FrozenTrial:
+        trial: FrozenTrial = self._trials[number]
+        return trial
 
 
 class _View:

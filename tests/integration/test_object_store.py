@@ -29,9 +29,10 @@ from raytune_lora.config.compose import compose
 from raytune_lora.config.data import FakeDataConfig, FileDataConfig
 from raytune_lora.config.schema import TinyModelConfig
 from raytune_lora.data.files import expand, identity
+from raytune_lora.data.prepare import prepare
 from raytune_lora.data.readers import read_file
 from raytune_lora.data.splits import SPLITS
-from raytune_lora.data.store import TokenStore, prepare
+from raytune_lora.data.store import TokenStore
 from raytune_lora.errors import UserError
 from raytune_lora.models.sources import materialize
 from raytune_lora.training.batches import training_loader

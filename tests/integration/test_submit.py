@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -146,11 +147,11 @@ def _pour(source: socket.socket, target: socket.socket) -> None:
     target.shutdown(socket.SHUT_WR)
 
 
-class Submitting:
-    """A submission at work, and what it has printed."""
+class Job:
+    """One of jobs/ at work, and what it has printed."""
 
-    def __init__(self, *arguments: str, environment: dict[str, str], project: Path = readme.ROOT) -> None:
-        command = [sys.executable, "jobs/submit.py", *arguments]
+    def __init__(self, name: str, *arguments: str, environment: dict[str, str], project: Path = readme.ROOT) -> None:
+        command = [sys.executable, f"jobs/{name}.py", *arguments]
         self.process = subprocess.Popen(
             command,
             env=environment,
@@ -210,7 +211,7 @@ def events(folder: Path, kind: str) -> list[dict[str, float]]:
 )
 def test_without_the_token(cluster: Cluster, token: dict[str, str], said: str, tmp_path: Path) -> None:
     environment = laptop() | token | {"HOME": str(tmp_path)}  # where Ray may have put a token of this machine's own
-    refused = Submitting("--address", cluster.dashboard, "--status", "mine", environment=environment).end(2)
+    refused = Job("submit", "--address", cluster.dashboard, "--status", "mine", environment=environment).end(2)
     assert refused.startswith(f"error: --address {cluster.dashboard}: {said}")
     assert refused.count("\n") == 1
     assert not any(secret in refused for secret in token.values() if "planted" in secret)
@@ -283,8 +284,8 @@ def test_submitted_left_alone_stopped_and_resumed(
     arguments += ["training.global_batch=8", "evaluation.every=800", "scheduler=none"]
     there = ("--address", way.address)
 
-    def submit(*arguments: str) -> Submitting:
-        return Submitting(*arguments, environment=cluster.environment | PASSED, project=project)
+    def submit(*arguments: str) -> Job:
+        return Job("submit", *arguments, environment=cluster.environment | PASSED, project=project)
 
     began = time.time()
     first = submit(*arguments)
@@ -334,47 +335,68 @@ def test_the_dashboard_of_a_local_cluster_is_for_this_machine_alone() -> None:
     assert re.search(r"^at 127\.0\.0\.1:\d+$", done.stdout, re.MULTILINE)
 
 
-def test_a_node_with_another_version_and_other_storage(cluster: Cluster, tmp_path: Path, cache: Path) -> None:
-    """The node's processes find an older package first; and a path that means another folder in each process."""
-    shutil.copytree(readme.ROOT / "raytune_lora", tmp_path / "old" / "raytune_lora")
-    init = tmp_path / "old" / "raytune_lora" / "__init__.py"
+@contextlib.contextmanager
+def old_node(cluster: Cluster, folder: Path) -> Iterator[None]:
+    """A node whose processes find an older package first."""
+    shutil.copytree(readme.ROOT / "raytune_lora", folder / "old" / "raytune_lora")
+    init = folder / "old" / "raytune_lora" / "__init__.py"
     init.write_text(re.sub(r'__version__ = ".*"', '__version__ = "0.0.9"', init.read_text()))
-    (tmp_path / "old" / "sitecustomize.py").write_text("import raytune_lora\n")
-    command = [
-        RAY,
-        "start",
-        "--block",
-        f"--address=127.0.0.1:{cluster.port}",
-        "--num-cpus=1",
-        "--node-ip-address=127.0.0.1",
-    ]
-    command += [f"--dashboard-agent-listen-port={free_port()}", "--object-store-memory=80000000"]
-    environment = cluster.environment | {"PYTHONPATH": str(tmp_path / "old")}
+    (folder / "old" / "sitecustomize.py").write_text("import raytune_lora\n")
+    command = [RAY, "start", "--block", f"--address=127.0.0.1:{cluster.port}", "--num-cpus=1"]
+    command += ["--node-ip-address=127.0.0.1", f"--dashboard-agent-listen-port={free_port()}"]
+    environment = cluster.environment | {"PYTHONPATH": str(folder / "old")}
     node = subprocess.Popen(
-        command, env=environment, cwd=tmp_path, start_new_session=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+        [*command, "--object-store-memory=80000000"],
+        env=environment,
+        cwd=folder,
+        start_new_session=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
     )
     try:
         assert node.stdout is not None
         next(line for line in node.stdout if b"Ray runtime started" in line)
-        job = [sys.executable, str(readme.ROOT / "jobs" / "sweep.py"), "experiment=tiny", f"cache={cache}", *SMALL[-1:]]
-        address = {"RAY_ADDRESS": f"127.0.0.1:{cluster.port}"}
-        (tmp_path / "driver").mkdir()
+        yield
+    finally:
+        os.killpg(node.pid, signal.SIGKILL)
+        node.wait(60)
+
+
+OLD = r"the node [\d.]+ has raytune-lora 0\.0\.9 \(source \w+\) \(the driver has 0\.1\.0 "
+
+
+def test_a_node_with_another_version_and_other_storage(cluster: Cluster, tmp_path: Path, cache: Path) -> None:
+    """And a path that means another folder in each process."""
+    job = [sys.executable, str(readme.ROOT / "jobs" / "sweep.py"), "experiment=tiny", f"cache={cache}", *SMALL[-1:]]
+    (tmp_path / "driver").mkdir()
+    with old_node(cluster, tmp_path):
         refused = subprocess.run(
             [*job, "output=/proc/self/cwd/mine"],
-            env=cluster.environment | address,
+            env=cluster.environment | {"RAY_ADDRESS": f"127.0.0.1:{cluster.port}"},
             cwd=tmp_path / "driver",
             capture_output=True,
             text=True,
             timeout=200,
             check=False,
         )
-    finally:
-        os.killpg(node.pid, signal.SIGKILL)
-        node.wait(60)
     assert refused.returncode == 2, refused.stderr
     version, storage = refused.stderr.splitlines()
-    assert re.match(
-        r"error: the node [\d.]+ has raytune-lora 0\.0\.9 \(source \w+\) \(the driver has 0\.1\.0 ", version
-    )
+    assert re.match(f"error: {OLD}", version)
     assert re.match(r"error: output: /proc/self/cwd/mine is not one folder on all nodes of the cluster: ", storage)
     assert not any((tmp_path / "driver").iterdir())
+
+
+def test_a_node_with_another_version_that_joins_later_trains_nothing(
+    cluster: Cluster, tmp_path: Path, cache: Path
+) -> None:
+    small = ("search.trials=2", "search.concurrent=3", "training.max_steps=4", *SMALL[:-1])
+    there = cluster.environment | {"RAY_ADDRESS": f"127.0.0.1:{cluster.port}"}
+    folders = (f"cache={cache}", f"output={tmp_path / 'mine'}")
+    sweep = Job("sweep", "experiment=tiny", *small, *folders, environment=there)
+    sweep.wait_for("waiting for 1 x {CPU: 1} since ")  # for the third group
+    with old_node(cluster, tmp_path):
+        sweep.wait_for("could not start: the node ")
+        said = sweep.end(0)
+    assert re.search(rf"group-\d-\d+-\d could not start: {OLD}", said)
+    results = json.loads((tmp_path / "mine" / "results.json").read_text())
+    assert [trial["status"] for trial in results["trials"]] == ["completed"] * 2

@@ -14,7 +14,7 @@ from raytune_lora.config.schema import SweepConfig
 from raytune_lora.training.failures import STOPPED
 from raytune_lora.tuning.scheduler import build, turns
 from raytune_lora.tuning.search import StudySearcher
-from raytune_lora.tuning.study import reconcile, report, tell
+from raytune_lora.tuning.told import reconcile, report, tell
 from raytune_lora.tuning.trials import COMPLETED, MEASURED, PAUSED, RUNNING, Journal, Trial
 from raytune_lora.tuning.turns import TERMS
 

@@ -18,7 +18,8 @@ from raytune_lora.tuning import search
 from raytune_lora.tuning.constraints import MEMORY, Constraints, MemoryLimit, problems
 from raytune_lora.tuning.relations import Unreadable, parse
 from raytune_lora.tuning.search import StudySearcher
-from raytune_lora.tuning.study import keep, open_study, reconcile, refused, tell
+from raytune_lora.tuning.study import keep, open_study
+from raytune_lora.tuning.told import reconcile, refused, tell
 from raytune_lora.tuning.trials import Record, Trial
 from tests.unit.shapes import LLAMA
 

@@ -13,7 +13,8 @@ from raytune_lora.cache import Cache
 from raytune_lora.config.data import FakeDataConfig
 from raytune_lora.config.schema import QuantizationConfig, TinyModelConfig
 from raytune_lora.data.encode import IGNORED
-from raytune_lora.data.store import TokenStore, prepare
+from raytune_lora.data.prepare import prepare
+from raytune_lora.data.store import TokenStore
 from raytune_lora.models.loading import load_model
 from raytune_lora.models.sources import byte_tokenizer
 from raytune_lora.training.batches import collate, pack

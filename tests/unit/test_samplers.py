@@ -23,7 +23,8 @@ from raytune_lora.config.search import DimensionConfig, DimensionKind, Objective
 from raytune_lora.tuning.samplers import WARM, marks, problems
 from raytune_lora.tuning.search import StudySearcher
 from raytune_lora.tuning.space import apply, lookup
-from raytune_lora.tuning.study import keep, open_study, tell
+from raytune_lora.tuning.study import keep, open_study
+from raytune_lora.tuning.told import tell
 from raytune_lora.tuning.trials import Trial
 
 INT, FLOAT, CATEGORICAL = DimensionKind.int, DimensionKind.float, DimensionKind.categorical

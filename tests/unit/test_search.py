@@ -30,7 +30,8 @@ from raytune_lora.errors import UserError
 from raytune_lora.tuning.search import StudySearcher
 from raytune_lora.tuning.search import problems as search_problems
 from raytune_lora.tuning.space import apply, configured_point, lookup
-from raytune_lora.tuning.study import keep, open_study, pareto, reconcile, report, tell, warm_start
+from raytune_lora.tuning.study import keep, open_study, pareto, warm_start
+from raytune_lora.tuning.told import reconcile, report, tell
 from raytune_lora.tuning.trials import Record, Trial, trial_name
 
 CURVE = [{"samples_seen": 16.0, "eval_loss": 2.0, "train_loss": 2.0}]

@@ -14,8 +14,9 @@ import pytest
 from raytune_lora.cache import Cache
 from raytune_lora.config.data import Action, DataConfig, FileDataConfig, MixConfig
 from raytune_lora.data.build import REPORT, DataRefused
+from raytune_lora.data.prepare import prepare
 from raytune_lora.data.splits import SPLITS
-from raytune_lora.data.store import TokenStore, prepare
+from raytune_lora.data.store import TokenStore
 
 Alpaca = dict[str, str]
 Prepare = Callable[[DataConfig], TokenStore]

@@ -19,9 +19,10 @@ from raytune_lora.cache import Cache
 from raytune_lora.config.data import DataConfig, ExtractionDataConfig, FakeDataConfig, FileDataConfig, Truncation
 from raytune_lora.data.build import REPORT, DataRefused
 from raytune_lora.data.encode import IGNORED
+from raytune_lora.data.prepare import prepare
 from raytune_lora.data.sources import sources
 from raytune_lora.data.splits import SPLITS
-from raytune_lora.data.store import TokenStore, prepare
+from raytune_lora.data.store import TokenStore
 from raytune_lora.errors import UserError
 
 Prepare = Callable[..., TokenStore]
@@ -162,7 +163,7 @@ def test_a_full_disk_leaves_no_store_and_says_so(tmp_path: Path) -> None:
         "import resource, sys; from pathlib import Path\n"
         "from raytune_lora.cache import Cache\n"
         "from raytune_lora.config.data import FileDataConfig\n"
-        "from raytune_lora.data.store import prepare\n"
+        "from raytune_lora.data.prepare import prepare\n"
         "from raytune_lora.errors import UserError\n"
         "from raytune_lora.models.sources import byte_tokenizer\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, resource.RLIM_INFINITY))\n"

@@ -97,10 +97,11 @@ def test_the_sampler_and_a_later_sweep_see_a_trial_that_went_on_once(tmp_path: P
     assert everything[SLOW].state is TrialState.PRUNED
     assert everything[SLOW].params == again[f"000{SLOW}"].params
     hidden = {int(name) for name in again}
-    seen = Play(sweep.folder, cfg, sweep.train, TOTAL, sweep.disk).searcher._asked
-    for states in (None, (TrialState.COMPLETE, TrialState.PRUNED)):
-        numbers = {t.number for t in seen.get_trials(deepcopy=False, states=states)}
-        assert numbers == set(range(len(everything))) - hidden
+    later = Play(sweep.folder, cfg, sweep.train, TOTAL, sweep.disk)
+    for seen in (found.searcher._asked, later.searcher._asked):  # what went on while it looked, and before
+        for states in (None, (TrialState.COMPLETE, TrialState.PRUNED)):
+            numbers = {t.number for t in seen.get_trials(deepcopy=False, states=states)}
+            assert numbers == set(range(len(everything))) - hidden
 
 
 @pytest.mark.parametrize("kind", ["median", "none"])

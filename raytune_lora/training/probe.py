@@ -1,14 +1,16 @@
-"""What a node has and sees. It is sent to nodes that may not have this package, and needs nothing but Python."""
+"""What a node has and sees. It is sent to nodes that may not have this package, or an old one, and stands alone."""
 
 from __future__ import annotations
 
 import hashlib
+import importlib
 import importlib.util
 import platform
 import re
 import time
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 PACKAGES = ("ray", "torch", "transformers", "peft")  # beside this one, what decides how a trial trains
 
@@ -25,6 +27,32 @@ def versions() -> dict[str, str]:
         except metadata.PackageNotFoundError:
             found[name] = "not installed"
     return found
+
+
+def disagreement(node: str, there: dict[str, str], here: dict[str, str]) -> str | None:
+    """What a node has of other versions than the driver; None where all are the same."""
+    differing = [name for name in here if here[name] != there.get(name)]
+    if not differing:
+        return None
+    pairs = ", ".join(f"{name} {there.get(name)} (the driver has {here[name]})" for name in differing)
+    return f"the node {node} has {pairs}; give all nodes the same image, or the same installation"
+
+
+def agreed(config: dict[str, Any]) -> None:
+    """Be a worker of a group, on a node that may have joined after all were asked.
+
+    Args:
+        config: ``versions``, of the driver; ``function``, by its module and name, and its own ``config``.
+
+    Raises:
+        RuntimeError: the node has other versions than the driver.
+    """
+    from ray.util import get_node_ip_address
+
+    if (found := disagreement(get_node_ip_address(), versions(), config["versions"])) is not None:
+        raise RuntimeError(found)
+    module, name = config["function"]
+    getattr(importlib.import_module(module), name)(config["config"])
 
 
 def look(marks: list[tuple[str, str]]) -> tuple[dict[str, str], dict[str, bool]]:
