@@ -179,7 +179,7 @@ def prepare_with_ours(side: str, cfg: Any, tokenizer: Any, cache: str) -> tuple[
     if side not in ("pii", ALL):
         cfg.data.pii.action = Action.off
     began = time.perf_counter()
-    store = prepare(cfg.data, tokenizer, "bench", Cache(Path(cache)))
+    store = prepare(cfg.data, lambda: tokenizer, "bench", Cache(Path(cache)))
     if side == "first batch":
         began = time.perf_counter()
         plan = plan_run(cfg, store.rows["train"], store.lengths("train"))

@@ -266,7 +266,7 @@ class Trouble:
 
     def _moment_in_turn(self, every: float) -> bool:
         last = self.kills[-1].moment if self.kills else time.monotonic() - every * self._draw.random()
-        return self._until(lambda: running(self._folder)) and self._until(lambda: time.monotonic() > last + every)
+        return self._until(self._training) and self._until(lambda: time.monotonic() > last + every)
 
     def _note(self, trials: Iterable[str]) -> None:
         self.kills.append(Kill({trial: len(steps(self._folder, trial)) for trial in trials}))
@@ -287,11 +287,12 @@ class Trouble:
         self.sweep = self._start()
 
     def _kill_worker(self) -> None:
-        trial = self._draw.choice(running(self._folder) or [""])
-        if process := trainer(self._folder, trial):
-            with contextlib.suppress(ProcessLookupError):  # its group was replaced just now
-                os.kill(process, signal.SIGKILL)
-        self._note([trial] if process else [])
+        if not (training := self._training()):
+            return
+        trial = self._draw.choice(training)
+        with contextlib.suppress(ProcessLookupError):  # its group was replaced just now
+            os.kill(trainer(self._folder, trial), signal.SIGKILL)
+        self._note([trial])
 
     def _kill_machine(self) -> None:
         assert self._cluster is not None
@@ -313,6 +314,10 @@ class Trouble:
         with contextlib.suppress(subprocess.TimeoutExpired):
             machine.process.wait(30)
             self._cluster.replace(machine)
+
+    def _training(self) -> list[str]:
+        """The trials that a process has begun to train."""
+        return [trial for trial in running(self._folder) if trainer(self._folder, trial)]
 
     def _trials_on(self, processes: set[int]) -> list[str]:
         return [trial for trial in running(self._folder) if trainer(self._folder, trial) in processes]

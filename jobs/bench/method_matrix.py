@@ -73,7 +73,7 @@ def run_all(methods: list[str], gpus: int) -> list[dict[str, Any]]:
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         common = (*COMMON, f"gpus_per_worker={gpus}", f"cache={folder / 'cache'}")
-        store = prepare_inputs(compose([*common]))[1]
+        store = prepare_inputs(compose([*common])).store
         os.environ.update(connect.ENVIRONMENT)
         settings: Any = {"object_store_memory": 128 * 2**20, "include_dashboard": False, "log_to_driver": False}
         ray.init(address="local", num_cpus=4, **settings)

@@ -1,7 +1,7 @@
 """Whether the nodes of a cluster are alike where a sweep needs them to be: the same programs, the same storage.
 
 Each node that could hold a worker is asked before anything starts. On one that joins later the workers ask themselves
-(``training.probe.agreed``).
+(``training.entry.work``).
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from ray import cloudpickle
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from raytune_lora.config.schema import RunConfig
-from raytune_lora.training import probe
+from raytune_lora.training import entry
 
 _SECONDS = 120.0  # until a node has started a process and answered
 
@@ -39,11 +39,11 @@ def disagreements(cfg: RunConfig, folders: dict[str, Path]) -> list[str]:
     with contextlib.ExitStack() as held:
         marks = {key: held.enter_context(_mark(path)) for key, path in folders.items()}
         answers = _ask(others, list(marks.values()))
-    here = probe.versions()
+    here = entry.versions()
     found = [f"the node {ip} does not answer within {_SECONDS:.0f} s" for ip, answer in answers if answer is None]
     told = [(ip, answer) for ip, answer in answers if answer is not None]
     for ip, (there, _) in told:
-        if (differing := probe.disagreement(ip, there, here)) is not None:
+        if (differing := entry.disagreement(ip, there, here)) is not None:
             found.append(differing)
     for key, path in folders.items():
         blind = [ip for ip, (_, seen) in told if not seen[str(marks[key][0])]]
@@ -74,8 +74,8 @@ def _mark(folder: Path) -> Iterator[tuple[Path, str]]:
 
 def _ask(nodes: Sequence[dict[str, Any]], marks: list[tuple[Path, str]]) -> list[tuple[str, Any]]:
     """By the address of each node what it has and sees; None of one that does not answer."""
-    cloudpickle.register_pickle_by_value(probe)  # a node may have another version of this package, or none
-    ask = ray.remote(num_cpus=0, max_retries=0)(probe.look)
+    cloudpickle.register_pickle_by_value(entry)  # a node may have another version of this package, or none
+    ask = ray.remote(num_cpus=0, max_retries=0)(entry.look)
     wanted = [(str(path), content) for path, content in marks]
     there = [NodeAffinitySchedulingStrategy(node["NodeID"], soft=False) for node in nodes]
     asked = {

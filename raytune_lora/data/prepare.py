@@ -6,6 +6,7 @@ The store is addressed by a fingerprint of all it depends on, and lies in the ca
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +21,12 @@ from raytune_lora.errors import UserError
 _PLACES = ("kind", "path", "validation_path", "test_path", "mix", "benchmarks", "processes")  # stood for by contents
 
 
-def prepare(cfg: DataConfig, tokenizer: Any, tokenizer_id: str, cache: Cache) -> TokenStore:
+def prepare(cfg: DataConfig, tokenizer: Callable[[], Any], tokenizer_id: str, cache: Cache) -> TokenStore:
     """Write the store, or find it.
 
     Args:
         cfg: the data set.
-        tokenizer: of the base model.
+        tokenizer: gives that of the base model; asked where the store is missing.
         tokenizer_id: stands for the tokenizer in the store's address.
         cache: for stores.
 
@@ -38,7 +39,7 @@ def prepare(cfg: DataConfig, tokenizer: Any, tokenizer_id: str, cache: Cache) ->
     name = fingerprint(VERSION, contents, settings(cfg), tokenizer_id)
 
     def build(work: Path) -> dict[str, Any]:
-        report = survey(cfg, found, tokenizer, work)
+        report = survey(cfg, found, tokenizer(), work)
         shutil.rmtree(work / "parts")
         write_json(work / REPORT, report)
         return {"fingerprint": name, "rows": report["rows"]["splits"], "tokens": report["tokens"]}

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from raytune_lora.artifacts import fingerprint, read_manifest
+from raytune_lora.cache import Cache
 from raytune_lora.config.schema import ModelConfig
 from raytune_lora.models.tokenizer import trusted
 from raytune_lora.planning.shape import Block, Linear, Shape
@@ -14,6 +18,22 @@ _LAST = {"o_proj", "out_proj", "c_proj", "dense", "dense_4h_to_h", "down_proj", 
 _FUSED = {"query_key_value", "qkv_proj", "c_attn", "Wqkv"}
 _GATES = {"gate_proj", "gate_up_proj", "w3"}
 _KEPT = {"gelu_new": 4, "gelu_fast": 4, "quick_gelu": 2}  # tensors that activations of several operations keep
+
+
+def known_shape(folder: Path, cfg: ModelConfig, cache: Cache) -> Shape:
+    """The shape of the model in a folder, from the cache if it was asked for before: torch is not needed then.
+
+    Importing torch and transformers takes seconds, and more than half of a driver's memory.
+    """
+    said = [folder / "config.json", *sorted(folder.glob("*.py")), Path(__file__)]
+    name = fingerprint(metadata.version("transformers"), trusted(cfg), [f.read_text() for f in said if f.is_file()])
+    try:
+        kept = cache.build_once(f"shapes/{name}", lambda _work: {"shape": asdict(shape_of_folder(folder, cfg))})
+        found = (read_manifest(kept) or {})["shape"]
+    except OSError:  # that the cache cannot be written is told by who needs it to be
+        return shape_of_folder(folder, cfg)
+    linears = tuple(Linear(**linear) for linear in found["linears"])
+    return Shape(**{**found, "block": Block(**found["block"]), "linears": linears})
 
 
 def shape_of_folder(folder: Path, cfg: ModelConfig) -> Shape:

@@ -33,10 +33,11 @@ from raytune_lora.cache import Cache
 from raytune_lora.config.schema import RunConfig
 from raytune_lora.data.store import TokenStore
 from raytune_lora.errors import StorageError
-from raytune_lora.training import probe
+from raytune_lora.training import entry
 from raytune_lora.training.board import Board, Report
 from raytune_lora.training.deepspeed import without_mlflow
 from raytune_lora.training.failures import DISK, FAILED, LOST, OOM, Ended, classify
+from raytune_lora.training.group import GroupTrainer, ProcessGroup, Whereabouts
 from raytune_lora.training.output import output_to
 from raytune_lora.training.place import CHECKPOINTS, LOGS, Place, send_files
 from raytune_lora.working_copy import WorkingCopy
@@ -101,13 +102,13 @@ class Pool:
         self._groups = groups
         self._stalled = stalled
         self._tell = tell
-        self._versions = probe.versions()
+        self._versions = entry.versions()
         self._watcher = threading.Thread(target=self._watch, daemon=True)
         self._threads = [threading.Thread(target=self._keep, args=(n,), daemon=True) for n in range(groups)]
 
     def __enter__(self) -> Pool:
         self._folder.mkdir(parents=True, exist_ok=True)
-        cloudpickle.register_pickle_by_value(probe)  # a node that joins later may have another version of it, or none
+        cloudpickle.register_pickle_by_value(entry)  # a node that joins later may have another version of it, or none
         for thread in self._threads:
             thread.start()
         self._watcher.start()
@@ -200,15 +201,11 @@ class Pool:
                 ray.get(self.board.give_up.remote(ended))
 
     def _run_group(self, group: str, slot: int) -> None:
-        from ray.train.torch import TorchConfig  # here: it brings torch
-
-        from raytune_lora.training.group import GroupTrainer, Whereabouts
-
         cfg = self._cfg
         gpus = {"GPU": float(cfg.gpus_per_worker)} if cfg.gpus_per_worker else {}
         GroupTrainer(
             f"{self._title} group {slot}",
-            probe.agreed,
+            entry.work,
             train_loop_config={
                 "versions": self._versions,
                 "function": (_workers.__module__, _workers.__name__),
@@ -219,7 +216,7 @@ class Pool:
                     "once": not cfg.cluster.reuse_workers,
                 },
             },
-            torch_config=TorchConfig(backend="nccl" if cfg.gpus_per_worker else "gloo"),
+            backend_config=ProcessGroup("nccl" if cfg.gpus_per_worker else "gloo"),
             scaling_config=ScalingConfig(
                 num_workers=cfg.workers,
                 use_gpu=cfg.gpus_per_worker > 0,

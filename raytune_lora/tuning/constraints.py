@@ -7,7 +7,6 @@ TPE learns from, and another one is asked for. The point of the config as it sta
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from raytune_lora.cluster.connect import smallest_gpu
@@ -16,7 +15,6 @@ from raytune_lora.config.search import Sampler
 from raytune_lora.data.store import TokenStore
 from raytune_lora.errors import UserError
 from raytune_lora.models.planned import planned_memory, remedies
-from raytune_lora.models.shape import shape_of_folder
 from raytune_lora.planning.memory import Memory
 from raytune_lora.planning.shape import Shape
 from raytune_lora.tuning import relations
@@ -123,12 +121,12 @@ def problems(cfg: SweepConfig) -> list[str]:
     return found or Constraints(cfg).relation_problems()
 
 
-def memory_limit(cfg: SweepConfig, model: Path, store: TokenStore) -> MemoryLimit | None:
+def memory_limit(cfg: SweepConfig, shape: Shape, store: TokenStore) -> MemoryLimit | None:
     """The limit of memory that a sweep or run has; None for none.
 
     Args:
         cfg: with the limit, or without: then it is that of the smallest GPU, if that is known, and none on the CPU.
-        model: folder of the base model.
+        shape: of the base model.
         store: the data, for its longest row.
     """
     gb = cfg.search.constraints.memory_gb
@@ -137,7 +135,7 @@ def memory_limit(cfg: SweepConfig, model: Path, store: TokenStore) -> MemoryLimi
     if not gb:
         return None
     length = max(int(store.lengths(split).max()) for split in ("train", "validation"))
-    return MemoryLimit(gb, shape_of_folder(model, cfg.model), length)
+    return MemoryLimit(gb, shape, length)
 
 
 def _memory_problems(cfg: SweepConfig, limit: MemoryLimit) -> list[str]:

@@ -55,9 +55,10 @@ def show_data(cfg: SweepConfig, console: Console | None = None) -> dict[str, Any
             with tempfile.TemporaryDirectory() as work:
                 report = survey(cfg.data, sources(cfg.data), None, Path(work))
         else:
-            folder, store = prepare_inputs(cfg)
+            inputs = prepare_inputs(cfg)
+            store = inputs.store
             report = json.loads((store.folder / REPORT).read_text())
-            tokenizer = load_tokenizer(folder, cfg.model)
+            tokenizer = load_tokenizer(inputs.model, cfg.model)
             rows = store.split("train").select(range(min(cfg.evaluation.examples, store.rows["train"])))
             report["preview"] = [list(pieces(row, tokenizer)) for row in rows]
             report["cost"] = _cost(cfg, store)

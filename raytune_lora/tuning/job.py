@@ -9,6 +9,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, fields
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,9 +28,10 @@ from raytune_lora.evaluation import ANSWERS
 from raytune_lora.models.export import ADAPTER, export_adapter
 from raytune_lora.models.methods import method_for
 from raytune_lora.models.methods.fit import model_problems
-from raytune_lora.models.shape import shape_of_folder
+from raytune_lora.models.shape import known_shape
 from raytune_lora.models.sources import materialize
 from raytune_lora.models.tokenizer import load_tokenizer, tokenizer_identity
+from raytune_lora.planning.shape import Shape
 from raytune_lora.training.driver import Pool, Task, TaskFailed
 from raytune_lora.training.failures import DISK
 from raytune_lora.training.place import LOGS
@@ -186,13 +188,13 @@ def open_job(kind: str, cfg: SweepConfig, moved: Sequence[str], run: Callable[[J
         began = time.monotonic()
         cache = Path(cfg.cache).expanduser().absolute()
         with progress.doing("preparing the model and the data"), explained(cache, "start it again"):
-            model_folder, store = prepare_inputs(cfg)
+            inputs = prepare_inputs(cfg)
             searching = kind == SWEEP  # a run that does not fit goes on with a smaller micro batch
-            constraints = Constraints(cfg, memory_limit(cfg, model_folder, store) if searching else None)
+            constraints = Constraints(cfg, memory_limit(cfg, inputs.shape, inputs.store) if searching else None)
             if searching:
                 constraints.check()
         if fresh:
-            _room(cfg, model_folder, folder.path, kind)
+            _room(cfg, inputs.shape, folder.path, kind)
             with explained(folder.path, "start it again"):
                 create(folder.path, cfg, kind, folder.uri)
             stack.enter_context(explained(folder.path, f"go on with resume={folder.address}"))
@@ -203,11 +205,11 @@ def open_job(kind: str, cfg: SweepConfig, moved: Sequence[str], run: Callable[[J
             journal.append("moved", changes=to_plain(changes))
             folder.rewrite(cfg)
             reopen_search(journal, cfg.budget, math.inf if cfg.scheduler.goes_on else cfg.search.trials)
-        job = Job(kind, cfg, folder, journal, progress, store, model_folder, interrupts, constraints)
+        job = Job(kind, cfg, folder, journal, progress, inputs.store, inputs.model, interrupts, constraints)
         progress.know(job.plan.total, journal.record)
         if BEST in journal.record.phases:
             return job.write_results()
-        shutil.copyfile(store.folder / REPORT, folder.path / REPORT)
+        shutil.copyfile(inputs.store.folder / REPORT, folder.path / REPORT)
         folder.copy.send(folder.path / REPORT)
         progress.note(in_short(json.loads((folder.path / REPORT).read_text())))
         journal.append("phase", name="prepare", seconds=round(time.monotonic() - began, 3))
@@ -236,13 +238,13 @@ def _work(job: Job, run: Callable[[Job], None]) -> dict[str, Any]:
         return job.write_results()
 
 
-def _room(cfg: SweepConfig, model_folder: Path, output: Path, kind: str) -> None:
+def _room(cfg: SweepConfig, shape: Shape, output: Path, kind: str) -> None:
     """Refuse a job whose checkpoints will not fit.
 
     Raises:
         UserError: with the numbers.
     """
-    trainable = method_for(cfg.method).count(shape_of_folder(model_folder, cfg.model))
+    trainable = method_for(cfg.method).count(shape)
     trials = cfg.search.trials if kind == SWEEP else 1
     if SweepFolder.of(cfg).uri:  # checkpoints lie here while their trials run
         trials = min(trials, cfg.search.concurrent)
@@ -250,12 +252,27 @@ def _room(cfg: SweepConfig, model_folder: Path, output: Path, kind: str) -> None
         raise UserError(found)
 
 
-def prepare_inputs(cfg: SweepConfig) -> tuple[Path, TokenStore]:
-    """The base model's folder and the token store, made where they are missing."""
+@dataclass(frozen=True)
+class Inputs:
+    """What a job works on."""
+
+    model: Path  # folder of the base model
+    shape: Shape  # of that model
+    store: TokenStore
+
+
+def prepare_inputs(cfg: SweepConfig) -> Inputs:
+    """The base model and the token store, made where they are missing.
+
+    Raises:
+        UserError: the model does not fit the config, or the data cannot be prepared.
+        StorageError: the cache's object store refuses or does not answer.
+    """
     cache = Cache.of(cfg.cache, cfg.cluster.node_cache)
     folder = materialize(cfg.model, cache)
-    if found := model_problems(cfg, shape_of_folder(folder, cfg.model)):
+    shape = known_shape(folder, cfg.model, cache)
+    if found := model_problems(cfg, shape):
         raise UserError(found)
     cache.publish(folder)
-    store = prepare(cfg.data, load_tokenizer(folder, cfg.model), tokenizer_identity(folder), cache)
-    return folder, store
+    store = prepare(cfg.data, partial(load_tokenizer, folder, cfg.model), tokenizer_identity(folder), cache)
+    return Inputs(folder, shape, store)

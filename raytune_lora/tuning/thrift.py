@@ -2,12 +2,28 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
+from ray.air._internal import usage
 from ray.tune.experiment import Trial
 from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 
 _ALL = 1_000_000  # more than there are trials at a time
+
+
+@contextlib.contextmanager
+def without_trackers() -> Iterator[None]:
+    """In which Tune does not count its callbacks by kind, for Ray's usage statistics.
+
+    For that it imports MLflow, Weights & Biases and others, whichever are installed: two seconds.
+    """
+    counting, usage.tag_callbacks = usage.tag_callbacks, lambda callbacks: False
+    try:
+        yield
+    finally:
+        usage.tag_callbacks = counting
 
 
 class Thrifty(TrialScheduler):

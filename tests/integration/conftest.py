@@ -46,7 +46,7 @@ def configure(cache: Path) -> Configure:
 
 @pytest.fixture(scope="session")
 def store(configure: Configure, cache: Path) -> TokenStore:
-    return prepare_inputs(compose([*TINY, f"cache={cache}"]))[1]
+    return prepare_inputs(compose([*TINY, f"cache={cache}"])).store
 
 
 @pytest.fixture(scope="session")

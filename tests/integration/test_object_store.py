@@ -247,7 +247,7 @@ def test_another_content_replaces_a_folder(bucket: str, folder: Path, tmp_path: 
 
 @pytest.fixture
 def prepared(tokenizer: Any) -> Callable[[Cache], TokenStore]:
-    return lambda cache: prepare(FakeDataConfig(rows=120), tokenizer, "bytes", cache)
+    return lambda cache: prepare(FakeDataConfig(rows=120), lambda: tokenizer, "bytes", cache)
 
 
 def train_files(proxy: s3.Proxy) -> tuple[int, int]:
@@ -336,7 +336,7 @@ def test_rows_in_a_store_make_the_token_store_of_the_same_rows_here(
     storage.write(f"{bucket}/rows.jsonl", lines)
     here = FileDataConfig(path=str(tmp_path / "rows.jsonl"), processes=2)
     there = replace(here, path=f"{bucket}/rows.jsonl")
-    local, remote = (prepare(cfg, tokenizer, "bytes", Cache(tmp_path / "cache")) for cfg in (here, there))
+    local, remote = (prepare(cfg, lambda: tokenizer, "bytes", Cache(tmp_path / "cache")) for cfg in (here, there))
     assert local.folder != remote.folder
     assert [list(local.split(name)) for name in SPLITS] == [list(remote.split(name)) for name in SPLITS]
 

@@ -32,7 +32,7 @@ def padless() -> Any:
 @pytest.fixture(scope="module")
 def padless_store(padless: Any, tmp_path_factory: pytest.TempPathFactory) -> TokenStore:
     return prepare(
-        FakeDataConfig(rows=100, max_length=128), padless, "padless", Cache(tmp_path_factory.mktemp("cache"))
+        FakeDataConfig(rows=100, max_length=128), lambda: padless, "padless", Cache(tmp_path_factory.mktemp("cache"))
     )
 
 

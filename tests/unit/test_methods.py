@@ -13,9 +13,10 @@ from raytune_lora.cache import Cache
 from raytune_lora.config.compose import compose
 from raytune_lora.config.methods import METHODS, MethodConfig, Placement
 from raytune_lora.config.schema import Quantization, QuantizationConfig, TinyModelConfig, kind_of
+from raytune_lora.models import shape as shapes
 from raytune_lora.models.loading import load_model
 from raytune_lora.models.methods import Method, Start, fit, method_for, registered
-from raytune_lora.models.shape import shape_of, shape_of_folder
+from raytune_lora.models.shape import known_shape, shape_of, shape_of_folder
 from raytune_lora.models.sources import materialize
 
 STEPS = 6
@@ -186,6 +187,23 @@ def test_the_count_follows_the_settings(kind: str, changes: dict[str, Any], fold
     bench = Bench(kind, folders, Quantization.none, **changes)
     trained = sum(p.numel() for p in bench.applied().parameters() if p.requires_grad)
     assert trained == bench.method.count(shape_of(bench.base()))
+
+
+def test_the_shape_of_a_model_is_made_out_once(
+    folders: dict[bool, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """But again where the model's config is another one, and where the cache cannot be written."""
+    asked: list[Path] = []
+    monkeypatch.setattr(
+        shapes, "shape_of_folder", lambda folder, cfg: asked.append(folder) or shape_of_folder(folder, cfg)
+    )
+    cfg, cache, folder = TinyModelConfig(), Cache(tmp_path / "cache"), folders[False]
+    first, again, other = (known_shape(one, cfg, cache) for one in (folder, folder, folders[True]))
+    assert first == again == shape_of_folder(folder, cfg)
+    assert other == shape_of_folder(folders[True], cfg) != first
+    (tmp_path / "file").touch()
+    assert known_shape(folder, cfg, Cache(tmp_path / "file")) == first
+    assert asked == [folder, folders[True], folder]
 
 
 def test_bitfit_on_a_model_without_biases_names_models_that_have_some(folders: dict[bool, Path]) -> None:

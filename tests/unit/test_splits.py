@@ -24,7 +24,7 @@ Prepare = Callable[[DataConfig], TokenStore]
 
 @pytest.fixture
 def prepared(tokenizer: Any, tmp_path: Path) -> Prepare:
-    return lambda cfg: prepare(cfg, tokenizer, "bytes", Cache(tmp_path / "cache"))
+    return lambda cfg: prepare(cfg, lambda: tokenizer, "bytes", Cache(tmp_path / "cache"))
 
 
 def words(draw: random.Random, count: int = 30) -> str:

@@ -34,7 +34,7 @@ def prepared(tokenizer: Any, tmp_path: Path) -> Prepare:
     """Prepare a store in a cache of the test's own."""
 
     def run(cfg: DataConfig, tokenizer_id: str = "bytes") -> TokenStore:
-        return prepare(cfg, tokenizer, tokenizer_id, Cache(tmp_path / "cache"))
+        return prepare(cfg, lambda: tokenizer, tokenizer_id, Cache(tmp_path / "cache"))
 
     return run
 
@@ -167,7 +167,7 @@ def test_a_full_disk_leaves_no_store_and_says_so(tmp_path: Path) -> None:
         "from raytune_lora.errors import UserError\n"
         "from raytune_lora.models.sources import byte_tokenizer\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, resource.RLIM_INFINITY))\n"
-        "try: prepare(FileDataConfig(path=sys.argv[1]), byte_tokenizer(), 'bytes', Cache(Path(sys.argv[2])))\n"
+        "try: prepare(FileDataConfig(path=sys.argv[1]), byte_tokenizer, 'bytes', Cache(Path(sys.argv[2])))\n"
         "except UserError as error: print(error)\n"
     )
     command = [sys.executable, "-c", code, str(cfg.path), str(tmp_path / "cache")]
@@ -192,7 +192,7 @@ class Dying:
 
 def test_a_process_that_is_ended_is_told(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"was ended from outside.*data\.processes=1"):
-        prepare(replace(file(tmp_path, rows(2500)), processes=2), Dying(), "dying", Cache(tmp_path / "cache"))
+        prepare(replace(file(tmp_path, rows(2500)), processes=2), Dying, "dying", Cache(tmp_path / "cache"))
     assert not whole_stores(tmp_path)
 
 

@@ -1,13 +1,21 @@
-"""What a node has and sees. It is sent to nodes that may not have this package, or an old one, and stands alone."""
+"""What runs first on a node: it says what the node has and sees, and has a worker join its group.
+
+It is sent there by value, as the node may have another version of this package, or none; so it uses nothing of it. The
+libraries that its functions import are those of the node: neither the driver nor a group's controller needs torch,
+which would cost 1.6 s and 190 MB of each.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import importlib
 import importlib.util
+import os
 import platform
 import re
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -38,7 +46,32 @@ def disagreement(node: str, there: dict[str, str], here: dict[str, str]) -> str 
     return f"the node {node} has {pairs}; give all nodes the same image, or the same installation"
 
 
-def agreed(config: dict[str, Any]) -> None:
+def join(address: str, port: int, rank: int, workers: int, backend: str) -> None:
+    """Join torch's process group, as with Ray Train's own ``TorchConfig``."""
+    from ray.train.torch import config
+
+    os.environ.update(MASTER_ADDR=address, MASTER_PORT=str(port))
+    config._set_torch_distributed_env_vars()
+    config._setup_torch_process_group(backend, rank, workers, "env://")
+
+
+def leave(several: bool) -> None:
+    """Leave it, where there are others in it."""
+    from ray.train.torch import config
+
+    config._shutdown_torch(destroy_process_group=several)
+
+
+@contextmanager
+def on_its_device() -> Iterator[None]:
+    """In which a worker trains."""
+    from ray.train.torch.config import TorchConfigContextManager
+
+    with TorchConfigContextManager():
+        yield
+
+
+def work(config: dict[str, Any]) -> None:
     """Be a worker of a group, on a node that may have joined after all were asked.
 
     Args:
