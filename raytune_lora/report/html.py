@@ -181,10 +181,11 @@ def _facts(r: dict[str, Any]) -> list[tuple[str, str, str]]:
         facts.append(("Search", how, f"{count} trials{beside}"))
     if r["best"] and r["trials"] and (trainable := r["trials"][0]["parameters"].get("trainable")):
         whole = model.get("parameters")
-        detail = f"{100 * trainable / whole:.2g}% of the model" if whole else ""
+        share = 100 * trainable / whole if whole else 0.0
+        detail = f"{share:.0f}% of the model" if share >= 10 else f"{share:.2g}% of the model" if whole else ""
         facts.append(("Best adapter" if search else "Adapter", f"{amount(trainable)} parameters", detail))
     total = r["seconds"].get("total")
-    facts.append(("Started", _date(r["created"]), f"took {_duration(total)}" if total is not None else ""))
+    facts.append(("Written", _date(r["created"]), f"took {_duration(total)}" if total is not None else ""))
     return [fact for fact in facts if fact[1]]
 
 
