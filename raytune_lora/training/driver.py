@@ -208,6 +208,7 @@ class Pool:
             entry.work,
             train_loop_config={
                 "versions": self._versions,
+                "node": ray.get_runtime_context().get_node_id(),
                 "function": (_workers.__module__, _workers.__name__),
                 "config": {
                     "board": self.board,

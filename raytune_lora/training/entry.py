@@ -75,15 +75,17 @@ def work(config: dict[str, Any]) -> None:
     """Be a worker of a group, on a node that may have joined after all were asked.
 
     Args:
-        config: ``versions``, of the driver; ``function``, by its module and name, and its own ``config``.
+        config: ``versions`` and ``node`` of the driver; ``function``, by its module and name, and its own ``config``.
 
     Raises:
-        RuntimeError: the node has other versions than the driver.
+        RuntimeError: the node is another one than the driver's, and has other versions.
     """
-    from ray.util import get_node_ip_address
+    import ray
 
-    if (found := disagreement(get_node_ip_address(), versions(), config["versions"])) is not None:
-        raise RuntimeError(found)
+    if ray.get_runtime_context().get_node_id() != config["node"]:
+        found = disagreement(ray.util.get_node_ip_address(), versions(), config["versions"])
+        if found is not None:
+            raise RuntimeError(found)
     module, name = config["function"]
     getattr(importlib.import_module(module), name)(config["config"])
 

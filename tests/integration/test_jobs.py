@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +31,8 @@ ROOT = Path(__file__).resolve().parents[2]
 STATUSES = {"completed", "stopped", "failed", "diverged", "oom", "lost", "quota"}
 
 
-def start(job: str, *overrides: str) -> subprocess.Popen[str]:
-    command = [sys.executable, str(ROOT / "jobs" / f"{job}.py"), *overrides]
+def start(job: str, *overrides: str, python: Sequence[str] = ()) -> subprocess.Popen[str]:
+    command = [sys.executable, *python, str(ROOT / "jobs" / f"{job}.py"), *overrides]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
 
 
@@ -203,7 +204,10 @@ def test_interrupted_killed_and_resumed(tmp_path: Path, cache: Path) -> None:
     moved = load(folder / "config.yaml")
     assert (moved.workers, moved.training.micro_batch, moved.deepspeed.stage) == (2, 2, 3)
 
-    out, _ = finish(start("sweep", *command))
+    out, err = finish(start("sweep", *command, python=("-X", "importtime")))
+    brought = {line.rpartition("|")[2].strip() for line in err.splitlines() if line.startswith("import time:")}
+    assert "optuna" in brought
+    assert not brought & {"torch", "transformers", "mlflow", "wandb"}, "a driver that finds all in the cache needs none"
     assert load(folder / "config.yaml") == moved
     trials = json.loads((folder / "results.json").read_text())["trials"]
     names = [trial["trial_id"] for trial in trials]
