@@ -15,6 +15,7 @@ from typing import Any
 
 import ray
 from ray import cloudpickle
+from ray.exceptions import RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from raytune_lora.config.schema import RunConfig
@@ -40,7 +41,7 @@ def disagreements(cfg: RunConfig, folders: dict[str, Path]) -> list[str]:
         marks = {key: held.enter_context(_mark(path)) for key, path in folders.items()}
         answers = _ask(others, list(marks.values()))
     here = entry.versions()
-    found = [f"the node {ip} does not answer within {_SECONDS:.0f} s" for ip, answer in answers if answer is None]
+    found = [f"the node {ip} does not answer" for ip, answer in answers if answer is None]
     told = [(ip, answer) for ip, answer in answers if answer is not None]
     for ip, (there, _) in told:
         if (differing := entry.disagreement(ip, there, here)) is not None:
@@ -73,14 +74,19 @@ def _mark(folder: Path) -> Iterator[tuple[Path, str]]:
 
 
 def _ask(nodes: Sequence[dict[str, Any]], marks: list[tuple[Path, str]]) -> list[tuple[str, Any]]:
-    """By the address of each node what it has and sees; None of one that does not answer."""
+    """By the address of each node what it has and sees; None of one that does not answer, and none that has gone."""
     cloudpickle.register_pickle_by_value(entry)  # a node may have another version of this package, or none
     ask = ray.remote(num_cpus=0, max_retries=0)(entry.look)
     wanted = [(str(path), content) for path, content in marks]
     there = [NodeAffinitySchedulingStrategy(node["NodeID"], soft=False) for node in nodes]
     asked = {
-        ask.options(scheduling_strategy=strategy).remote(wanted): node["NodeManagerAddress"]
+        ask.options(scheduling_strategy=strategy).remote(wanted): node
         for node, strategy in zip(nodes, there, strict=True)
     }
-    ready, silent = ray.wait(list(asked), num_returns=len(asked), timeout=_SECONDS) if asked else ([], [])
-    return [(asked[ref], ray.get(ref)) for ref in ready] + [(asked[ref], None) for ref in silent]
+    ready, _ = ray.wait(list(asked), num_returns=len(asked), timeout=_SECONDS) if asked else ([], [])
+    answers = {}
+    for ref in ready:
+        with contextlib.suppress(RayError):
+            answers[ref] = ray.get(ref)
+    left = {node["NodeID"] for node in ray.nodes() if node["Alive"]}
+    return [(node["NodeManagerAddress"], answers.get(ref)) for ref, node in asked.items() if node["NodeID"] in left]

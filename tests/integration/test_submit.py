@@ -245,7 +245,8 @@ def test_submitted_by_ray_and_no_secret_is_written(
     for name, secret in PLANTED.items():
         assert not cluster.leaks(secret, tmp_path), name
         assert secret not in done.stdout + done.stderr
-    names = {actor["class_name"]: actor["repr_name"] for actor in listed("/api/v0/actors?detail=true", cluster)}
+    actors = listed("/api/v0/actors?detail=true", cluster)
+    names = {actor["class_name"].rpartition(".")[2]: actor["repr_name"] for actor in actors}
     assert names["Board"] == "mine board"
     assert names["RayTrainWorker"] == "mine group 0"
     assert names["ImplicitFunc"] == "mine trials"
