@@ -78,11 +78,10 @@ def _ask(nodes: Sequence[dict[str, Any]], marks: list[tuple[Path, str]]) -> list
     cloudpickle.register_pickle_by_value(entry)  # a node may have another version of this package, or none
     ask = ray.remote(num_cpus=0, max_retries=0)(entry.look)
     wanted = [(str(path), content) for path, content in marks]
-    there = [NodeAffinitySchedulingStrategy(node["NodeID"], soft=False) for node in nodes]
-    asked = {
-        ask.options(scheduling_strategy=strategy).remote(wanted): node
-        for node, strategy in zip(nodes, there, strict=True)
-    }
+    asked = {}
+    for node in nodes:
+        there = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
+        asked[ask.options(scheduling_strategy=there).remote(wanted)] = node
     ready, _ = ray.wait(list(asked), num_returns=len(asked), timeout=_SECONDS) if asked else ([], [])
     answers = {}
     for ref in ready:

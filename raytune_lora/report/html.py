@@ -180,9 +180,10 @@ def _facts(r: dict[str, Any]) -> list[tuple[str, str, str]]:
         count = f"{searched} of {asked}" if r["ended_by"] else str(asked)
         facts.append(("Search", how, f"{count} trials{beside}"))
     if r["best"] and r["trials"] and (trainable := r["trials"][0]["parameters"].get("trainable")):
-        whole = model.get("parameters")
-        share = 100 * trainable / whole if whole else 0.0
-        detail = f"{share:.0f}% of the model" if share >= 10 else f"{share:.2g}% of the model" if whole else ""
+        detail = ""
+        if whole := model.get("parameters"):
+            share = 100 * trainable / whole
+            detail = f"{share:{'.0f' if share >= 10 else '.2g'}}% of the model"
         facts.append(("Best adapter" if search else "Adapter", f"{amount(trainable)} parameters", detail))
     total = r["seconds"].get("total")
     facts.append(("Written", _date(r["created"]), f"took {_duration(total)}" if total is not None else ""))

@@ -168,14 +168,8 @@ def open_job(kind: str, cfg: SweepConfig, moved: Sequence[str], run: Callable[[J
         UserError: the config cannot work; nothing was started.
         JobFailed: a phase around the trials failed, or storage is full or cannot be written.
     """
-    fresh, changes = cfg.resume is None, dict[str, Any]()
-    if fresh:
-        if cfg.output is None:
-            cfg.output = f"{kind}s/{time.strftime('%Y%m%d-%H%M%S')}"
-        cfg.output = address(cfg.output)
-    else:
-        changes = {key: lookup(cfg, key) for key in moved}
-        cfg = apply(reopen(address(str(cfg.resume)), kind), changes)
+    fresh = cfg.resume is None
+    cfg, changes = _settled(kind, cfg, moved)
     check(cfg, searching=kind == SWEEP, fresh=fresh)
     folder = SweepFolder.of(cfg)
     progress = Progress(folder.name, cfg.search.trials if kind == SWEEP else 1)
@@ -214,6 +208,17 @@ def open_job(kind: str, cfg: SweepConfig, moved: Sequence[str], run: Callable[[J
         progress.note(in_short(json.loads((folder.path / REPORT).read_text())))
         journal.append("phase", name="prepare", seconds=round(time.monotonic() - began, 3))
         return _work(job, run)
+
+
+def _settled(kind: str, cfg: SweepConfig, moved: Sequence[str]) -> tuple[SweepConfig, dict[str, Any]]:
+    """The config that a job works by, and what of it is new to the folder that is reopened."""
+    if cfg.resume is None:
+        if cfg.output is None:
+            cfg.output = f"{kind}s/{time.strftime('%Y%m%d-%H%M%S')}"
+        cfg.output = address(cfg.output)
+        return cfg, {}
+    changes = {key: lookup(cfg, key) for key in moved}
+    return apply(reopen(address(str(cfg.resume)), kind), changes), changes
 
 
 def _work(job: Job, run: Callable[[Job], None]) -> dict[str, Any]:
