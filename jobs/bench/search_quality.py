@@ -3,7 +3,8 @@
 Searches on surrogates of fine-tuning (``surrogates.py``), in virtual time and with the sweep's own searcher, samplers
 and ASHA. Regret is how far the best trial's parameters, trained to where its lowest measured loss was, lie above the
 optimum, both without noise; the budget counts samples trained on, those of stopped trials included. The exit status is
-1 where TPE with ASHA needs more than ``--share`` of random search's samples to reach its final regret on some task.
+1 where GP with ASHA, a sweep's default, needs more than ``--share`` of random search's samples to reach its final
+regret on some task.
 
 The third task is made of real trainings: ``python jobs/bench/search_quality.py --collect 200`` trains the quickstart
 that often, which takes an hour or two of two cores and goes on where it was ended, and stores the curves.
@@ -38,8 +39,9 @@ METHODS = {  # sampler, scheduler, and other overrides
     "TPE + ASHA": ("tpe", "asha"),
     "TPE + ASHA, resumed": ("tpe", "asha", "scheduler.resume_stopped=true"),
     "GP": ("gp", "none"),
+    "GP + ASHA": ("gp", "asha"),
 }
-BASE, OURS, RESUMED = "random", "TPE + ASHA", "TPE + ASHA, resumed"
+BASE, OURS = "random", "GP + ASHA"
 FRACTIONS = (0.1, 0.2, 0.5, 1.0)  # of the budget
 _STEPS = 200  # of the budget, for the curves
 _SPEED = 0.1  # sigma of the logarithm of the trials' speeds, so that they do not report in step
@@ -237,8 +239,8 @@ def prepare() -> None:
 
 def measure_all(names: list[str], args: argparse.Namespace) -> dict[str, dict[str, list[list[float]]]]:
     """The regrets of each seed, by task and method."""
-    slowest = ("GP", RESUMED, OURS, "TPE", BASE, "grid")
-    jobs = [(n, m, seed, args) for m in slowest if m in args.methods for n in names for seed in range(args.seeds)]
+    slowest = [method for method in reversed(METHODS) if method in args.methods]
+    jobs = [(n, m, seed, args) for m in slowest for n in names for seed in range(args.seeds)]
     found: dict[str, dict[str, list[list[float]]]] = {n: {m: [[]] * args.seeds for m in args.methods} for n in names}
     seconds: dict[str, float] = dict.fromkeys(args.methods, 0.0)
     os.environ["OMP_NUM_THREADS"] = "1"
@@ -312,7 +314,7 @@ def page(answer: dict[str, dict[str, Any]], about: dict[str, str], args: argpars
         reference = methods[BASE]["curve"][-1] or None
         chart = curves(lines, reference, 760, 380)
         parts.append(f"<h2>{html.escape(name)}</h2><p>{html.escape(about[name])}</p>{chart}")
-    colours = ("#999", "#555", "#2a7", "#c33", "#e90", "#37c")
+    colours = ("#999", "#555", "#2a7", "#37c", "#e90", "#a5c", "#c33")
     style = "".join(f".m{n}{{--ink:{colour}}}" for n, colour in enumerate(colours))
     return f"""<!doctype html><meta charset="utf-8"><title>Search quality</title><style>
 body{{font:14px system-ui;max-width:800px;margin:2em auto}} .tick{{font-size:11px;fill:#666}} .end{{text-anchor:end}}
@@ -376,7 +378,7 @@ def main() -> int:
     parser.add_argument("--concurrent", type=int, default=4)
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument("--tasks", nargs="+", default=[], help="default: all")
-    parser.add_argument("--share", type=float, default=0.2, help="most that TPE with ASHA may need of random's samples")
+    parser.add_argument("--share", type=float, default=0.2, help="most that GP with ASHA may need of random's samples")
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--json", type=Path)
     parser.add_argument("--html", type=Path)

@@ -10,8 +10,9 @@ from omegaconf import MISSING
 
 
 class Sampler(Enum):
-    """Who proposes the trials' parameters."""
+    """Who proposes the trials' parameters; ``auto`` is one of the others, by the space and the number of trials."""
 
+    auto = "auto"
     tpe = "tpe"
     gp = "gp"
     cmaes = "cmaes"
@@ -73,10 +74,10 @@ class SearchConfig:
     trials: int = 16
     concurrent: int = 1  # trials at a time
     stalled: float | None = None  # seconds without a step after which a trial fails; loading and validating count too
-    sampler: Sampler = Sampler.tpe
+    sampler: Sampler = Sampler.auto
     objectives: list[Objective] = field(default_factory=lambda: [Objective.eval_loss])  # several: a Pareto front
     startup_trials: int = 8  # random ones before the sampler learns
-    random_share: float = 0.33  # of the later ones, those that are random too (TPE)
+    random_share: float | None = None  # of the later ones, those that are random too; null: TPE's 0.33, GP's 0.1
     seed: int = 0
     storage: str | None = None  # URL of the study's database, no password in it; null: study.db in the sweep's folder
     constraints: ConstraintsConfig = field(default_factory=ConstraintsConfig)

@@ -97,7 +97,7 @@ _RANGES: dict[str, _Rule] = {
     "search.trials": _COUNT,
     "search.concurrent": _COUNT,
     "search.startup_trials": _NOT_NEGATIVE,
-    "search.random_share": (lambda v: 0 <= v <= 1, ">= 0 and <= 1"),
+    "search.random_share": (lambda v: v is None or 0 <= v <= 1, "null, or >= 0 and <= 1"),
     "search.seed": _NOT_NEGATIVE,
     "search.stalled": _POSITIVE,
     "search.constraints.memory_gb": _NOT_NEGATIVE,
@@ -319,7 +319,7 @@ def _scheduler_problems(cfg: SweepConfig) -> list[str]:
             f"scheduler.population must be <= search.trials, which counts the population and its children (got "
             f"{cfg.scheduler.population} and {cfg.search.trials})"
         )
-    if cfg.search.sampler not in (Sampler.random, Sampler.qmc, Sampler.tpe):
+    if cfg.search.sampler not in (Sampler.auto, Sampler.random, Sampler.qmc, Sampler.tpe):
         found.append(
             f"scheduler=pbt: only the first population comes from the sampler, so that search.sampler="
             f"{cfg.search.sampler.value} would never learn or finish; take random, qmc or tpe"

@@ -69,7 +69,7 @@ _STAGES = {
     "confirm": "confirmation",
     "best": "best adapter",
 }
-_SAMPLERS = {"tpe": "TPE", "random": "random"}
+_SAMPLERS = {"tpe": "TPE", "gp": "GP"}
 _SCHEDULERS = {
     "asha": "ASHA",
     "hyperband": "HyperBand",

@@ -1,7 +1,8 @@
 """What a point of the search space must fulfil before it is trained: relations between keys, and planned memory.
 
 A proposal that breaks a constraint is no trial: the study is told at once that it is infeasible and by how much, which
-TPE learns from, and another one is asked for. The point of the config as it stands comes first, so it must be feasible.
+TPE and GP learn from, and another one is asked for. The point of the config as it stands comes first, so it must be
+feasible.
 """
 
 from __future__ import annotations

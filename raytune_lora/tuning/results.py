@@ -49,6 +49,7 @@ from raytune_lora.training.place import LOGS
 from raytune_lora.tuning.budget import remedy
 from raytune_lora.tuning.confirm import verdict
 from raytune_lora.tuning.folder import SweepFolder
+from raytune_lora.tuning.samplers import chosen
 from raytune_lora.tuning.trials import BASELINE as BASELINE
 from raytune_lora.tuning.trials import BEST as BEST
 from raytune_lora.tuning.trials import TRIALS as TRIALS
@@ -74,7 +75,7 @@ def _results(
 ) -> dict[str, Any]:
     phases = {name: phase["seconds"] for name, phase in record.phases.items()}
     search = {
-        "sampler": cfg.search.sampler.value,
+        "sampler": chosen(cfg).value,
         "scheduler": cfg.scheduler.kind.value,
         "trials": cfg.search.trials,
         "concurrent": cfg.search.concurrent,

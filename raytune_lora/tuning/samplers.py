@@ -1,8 +1,8 @@
 """The samplers: who proposes a trial's parameters, by the name in ``search.sampler``.
 
-What they learn from differs. TPE takes whole, stopped and infeasible trials, and running ones as far as they came; GP,
-CMA-ES and NSGA-II take whole ones only; random, QMC and the grid learn nothing. Dimensions that a sampler cannot model
-(categorical ones in CMA-ES, conditional ones in GP, QMC and NSGA-II) are drawn one by one, each by itself.
+What they learn from differs. TPE and GP take whole, stopped and infeasible trials, and running ones as far as they
+came; CMA-ES and NSGA-II take whole ones only; random, QMC and the grid learn nothing. Dimensions that a sampler cannot
+model (categorical ones in CMA-ES, conditional ones in GP, QMC and NSGA-II) are drawn one by one, each by itself.
 """
 
 from __future__ import annotations
@@ -20,9 +20,11 @@ from optuna.distributions import BaseDistribution, CategoricalDistribution
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from raytune_lora.config.schema import SweepConfig
-from raytune_lora.config.search import DimensionKind, Sampler
+from raytune_lora.config.search import DimensionKind, Sampler, Scheduler
 from raytune_lora.tuning import space as spaces
+from raytune_lora.tuning.at_rung import MOST
 from raytune_lora.tuning.constraints import Constraints
+from raytune_lora.tuning.gp import Gp
 from raytune_lora.tuning.tpe import Tpe
 
 WARM = "warm_start"  # user attribute of a trial that an earlier sweep ran: its folder and number
@@ -50,10 +52,25 @@ def build(cfg: SweepConfig, study: optuna.Study, constraints: Constraints) -> Ow
     seed = cfg.search.seed + len(trials)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-        sampler = _SAMPLERS[cfg.search.sampler].build(cfg, seed, trials)
+        sampler = _SAMPLERS[chosen(cfg)].build(cfg, seed, trials)
     if isinstance(sampler, Grid):
         sampler.keep(constraints)
     return sampler
+
+
+def chosen(cfg: SweepConfig) -> Sampler:
+    """The sampler of a sweep by name; of ``auto``, the one that finds more for its samples there.
+
+    GP has half of TPE's regret after a fifth of the samples of 64 whole trials (the benchmark ``search_quality``). TPE
+    it is where GP models a part of the space only, where it has several losses to model, where the later trials are not
+    proposed at all, and where trials are so many that GP would forget some, and its models take seconds.
+    """
+    if cfg.search.sampler is not Sampler.auto:
+        return cfg.search.sampler
+    part = any(dimension.when for dimension in cfg.space.values())
+    several = len(cfg.search.objectives) > 1
+    bred = cfg.scheduler.kind is Scheduler.pbt
+    return Sampler.tpe if part or several or bred or cfg.search.trials > MOST else Sampler.gp
 
 
 def at_random(cfg: SweepConfig, study: optuna.Study) -> Own:
@@ -68,21 +85,21 @@ def problems(cfg: SweepConfig, *, here: bool = True) -> list[str]:
         cfg: of the sweep.
         here: whether it is to run on this machine, with what is installed here.
     """
-    chosen, entry = f"search.sampler={cfg.search.sampler.value}", _SAMPLERS[cfg.search.sampler]
+    named, entry = f"search.sampler={cfg.search.sampler.value}", _SAMPLERS[chosen(cfg)]
     found = [
-        f"{chosen} needs the package {package}: pip install {package}"
+        f"{named} needs the package {package}: pip install {package}"
         for package in entry.packages
         if here and importlib.util.find_spec(package) is None
     ]
     if cfg.search.warm_start and not entry.learns:
         learning = ", ".join(name.value for name, other in _SAMPLERS.items() if other.learns)
-        found.append(f"search.warm_start: {chosen} does not learn from earlier trials; take one of {learning}, or none")
+        found.append(f"search.warm_start: {named} does not learn from earlier trials; take one of {learning}, or none")
     return found + entry.problems(cfg)
 
 
 def marks(cfg: SweepConfig) -> dict[str, Any]:
     """System attributes that make the sampler count a trial of an earlier sweep as one of its own."""
-    if cfg.search.sampler is Sampler.nsga2:
+    if chosen(cfg) is Sampler.nsga2:
         return {Nsga2._get_generation_key(): 0}
     return {}
 
@@ -92,14 +109,12 @@ def marks(cfg: SweepConfig) -> dict[str, Any]:
 
 def _tpe(cfg: SweepConfig, seed: int, trials: Sequence[FrozenTrial] = ()) -> Own:
     """Tree-structured Parzen estimators (Bergstra et al. 2011), one over all dimensions that go together."""
-    return Tpe(cfg.search.startup_trials, cfg.search.random_share, seed)
+    return Tpe(cfg.search.startup_trials, _random_share(cfg, 0.33), seed)
 
 
 def _gp(cfg: SweepConfig, seed: int, trials: Sequence[FrozenTrial]) -> Own:
     """A Gaussian process with expected improvement; what still runs is taken into account."""
-    return optuna.samplers.GPSampler(
-        n_startup_trials=max(1, cfg.search.startup_trials), seed=seed, warn_independent_sampling=False
-    )
+    return Gp(cfg.search.startup_trials, _random_share(cfg, 0.1), seed)
 
 
 def _cmaes(cfg: SweepConfig, seed: int, trials: Sequence[FrozenTrial]) -> Own:
@@ -133,6 +148,10 @@ def _grid(cfg: SweepConfig, seed: int, trials: Sequence[FrozenTrial]) -> Own:
 def _nsga2(cfg: SweepConfig, seed: int, trials: Sequence[FrozenTrial]) -> Own:
     """NSGA-II (Deb et al. 2002). Its first generation is random: as many trials as any sampler starts with."""
     return Nsga2(population_size=max(2, cfg.search.startup_trials), seed=seed)
+
+
+def _random_share(cfg: SweepConfig, usual: float) -> float:
+    return usual if cfg.search.random_share is None else cfg.search.random_share
 
 
 def _numbers_of_warm(trials: Sequence[FrozenTrial]) -> list[FrozenTrial] | None:
@@ -262,7 +281,7 @@ def _cmaes_problems(cfg: SweepConfig) -> list[str]:
     return found
 
 
-_SAMPLERS: dict[Sampler, _Entry] = {
+_SAMPLERS: dict[Sampler, _Entry] = {  # all but ``auto``
     Sampler.tpe: _Entry(_tpe),
     Sampler.gp: _Entry(_gp, packages=("scipy", "torch")),
     Sampler.cmaes: _Entry(_cmaes, _cmaes_problems, packages=("cmaes",)),

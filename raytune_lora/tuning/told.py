@@ -104,7 +104,7 @@ def tell(study: optuna.Study, trial: Trial) -> None:
 
     - completed: its objectives' values
     - stopped: pruned, with its curve
-    - diverged or out of memory: pruned and infeasible, of which TPE keeps away; other samplers learn nothing of it
+    - diverged or out of memory: pruned and infeasible, of which TPE and GP keep away; others learn nothing of it
     - failed, or completed without a finite value: failed
 
     What a stopped trial measured after it was taken up again is told as a trial of its own.

@@ -183,7 +183,7 @@ def test_interrupted_killed_and_resumed(tmp_path: Path, cache: Path) -> None:
     folder = tmp_path / "ended"
     wild = ("space.learning_rate.low=1e-3", "space.learning_rate.high=1e30", "training.max_grad_norm=1e30")
     resume = readme.arguments("resume=", {"sweeps/mine": str(folder)})
-    command = ("experiment=tiny", *ONE, *wild, f"output={folder}", f"cache={cache}", "resume=auto")
+    command = ("experiment=tiny", "search=tpe", *ONE, *wild, f"output={folder}", f"cache={cache}", "resume=auto")
     process = start("sweep", *command)
     wait_for(lambda: ended(folder) or process.poll() is not None)
     process.send_signal(signal.SIGINT)

@@ -139,7 +139,7 @@ def test_they_are_written_on_the_command_line_and_kept_in_the_folder(tmp_path: P
 @pytest.mark.parametrize("sampler", Sampler)
 def test_no_sampler_has_a_trial_that_breaks_a_constraint(sampler: Sampler) -> None:
     cfg, study = config(f"search={sampler.value}"), optuna.create_study()
-    cfg.search.startup_trials = 10 if sampler is Sampler.gp else 4  # its models take long
+    cfg.search.startup_trials = 10 if sampler in (Sampler.auto, Sampler.gp) else 4  # GP's models take long
     assert problems(cfg) == []
     proposals = run(study, cfg, 12)
     assert all(p["params"]["method.alpha"] <= 2 * p["params"]["method.r"] for p in proposals)
@@ -163,14 +163,15 @@ def test_a_grid_of_fewer_feasible_points_than_trials_is_refused_before_the_start
     assert len({tuple(p["params"].values()) for p in run(optuna.create_study(), cfg, feasible)}) == feasible
 
 
-def test_tpe_learns_from_what_was_refused() -> None:
-    """Seven of eight random proposals break the relation; of TPE's, far fewer, though the loss draws it there."""
+@pytest.mark.parametrize("learning", ["tpe", "gp"])
+def test_a_sampler_learns_from_what_was_refused(learning: str) -> None:
+    """Seven of eight random proposals break the relation; of its own, far fewer, though the loss draws it there."""
     asked = {}
-    for sampler in ("tpe", "random"):
+    for sampler in (learning, "random"):
         cfg = config("method.alpha=8", f"search={sampler}", relations=("method.alpha <= 8",))
         run(study := optuna.create_study(), cfg, 30)
         asked[sampler] = refused(study)["method.alpha <= 8"]
-    assert asked["tpe"] < 0.5 * asked["random"]
+    assert asked[learning] < 0.5 * asked["random"]
 
 
 def test_a_space_without_a_feasible_point_ends_the_search(monkeypatch: pytest.MonkeyPatch) -> None:

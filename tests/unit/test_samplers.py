@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import random
@@ -19,8 +20,8 @@ from raytune_lora.config.data import FakeDataConfig
 from raytune_lora.config.groups import conf_dir
 from raytune_lora.config.methods import LoraMethodConfig
 from raytune_lora.config.schema import SweepConfig, TinyModelConfig
-from raytune_lora.config.search import DimensionConfig, DimensionKind, Objective, Sampler, SearchConfig
-from raytune_lora.tuning.samplers import WARM, marks, problems
+from raytune_lora.config.search import DimensionConfig, DimensionKind, Objective, Sampler, Scheduler, SearchConfig
+from raytune_lora.tuning.samplers import WARM, chosen, marks, problems
 from raytune_lora.tuning.search import StudySearcher
 from raytune_lora.tuning.space import apply, lookup
 from raytune_lora.tuning.study import keep, open_study
@@ -78,7 +79,7 @@ def parameters(proposals: list[dict[str, Any]]) -> list[dict[str, Any]]:
 @pytest.mark.parametrize("sampler", Sampler)
 def test_a_search_keeps_to_the_space_begins_with_the_config_and_improves_on_it(sampler: Sampler) -> None:
     cfg = config(sampler)
-    cfg.search.startup_trials = 10 if sampler is Sampler.gp else 4  # its models take long
+    cfg.search.startup_trials = 10 if sampler in (Sampler.auto, Sampler.gp) else 4  # GP's models take long
     assert problems(cfg) == []
     tried = parameters(search(optuna.create_study(), cfg, ["completed"] * 16))
     assert tried[0] == {RANK: 16, DECAY: 0.02}
@@ -306,6 +307,19 @@ def test_what_learns_begins_near_the_best_of_a_warm_start(sampler: Sampler) -> N
     assert found[0][0] == found[1][0] == {key: lookup(cfg, key) for key in (RANK, DECAY)}
     cold_mean, warm_mean = (sum(map(loss, tried[1:])) / 4 for tried in found)
     assert warm_mean < cold_mean - 0.1
+
+
+def test_auto_is_gp_where_it_models_the_whole_space_and_tpe_elsewhere() -> None:
+    cfg = config(Sampler.auto)
+    assert chosen(cfg) is Sampler.gp
+    several, conditional, many, bred, named = (copy.deepcopy(cfg) for _ in range(5))
+    several.search.objectives = [Objective.eval_loss, Objective.trainable_parameters]
+    conditional.space["decay"].when = {"training.optimizer": ["adamw"]}
+    many.search.trials = 251
+    bred.scheduler.kind = Scheduler.pbt
+    assert [chosen(each) for each in (several, conditional, many, bred)] == [Sampler.tpe] * 4
+    named.search.sampler = Sampler.qmc
+    assert chosen(named) is Sampler.qmc
 
 
 @pytest.mark.parametrize("path", sorted((conf_dir() / "search").glob("*.yaml")), ids=lambda path: path.stem)

@@ -168,7 +168,7 @@ def play(method: str, seed: int = 0, trials: int = 6) -> list[tuple[int, float]]
     return trace
 
 
-@pytest.mark.parametrize("method", ["grid", "random", "TPE", "TPE + ASHA"])
+@pytest.mark.parametrize("method", ["grid", "random", "TPE", "TPE + ASHA", "GP + ASHA"])
 def test_a_search_is_the_same_again_and_keeps_to_its_budget(method: str) -> None:
     trace = play(method)
     assert trace == play(method)

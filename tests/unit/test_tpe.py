@@ -90,7 +90,7 @@ def test_a_long_search_is_learned_from_in_part_the_best_always() -> None:
     study = studied(ended(0.5, {100: 0.1}), *(ended(0.2, {100: 1.0 + n}) for n in range(3000)))
     proposed(study, 2)
     sampler: Any = study.sampler
-    known = sampler._as_of_rung(study)
+    known = sampler._view(study).trials
     assert len(known) <= 250 + 2
     assert {trial.number for trial in known} >= {0, 1, 2, 2999, 3000}
 

@@ -1,0 +1,103 @@
+"""A Gaussian process over trials as they stood at a rung, or would have stood there."""
+
+from __future__ import annotations
+
+import statistics
+from typing import Any
+
+import optuna
+import pytest
+import torch
+from optuna.distributions import BaseDistribution, FloatDistribution
+from optuna.trial import FrozenTrial, TrialState, create_trial
+
+from raytune_lora.tuning.gp import Gp, _at_rung
+
+SPACE: dict[str, BaseDistribution] = {"x": FloatDistribution(0, 1), "y": FloatDistribution(1e-3, 1, log=True)}
+STOPPED, RUNNING, WHOLE = TrialState.PRUNED, TrialState.RUNNING, TrialState.COMPLETE
+
+
+def trial(x: float, losses: dict[int, float], state: TrialState = STOPPED, **facts: Any) -> FrozenTrial:
+    value = min(losses.values(), default=1.0) if state is WHOLE else None
+    params = {"x": x, "y": 0.1}
+    return create_trial(
+        state=state, value=value, params=params, distributions=SPACE, intermediate_values=losses, **facts
+    )
+
+
+def studied(*trials: FrozenTrial, startup: int = 4, share: float = 0.0) -> optuna.Study:
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    study = optuna.create_study(sampler=Gp(startup, share, seed=0))
+    study.add_trials(trials)
+    return study
+
+
+def proposed(study: optuna.Study, count: int = 6) -> list[float]:
+    return [study.ask(SPACE).params["x"] for _ in range(count)]
+
+
+def numbered(*trials: FrozenTrial) -> list[FrozenTrial]:
+    return studied(*trials).get_trials()
+
+
+def test_a_trial_that_did_not_come_to_the_rung_gains_what_the_others_gained() -> None:
+    others = [trial(0.1 * n, {100: 2.0 + n, 200: 1.5 + n, 300: 1.0 + n + gain}) for n, gain in enumerate((0, 0.1, 0.5))]
+    stopped, running = trial(0.5, {100: 2.5}), trial(0.6, {100: 9.0, 200: 4.0}, RUNNING)
+    beyond = trial(0.7, {100: 3.0, 300: 2.0, 400: 0.1})
+    found = _at_rung(numbered(*others, stopped, running, beyond), 300)
+    # from 100: 1.0, 0.9, 0.5 and 1.0; from 200: 0.5, 0.4 and 0.0, and 1.0 of the one that was at 3.0 there
+    assert found == pytest.approx({0: 1.0, 1: 2.1, 2: 3.5, 3: 2.5 - 0.95, 4: 4.0 - 0.45, 5: 2.0})
+
+
+def test_what_an_earlier_sweep_ended_is_whole_and_what_measured_nothing_unknown() -> None:
+    earlier, begun = trial(0.1, {}, WHOLE), trial(0.2, {}, RUNNING)
+    assert _at_rung(numbered(earlier, begun), 0) == {0: 1.0}
+    assert _at_rung(numbered(earlier, begun, trial(0.3, {100: 3.0})), 100) == {0: 1.0, 2: 3.0}
+
+
+def test_it_learns_before_any_trial_is_whole() -> None:
+    study = studied(*(trial(0.1 * n, {100: 1 + abs(0.1 * n - 0.3)}) for n in range(10)))
+    assert statistics.median(abs(x - 0.3) for x in proposed(study)) < 0.1
+
+
+def test_whole_trials_that_had_no_competition_do_not_win() -> None:
+    lucky = [trial(0.9 + 0.01 * n, {100: 3.0, 300: 2.9}, WHOLE) for n in range(4)]
+    better = [trial(0.1 * n, {100: 1 + abs(0.1 * n - 0.3)}) for n in range(8)]
+    assert statistics.median(abs(x - 0.3) for x in proposed(studied(*lucky, *better))) < 0.15
+
+
+def test_an_infeasible_point_is_avoided() -> None:
+    bad = [trial(0.7 + 0.03 * n, {100: 0.1}, system_attrs={"constraints:finite": 1.0}) for n in range(10)]
+    good = [trial(0.08 * n, {100: 2 - 0.08 * n}) for n in range(8)]  # better and better towards the bad
+    found = proposed(studied(*bad, *good))
+    assert statistics.median(found) < 0.72
+    assert max(found) < 0.9
+
+
+def test_a_running_trial_is_not_proposed_again() -> None:
+    ended = [trial(0.1 * n, {100: 1 + abs(0.1 * n - 0.3)}) for n in range(10)]
+    study = studied(*ended)
+    points = [study.ask(SPACE).params for _ in range(4)]
+    assert len({(round(point["x"], 3), round(point["y"], 3)) for point in points}) == 4
+
+
+def test_dimensions_that_only_some_trials_have_are_drawn_by_themselves() -> None:
+    other = {"x": SPACE["x"], "z": FloatDistribution(0, 1)}
+    more = [
+        create_trial(
+            state=STOPPED, params={"x": 0.1 * n, "z": 0.5}, distributions=other, intermediate_values={100: 1 + 0.1 * n}
+        )
+        for n in range(8)
+    ]
+    study = studied(*(trial(0.1 * n, {100: 1 + 0.1 * n}) for n in range(8)), *more)
+    asked = [study.ask(other).params for _ in range(10)]
+    assert statistics.median(params["x"] for params in asked) < 0.2
+    assert max(params["z"] for params in asked) - min(params["z"] for params in asked) > 0.3
+
+
+def test_a_share_of_the_trials_is_random_and_torch_keeps_its_threads() -> None:
+    threads = torch.get_num_threads()
+    trials = [trial(0.1 * n, {100: 1 + abs(0.1 * n - 0.3)}) for n in range(10)]
+    far = {share: sum(abs(x - 0.3) > 0.3 for x in proposed(studied(*trials, share=share), 10)) for share in (0.0, 1.0)}
+    assert far[0.0] < 3 < far[1.0]
+    assert torch.get_num_threads() == threads
