@@ -5,9 +5,6 @@ and ASHA. Regret is how far the best trial's parameters, trained to where its lo
 optimum, both without noise; the budget counts samples trained on, those of stopped trials included. The exit status is
 1 where GP with ASHA, a sweep's default, needs more than ``--share`` of random search's samples to reach its final
 regret on some task.
-
-The third task is made of real trainings: ``python jobs/bench/search_quality.py --collect 200`` trains the quickstart
-that often, which takes an hour or two of two cores and goes on where it was ended, and stores the curves.
 """
 
 from __future__ import annotations
@@ -25,7 +22,7 @@ import random
 import statistics
 import sys
 import time
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -326,50 +323,6 @@ the dashed line is what random search ends with. {args.concurrent} trials at a t
 """
 
 
-# ----------------------------------------------------------------------------------------------------- the real task
-
-
-def collect(args: argparse.Namespace) -> int:
-    """Train the experiment that often with parameters at random, and store the curves."""
-    from raytune_lora.config.compose import compose, to_plain
-    from raytune_lora.tuning.sweep import run_sweep
-    from raytune_lora.tuning.trials import Journal
-
-    overrides = args.overrides or ["experiment=quickstart", "evaluation.every=4"]
-    folder = args.folder.expanduser().absolute()
-    settings = ["search=random", f"search.trials={args.collect}", "scheduler=none", "evaluation.generate_rows=0"]
-    seed = "+space.seed={key: training.seed, kind: int, low: 0, high: 100000}"  # so that the noise can be told
-    going_on = (folder / "config.yaml").exists()
-    where = f"resume={folder}" if going_on else f"output={folder}"
-    cfg = compose([*overrides, *settings, seed, "training.patience=null", "training.keep_checkpoints=1", where])
-    run_sweep(cfg, ["search.trials"] if going_on else [])
-    record = Journal(folder / "journal.jsonl").record
-    runs = [
-        {
-            "params": {key: value for key, value in trial.params.items() if key != "training.seed"},
-            "status": trial.status,
-            "losses": [point["eval_loss"] for point in trial.curve],
-        }
-        for trial in record.searched
-        if trial.curve or trial.status == "diverged"
-    ]
-    whole = [trial for trial in record.searched if trial.last]
-    if not whole:
-        print(f"no trial of {folder} was trained to its end", file=sys.stderr)
-        return 1
-    seen = [int(point["samples_seen"]) for point in whole[0].curve]
-    stored = {
-        "experiment": " ".join(overrides),
-        "total": seen[-1],
-        "every": seen[0],
-        "space": {name: to_plain(asdict(d)) for name, d in cfg.space.items() if name != "seed"},
-        "runs": runs,
-    }
-    args.curves.write_text(json.dumps(stored, indent=1) + "\n")
-    print(f"{len(runs)} curves of {len(seen)} validations in {args.curves}")
-    return 0
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("overrides", nargs="*", help="of the searches' config: search.startup_trials=…, scheduler=…")
@@ -382,18 +335,14 @@ def main() -> int:
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--json", type=Path)
     parser.add_argument("--html", type=Path)
-    parser.add_argument("--collect", type=int, metavar="N", help="make the real task of N trainings; overrides are its")
-    parser.add_argument("--folder", type=Path, default=Path("sweeps/quickstart-curves"), help="of those trainings")
     parser.add_argument("--curves", type=Path, default=QUICKSTART, help="file of their curves")
     args = parser.parse_args()
-    if args.collect:
-        return collect(args)
     missing = {BASE, OURS} - set(args.methods)
     if missing:
         parser.error(f"--methods: {' and '.join(sorted(missing))} must be among them")
     chosen = tasks(args.tasks, args.curves)
     if not args.tasks and not args.curves.exists():
-        print(f"there is no {args.curves.name}, and so no task of real trainings; make it with --collect 200")
+        print(f"there is no {args.curves.name}, and so no task of real trainings; quickstart_curves.py makes it")
     answer = summarize(measure_all([task.name for task in chosen], args))
     show(answer, args)
     worst = max(methods[OURS]["reaches"] for methods in answer.values())

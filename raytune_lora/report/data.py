@@ -37,7 +37,8 @@ from typing import Any
 from markupsafe import Markup
 
 from raytune_lora.report.charts import Bar, histogram, number
-from raytune_lora.report.html import amount, filled, template
+from raytune_lora.report.html import filled, template
+from raytune_lora.report.text import amount
 
 SCHEMA_VERSION = 1
 

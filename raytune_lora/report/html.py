@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-import json
 import math
 import re
 import shlex
 from collections import Counter
 from dataclasses import dataclass
-from datetime import datetime
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 
-from raytune_lora.report.charts import Dot, Line, curves, number, scatter
+from raytune_lora.report.charts import number
+from raytune_lora.report.plots import legend, lines_of, loss_curves, progress, scatters
+from raytune_lora.report.text import STATUS, amount, date, duration, literal, loss_text, shown
 
 SCHEMA_VERSION = 1
 
@@ -44,24 +44,6 @@ _TRIAL |= dict.fromkeys(
 )
 _BEST: dict[str, Any] = {"trial_id": "", "params": {}, "eval_loss": None, "exact_match": None, "adapter": None}
 
-_STATUS = {  # status: how it reads, the class of its colour
-    "completed": ("completed", "good"),
-    "stopped": ("stopped early", "quiet"),
-    "paused": ("paused", "quiet"),
-    "failed": ("failed", "bad"),
-    "diverged": ("diverged", "warn"),
-    "oom": ("out of memory", "bad"),
-    "lost": ("its machines were lost", "bad"),
-    "quota": ("over its disk quota", "bad"),
-}
-_LEGEND = {  # class of a line: what it shows
-    "best": "best",
-    "train": "training",
-    "completed": "completed",
-    "stopped": "stopped early",
-    "lost": "failed",
-    "reference": "untouched model",
-}
 _STAGES = {
     "prepare": "data and model",
     "baseline": "baseline",
@@ -106,16 +88,16 @@ def render(results: dict[str, Any]) -> str:
     known["best"] = filled(_BEST, known["best"]) if known["best"] else None
     known["trials"] = _best_first([filled(_TRIAL, trial) for trial in known["trials"]], known["best"])
     names = _short_names(known["trials"])
-    lines = _lines(known, names)
+    lines = lines_of(known, names)
     return template("report.html.j2").render(
         r=known,
         names=names,
         facts=_facts(known),
         measures=_measures(known),
-        charts=_curves(lines, known["baseline"].get("eval_loss")),
-        legend=_legend(known, lines),
-        progress=_progress(known, names),
-        plots=_plots(known, names),
+        charts=loss_curves(lines, known["baseline"].get("eval_loss")),
+        legend=legend(known, lines),
+        progress=progress(known, names),
+        plots=scatters(known, names),
         importance=sorted(known["importance"].items(), key=lambda item: -item[1]),
         tally=_tally(known["trials"]),
         examples=[_example(example) for example in known["examples"]],
@@ -131,8 +113,8 @@ def template(name: str) -> Template:
     folder = FileSystemLoader(Path(__file__).parent)
     environment = Environment(loader=folder, autoescape=True, undefined=StrictUndefined)
     environment.trim_blocks = environment.lstrip_blocks = True
-    environment.filters |= {"value": _value, "loss": _loss, "duration": _duration, "literal": _literal}
-    environment.globals["status"] = lambda name: _STATUS.get(name, (name, "quiet"))
+    environment.filters |= {"value": shown, "loss": loss_text, "duration": duration, "literal": literal}
+    environment.globals["status"] = lambda name: STATUS.get(name, (name, "quiet"))
     return environment.get_template(name)
 
 
@@ -186,7 +168,7 @@ def _facts(r: dict[str, Any]) -> list[tuple[str, str, str]]:
             detail = f"{share:{'.0f' if share >= 10 else '.2g'}}% of the model"
         facts.append(("Best adapter" if search else "Adapter", f"{amount(trainable)} parameters", detail))
     total = r["seconds"].get("total")
-    facts.append(("Written", _date(r["created"]), f"took {_duration(total)}" if total is not None else ""))
+    facts.append(("Written", date(r["created"]), f"took {duration(total)}" if total is not None else ""))
     return [fact for fact in facts if fact[1]]
 
 
@@ -202,7 +184,7 @@ def _measures(r: dict[str, Any]) -> list[Measure]:
         measures.append(
             Measure(
                 "Validation loss",
-                (None if before is None else _loss(before, 3), None if after is None else _loss(after, 3)),
+                (None if before is None else loss_text(before, 3), None if after is None else loss_text(after, 3)),
                 ((before or 0) / longest, (after or 0) / longest),
                 change,
                 better=change is not None and after <= before,
@@ -245,101 +227,14 @@ def _rows(asked: int | None, there: int | None) -> int | None:
     return min(asked, there) if asked and there else asked or there
 
 
-# --------------------------------------------------------------------------------------------------------------- plots
-
-
-def _kind(trial: dict[str, Any], best: dict[str, Any] | None) -> str:
-    if best and trial["trial_id"] == best["trial_id"]:
-        return "best"
-    return {"completed": "completed", "stopped": "stopped"}.get(trial["status"], "lost")
-
-
-def _points(trial: dict[str, Any], metric: str) -> list[tuple[float, float]]:
-    return [(p["samples_seen"], p[metric]) for p in trial["curve"] if p.get(metric) is not None]
-
-
-def _title(trial: dict[str, Any], names: dict[str, str]) -> str:
-    status = _STATUS.get(trial["status"], (trial["status"], ""))[0]
-    loss = "" if trial["eval_loss"] is None else f" · loss {_loss(trial['eval_loss'])}"
-    params = ", ".join(f"{names[key]} {_value(value)}" for key, value in trial["params"].items() if key in names)
-    return f"{trial['trial_id']} · {status}{loss}\n{params}".strip()
-
-
-def _lines(r: dict[str, Any], names: dict[str, str]) -> list[Line]:
-    """Each trial's losses; the best comes last, to be drawn on top. A single trial shows its training loss too."""
-    alone = len(r["trials"]) == 1
-    lines = []
-    if alone and (points := _points(r["trials"][0], "train_loss")):
-        lines.append(Line(points, "train", "training loss", _loss(points[-1][1], 3)))
-    for trial in reversed(r["trials"]):
-        if points := _points(trial, "eval_loss"):
-            kind = "best" if alone else _kind(trial, r["best"])
-            label = _loss(points[-1][1], 3) if kind == "best" else ""
-            lines.append(Line(points, kind, _title(trial, names), label))
-    return lines
-
-
-def _curves(lines: list[Line], baseline: float | None) -> list[Any]:
-    """The chart of the losses, for a wide and for a narrow screen."""
-    return [curves(lines, baseline, *size) for size in ((1024, 372), (360, 300))] if lines else []
-
-
-def _progress(r: dict[str, Any], names: dict[str, str]) -> list[Any]:
-    """The lowest loss so far over the samples that all trials were trained on, for a wide and for a narrow screen.
-
-    Trials count one after another, as they were proposed; nothing where the search has measured fewer than two.
-    """
-    spent = 0.0
-    points: list[tuple[float, float]] = []
-    dots: list[Dot] = []
-    searched = [trial for trial in r["trials"] if not trial["confirms"]]
-    for trial in sorted(searched, key=lambda trial: trial["trial_id"]):
-        spent += trial["samples_seen"] or 0
-        if trial["eval_loss"] is not None:
-            lowest = min(trial["eval_loss"], points[-1][1]) if points else trial["eval_loss"]
-            points += [(spent, points[-1][1])] if points else []
-            points.append((spent, lowest))
-            dots.append(Dot(spent, trial["eval_loss"], _kind(trial, r["best"]), _title(trial, names)))
-    if len(dots) < 2:
-        return []
-    line = Line(points, "best", "lowest loss so far", _loss(points[-1][1], 3))
-    axis = "samples trained on by all trials"
-    return [curves([line], None, width, height, axis, dots) for width, height in ((1024, 300), (360, 260))]
-
-
-def _legend(r: dict[str, Any], lines: list[Line]) -> list[tuple[str, str]]:
-    """The kinds of lines in the chart, and what each is called."""
-    best = f"best ({r['best']['trial_id']})" if r["best"] else ""
-    words = _LEGEND | {"best": "validation" if len(r["trials"]) == 1 else best}
-    kinds = {line.kind for line in lines} | ({"reference"} if r["baseline"].get("eval_loss") is not None else set())
-    return [(kind, text) for kind, text in words.items() if kind in kinds]
-
-
-def _plots(r: dict[str, Any], names: dict[str, str]) -> list[tuple[str, str, Any]]:
-    """Each searched parameter's key, short name and plot, the most important first."""
-    trials = [t for t in reversed(r["trials"]) if t["eval_loss"] is not None and not t["confirms"]]
-    losses = [trial["eval_loss"] for trial in trials]
-    plots = []
-    for key in sorted(names, key=lambda key: -r["importance"].get(key, 0)):
-        dots = []
-        for trial in trials:
-            value = trial["params"].get(key)
-            if value is not None:
-                x = value if type(value) in (int, float) else _value(value)
-                dots.append(Dot(x, trial["eval_loss"], _kind(trial, r["best"]), _title(trial, names)))
-        if len({dot.x for dot in dots}) > 1:
-            plots.append((key, names[key], scatter(dots, losses, names[key])))
-    return plots
-
-
 # -------------------------------------------------------------------------------------------- trials, examples and time
 
 
 def _tally(trials: list[dict[str, Any]]) -> str:
     """How many trials ended in which way."""
     counts = Counter(trial["status"] for trial in trials)
-    order = [*_STATUS, *sorted(set(counts) - set(_STATUS))]
-    return ", ".join(f"{counts[name]} {_STATUS.get(name, (name, ''))[0]}" for name in order if counts[name])
+    order = [*STATUS, *sorted(set(counts) - set(STATUS))]
+    return ", ".join(f"{counts[name]} {STATUS.get(name, (name, ''))[0]}" for name in order if counts[name])
 
 
 def _example(example: dict[str, Any]) -> dict[str, Any]:
@@ -384,7 +279,7 @@ def _shared(one: str, other: str) -> int:
 def _override(key: str, value: Any) -> str:
     """A Hydra override for a shell, exact to the last digit."""
     bare = isinstance(value, str) and re.fullmatch(r"[A-Za-z_][\w./-]*", value)
-    return shlex.quote(f"{key}={value if bare else _literal(value)}")
+    return shlex.quote(f"{key}={value if bare else literal(value)}")
 
 
 def _stages(seconds: dict[str, float | None]) -> list[tuple[str, float, float]]:
@@ -403,47 +298,3 @@ def _training_share(trials: list[dict[str, Any]]) -> tuple[float, float] | None:
     timed = [trial for trial in trials if trial["seconds"] and trial["training_seconds"] is not None]
     whole = sum(trial["seconds"] for trial in timed)
     return (whole, min(1, sum(trial["training_seconds"] for trial in timed) / whole)) if whole else None
-
-
-# ------------------------------------------------------------------------------------------------------ values as text
-
-
-def _literal(value: Any) -> str:
-    return json.dumps(value, ensure_ascii=False, separators=(",", ":"))
-
-
-def _value(value: Any) -> str:
-    if isinstance(value, int | float) and not isinstance(value, bool):
-        return number(value)
-    if isinstance(value, list):
-        return ", ".join(map(_value, value))
-    return value if isinstance(value, str) else _literal(value)
-
-
-def _loss(value: float, digits: int = 4) -> str:
-    return f"{value:.{digits}f}" if 0.001 <= abs(value) < 1000 or value == 0 else number(value)
-
-
-def amount(value: float) -> str:
-    """A large number as a person says it: ``12,000``, ``1.24 million``."""
-    for size, name in ((1e9, "billion"), (1e6, "million")):
-        if value >= size:
-            return f"{value / size:.3g} {name}"
-    return f"{value:,.0f}"
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 60:
-        return f"{seconds:.2g} s" if seconds < 10 else f"{seconds:.0f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    if minutes < 60:
-        return f"{minutes} min {rest:02} s"
-    return f"{minutes // 60} h {minutes % 60:02} min"
-
-
-def _date(created: str) -> str:
-    try:
-        moment = datetime.fromisoformat(created)
-    except ValueError:
-        return created
-    return f"{moment:%Y-%m-%d %H:%M} {moment.tzname() or ''}".strip()

@@ -41,6 +41,7 @@ class Gp(AtRung):
         return {name: spaces[0][name] for name in shared if not spaces[0][name].single()}
 
     def _liked(self, view: Any, trial: FrozenTrial, search_space: dict[str, BaseDistribution]) -> dict[str, Any]:
+        view.trials = [known for known in view.trials if search_space.keys() <= known.params.keys()]
         if not view.trials:  # a driver loads torch only for a model
             return {}
         import torch

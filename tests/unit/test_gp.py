@@ -95,6 +95,15 @@ def test_dimensions_that_only_some_trials_have_are_drawn_by_themselves() -> None
     assert max(params["z"] for params in asked) - min(params["z"] for params in asked) > 0.3
 
 
+def test_a_running_trial_without_a_modelled_dimension_is_left_out() -> None:
+    other = {"x": SPACE["x"]}
+    running = create_trial(
+        state=RUNNING, params={"x": 0.5}, distributions=other, intermediate_values={100: 0.1, 200: 0.05}
+    )
+    study = studied(*(trial(0.1 * n, {100: 1 + abs(0.1 * n - 0.3)}) for n in range(10)), running)
+    assert statistics.median(abs(x - 0.3) for x in proposed(study)) < 0.15
+
+
 def test_a_share_of_the_trials_is_random_and_torch_keeps_its_threads() -> None:
     threads = torch.get_num_threads()
     trials = [trial(0.1 * n, {100: 1 + abs(0.1 * n - 0.3)}) for n in range(10)]
