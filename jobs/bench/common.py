@@ -219,8 +219,9 @@ def run_group(case: Case) -> list[Measured]:
     from raytune_lora.cluster.connect import connected
     from raytune_lora.models.sources import materialize
     from raytune_lora.models.tokenizer import load_tokenizer
-    from raytune_lora.training.driver import Pool, Task, TaskFailed
+    from raytune_lora.training.driver import Pool
     from raytune_lora.training.failures import OOM
+    from raytune_lora.training.task import Task, TaskFailed
 
     marks = {"process": STARTED, "imports": time.time()}
     cfg, store, folder = config(case, case.trials[0]), token_store(case), Path(case.folder)

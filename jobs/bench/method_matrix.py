@@ -114,7 +114,7 @@ def one(pool: Any, store: Any, folder: Path, overrides: list[str]) -> dict[str, 
     from raytune_lora.config.compose import compose
     from raytune_lora.config.validate import problems
     from raytune_lora.models.methods import fit
-    from raytune_lora.training.driver import TaskFailed
+    from raytune_lora.training.task import TaskFailed
     from raytune_lora.tuning.isolated import train
     from raytune_lora.tuning.job import plain_run
 

@@ -26,8 +26,9 @@ from common import Measured, TimedTraining
 from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 
 from raytune_lora.training.board import Board
-from raytune_lora.training.driver import Pool, Task, TaskFailed, stream
+from raytune_lora.training.driver import Pool
 from raytune_lora.training.place import STOP
+from raytune_lora.training.task import Task, TaskFailed, stream
 from raytune_lora.tuning import job, sweep
 from raytune_lora.tuning.space import apply
 

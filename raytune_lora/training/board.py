@@ -17,7 +17,7 @@ from raytune_lora.training.failures import FAILED, LOST, MOVED, STOPPED, Ended
 from raytune_lora.training.place import GO_ON, SAVE_AND_STOP, STOP
 
 if TYPE_CHECKING:
-    from raytune_lora.training.driver import Task
+    from raytune_lora.training.task import Task
 
 Report = dict[str, Any]
 Key = tuple[str, int]  # name and attempt of a task

@@ -22,9 +22,9 @@ from raytune_lora.config.search import ConfirmConfig
 from raytune_lora.data.store import TokenStore
 from raytune_lora.errors import StorageError
 from raytune_lora.training.board import Report
-from raytune_lora.training.driver import TaskFailed
 from raytune_lora.training.failures import DISK, Ended, classify
 from raytune_lora.training.place import SAVE_AND_STOP, STOP
+from raytune_lora.training.task import TaskFailed
 from raytune_lora.tuning.disk import Quota
 from raytune_lora.tuning.isolated import train
 from raytune_lora.tuning.space import apply

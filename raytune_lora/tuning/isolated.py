@@ -13,10 +13,10 @@ from raytune_lora.config.schema import RunConfig
 from raytune_lora.data.store import TokenStore
 from raytune_lora.errors import StorageError
 from raytune_lora.training.board import Report
-from raytune_lora.training.driver import Task, TaskFailed, stream
 from raytune_lora.training.failures import DISK, LOST, MOVED, OOM, Ended
 from raytune_lora.training.inherit import inherit
 from raytune_lora.training.plan import smaller_micro_batch
+from raytune_lora.training.task import Task, TaskFailed, stream
 from raytune_lora.tuning.space import apply
 from raytune_lora.working_copy import WorkingCopy
 

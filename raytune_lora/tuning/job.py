@@ -32,10 +32,11 @@ from raytune_lora.models.shape import known_shape
 from raytune_lora.models.sources import materialize
 from raytune_lora.models.tokenizer import load_tokenizer, tokenizer_identity
 from raytune_lora.planning.shape import Shape
-from raytune_lora.training.driver import Pool, Task, TaskFailed
+from raytune_lora.training.driver import Pool
 from raytune_lora.training.failures import DISK
 from raytune_lora.training.place import LOGS
 from raytune_lora.training.plan import Plan, plan_run
+from raytune_lora.training.task import Task, TaskFailed
 from raytune_lora.tuning.budget import reopen as reopen_search
 from raytune_lora.tuning.constraints import Constraints, memory_limit
 from raytune_lora.tuning.disk import explained

@@ -8,8 +8,8 @@ from typing import Any
 
 from raytune_lora.config.schema import SweepConfig
 from raytune_lora.errors import StorageError
-from raytune_lora.training.driver import TaskFailed
 from raytune_lora.training.failures import DISK
+from raytune_lora.training.task import TaskFailed
 from raytune_lora.tuning.isolated import train
 from raytune_lora.tuning.job import RUN, Job, open_job, plain_run
 from raytune_lora.tuning.results import TRIALS

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from raytune_lora.data.store import TokenStore
-from raytune_lora.training.driver import Pool, Task
+from raytune_lora.training.driver import Pool
+from raytune_lora.training.task import Task
 from tests.integration import tasks
 
 

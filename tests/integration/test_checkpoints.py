@@ -14,7 +14,8 @@ from safetensors import safe_open
 from raytune_lora.config.schema import RunConfig
 from raytune_lora.data.store import TokenStore
 from raytune_lora.training.checkpoint import latest
-from raytune_lora.training.driver import Pool, TaskFailed
+from raytune_lora.training.driver import Pool
+from raytune_lora.training.task import TaskFailed
 from raytune_lora.tuning import isolated
 from tests.integration import tasks
 from tests.integration.conftest import Configure

@@ -11,7 +11,8 @@ from raytune_lora.config.compose import compose
 from raytune_lora.config.groups import groups
 from raytune_lora.data.store import TokenStore
 from raytune_lora.models.export import ADAPTER
-from raytune_lora.training.driver import Pool, Task
+from raytune_lora.training.driver import Pool
+from raytune_lora.training.task import Task
 from raytune_lora.tuning.job import plain_run
 from tests.integration import tasks
 from tests.integration.conftest import EVALUATION, TINY

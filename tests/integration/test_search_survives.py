@@ -14,7 +14,8 @@ import pytest
 from ray import cloudpickle
 
 from raytune_lora.data.store import TokenStore
-from raytune_lora.training.driver import Pool, Task, TaskFailed
+from raytune_lora.training.driver import Pool
+from raytune_lora.training.task import Task, TaskFailed
 from tests.integration import tasks
 from tests.integration.conftest import Configure
 from tests.integration.test_jobs import ended, finish, nothing_left, start, trials_in, wait_for

@@ -20,7 +20,8 @@ from ray import cloudpickle
 from raytune_lora.artifacts import folder_bytes
 from raytune_lora.data.store import TokenStore
 from raytune_lora.training import driver
-from raytune_lora.training.driver import Pool, TaskFailed
+from raytune_lora.training.driver import Pool
+from raytune_lora.training.task import TaskFailed
 from raytune_lora.tuning import isolated
 from tests.integration import tasks
 from tests.integration.conftest import Configure
@@ -285,9 +286,9 @@ def hold_memory(cfg: Any, store: Any, place: Any) -> None:
     """Leave twice as much behind in the worker as it had, where that is the limit."""
     import builtins
 
-    from raytune_lora.training import driver, worker
+    from raytune_lora.training import duty, worker
 
-    driver._GROWTH = 0
+    duty._GROWTH = 0
     builtins.held = b"x" * worker.held_bytes()[0]  # type: ignore[attr-defined]
 
 

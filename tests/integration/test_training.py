@@ -12,8 +12,9 @@ from transformers import AutoModelForCausalLM, get_cosine_schedule_with_warmup
 
 from raytune_lora.data.store import TokenStore
 from raytune_lora.training.batches import collate
-from raytune_lora.training.driver import Pool, TaskFailed
+from raytune_lora.training.driver import Pool
 from raytune_lora.training.plan import permutation, plan_run, stream
+from raytune_lora.training.task import TaskFailed
 from tests.integration import tasks
 from tests.integration.conftest import Configure
 from tests.integration.running import losses, run

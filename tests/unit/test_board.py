@@ -13,9 +13,9 @@ import pytest
 from raytune_lora.config.schema import RunConfig
 from raytune_lora.data.store import TokenStore
 from raytune_lora.training.board import Board
-from raytune_lora.training.driver import Task
 from raytune_lora.training.failures import DIVERGED, FAILED, LOST, MOVED, OOM, STOPPED, Ended
 from raytune_lora.training.place import GO_ON, SAVE_AND_STOP, STOP
+from raytune_lora.training.task import Task
 
 
 def task(name: str, attempt: int = 0) -> Task:

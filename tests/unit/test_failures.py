@@ -15,8 +15,8 @@ from ray.train.v2.api.exceptions import WorkerGroupError
 from raytune_lora.config.schema import RunConfig
 from raytune_lora.data.store import TokenStore
 from raytune_lora.errors import DivergedError, MovedError, QuotaError, StorageError, disk_trouble
-from raytune_lora.training.driver import Task
 from raytune_lora.training.failures import DISK, DIVERGED, FAILED, LOST, MOVED, OOM, QUOTA, STOPPED, Ended, classify
+from raytune_lora.training.task import Task
 from raytune_lora.tuning import isolated
 
 GLOO = RuntimeError("[../gloo/transport/tcp/pair.cc:538] Connection closed by peer [127.0.0.1]:4711")

@@ -33,7 +33,16 @@ LEVEL = {room: level for level, rooms in enumerate(LAYERS) for room in rooms}
 
 # The only places that name a library, be it inside a function.
 ONLY_IN = {
-    "ray": ("training.driver", "training.entry", "training.group", "training.tracking.gauges", "tuning", "cluster"),
+    "ray": (
+        "training.driver",
+        "training.duty",
+        "training.entry",
+        "training.group",
+        "training.task",
+        "training.tracking.gauges",
+        "tuning",
+        "cluster",
+    ),
     "optuna": ("tuning",),
     "peft": ("models", "tuning.packed"),
     "bitsandbytes": ("models", "tuning.packed"),

@@ -1,0 +1,146 @@
+"""A worker of a group: it takes one task after the other from the board, until it is sent home."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import logging
+import os
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import ray
+import ray.train
+
+from raytune_lora.artifacts import remove_folder
+from raytune_lora.cache import Cache
+from raytune_lora.errors import StorageError
+from raytune_lora.training.board import Report
+from raytune_lora.training.deepspeed import without_mlflow
+from raytune_lora.training.failures import DISK, OOM, Ended, classify
+from raytune_lora.training.output import output_to
+from raytune_lora.training.place import CHECKPOINTS, LOGS, Place, send_files
+from raytune_lora.training.task import Task
+from raytune_lora.working_copy import WorkingCopy
+
+_LEFT_ON_GPU = 2**28  # bytes that a worker may hold between two tasks: cuBLAS keeps its workspaces
+_GROWTH = 2**30  # bytes of resident memory beyond twice those after the first task, without a GPU
+_QUIET = {"TQDM_DISABLE": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1", "TRANSFORMERS_VERBOSITY": "error"}
+
+
+def be_worker(config: dict[str, Any]) -> None:
+    """One worker of a group: task after task, until it is sent home."""
+    os.environ.update(_QUIET)
+    logging.getLogger("ray.train").setLevel(logging.ERROR)
+    board, group = config["board"], config["group"]
+    context = ray.train.get_context()
+    number, held = 0, None
+    while (task := ray.get(board.take.remote(group, number))) is not None:
+        _do(task, board, group, context.get_world_rank(), context.get_world_size(), config["slot"])
+        number += 1
+        if config["once"]:
+            return
+        held = _keep_memory_free(board, group, held)
+
+
+def _do(task: Task, board: Any, group: str, rank: int, workers: int, slot: int) -> None:
+    """Do a task.
+
+    A failure that all workers have at the same step ends the task, and so does the want of memory where there is one
+    worker; any other ends the group.
+    """
+    with without_mlflow():
+        from raytune_lora.training.worker import clean_up, set_up  # here: it brings torch and transformers
+
+    def report(metrics: Report) -> bool:
+        return rank == 0 and bool(ray.get(board.post.remote(task.key, metrics)))
+
+    copy = WorkingCopy.at(task.cfg.output, task.cfg.cluster.node_cache, task.folder)
+    log = _arrive(copy, rank)
+    place = Place(rank, workers, copy.path, report, partial(_asked, board, task.name, group), slot, copy.uri)
+    ended = Ended()
+    with output_to(log):
+        print(f"worker {rank} of {workers}, process {os.getpid()}")  # by which Ray's dashboard shows the actor
+        set_up(task.cpus or task.cfg.cpus_per_worker)
+        try:
+            store = task.store.here(Cache.of(task.cfg.cache, task.cfg.cluster.node_cache))
+            task.function(task.cfg, store, place, **task.extra)
+            _leave(copy, rank, log)
+        except Exception as error:
+            ended = classify(error)
+            logging.getLogger(__name__).exception("task %s failed", task.name)
+            if ended.status != DISK:
+                with contextlib.suppress(StorageError):
+                    copy.send(log)
+            if not ended.everywhere and not (ended.status == OOM and workers == 1):
+                raise
+        finally:
+            _collect_garbage()
+            clean_up()
+    if rank == 0:
+        ray.get(board.done.remote(task.key, group, ended))
+
+
+def _arrive(copy: WorkingCopy, rank: int) -> Path:
+    """Make a task's folder, as the store has it where there is one; its checkpoints are the trial's to bring.
+
+    Returns:
+        The log of this worker, whose alone it is.
+    """
+    log = copy.path / LOGS / f"worker-{rank}.log"
+    log.parent.mkdir(parents=True, exist_ok=True)
+    if copy.uri is not None:
+        log.unlink(missing_ok=True)
+        copy.bring(f"{LOGS}/{log.name}")
+    if rank == 0:
+        copy.clear(keep=(CHECKPOINTS, LOGS))
+        copy.bring("*", but=(f"{CHECKPOINTS}/*", f"{LOGS}/*"))
+    return log
+
+
+def _leave(copy: WorkingCopy, rank: int, log: Path) -> None:
+    """Have a task's files in the store, where there is one, and its checkpoints there alone: a node's disk is small."""
+    if copy.uri is None:
+        return
+    if rank:
+        copy.send(log)
+        return
+    send_files(copy)
+    for path in copy.path.glob(CHECKPOINTS):
+        remove_folder(path)
+
+
+def _collect_garbage() -> None:
+    """Collect, and after the first task leave what stays (libraries, above all) out of later collections.
+
+    With transformers, PEFT and DeepSpeed loaded a full collection takes half a second, and a trial asks for three.
+    """
+    gc.collect()
+    if not gc.get_freeze_count():
+        gc.freeze()
+
+
+def _keep_memory_free(board: Any, group: str, first: int | None) -> int:
+    """Have a group replaced whose worker does not let go of memory when a task is over.
+
+    Args:
+        board: of the pool.
+        group: that has done a task.
+        first: bytes that this worker held after its first task; None after that one.
+
+    Returns:
+        The same, known from now on.
+    """
+    from raytune_lora.training.worker import held_bytes  # here: it brings torch
+
+    held, on_gpu = held_bytes()
+    first = held if first is None else first
+    if held > (_LEFT_ON_GPU if on_gpu else 2 * first + _GROWTH):
+        where = "of GPU memory" if on_gpu else f"of memory, and {first / 1e9:.2f} GB after its first task"
+        ray.get(board.leave.remote(group, f"is replaced: a worker holds {held / 1e9:.2f} GB {where}"))
+    return first
+
+
+def _asked(board: Any, name: str, group: str) -> int:
+    return int(ray.get(board.asked.remote(name, group)))
