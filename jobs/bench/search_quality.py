@@ -304,7 +304,7 @@ def page(answer: dict[str, dict[str, Any]], about: dict[str, str], args: argpars
                 [(budget * step / _STEPS, max(least, v)) for step, v in enumerate(of["curve"], 1) if math.isfinite(v)],
                 f"m{list(METHODS).index(method)}",
                 method,
-                method,
+                "",
             )
             for method, of in sorted(methods.items(), key=lambda item: item[0] == OURS)
         ]
@@ -313,13 +313,14 @@ def page(answer: dict[str, dict[str, Any]], about: dict[str, str], args: argpars
         parts.append(f"<h2>{html.escape(name)}</h2><p>{html.escape(about[name])}</p>{chart}")
     colours = ("#999", "#555", "#2a7", "#37c", "#e90", "#a5c", "#c33")
     style = "".join(f".m{n}{{--ink:{colour}}}" for n, colour in enumerate(colours))
+    legend = " ".join(f'<b class="m{n}">{html.escape(method)}</b>' for n, method in enumerate(METHODS))
     return f"""<!doctype html><meta charset="utf-8"><title>Search quality</title><style>
 body{{font:14px system-ui;max-width:800px;margin:2em auto}} .tick{{font-size:11px;fill:#666}} .end{{text-anchor:end}}
-.middle{{text-anchor:middle}} .grid{{stroke:#eee}} .axis{{stroke:#999}} .label{{font-size:12px;fill:var(--ink)}}
+.middle{{text-anchor:middle}} .grid{{stroke:#eee}} .axis{{stroke:#999}} b{{color:var(--ink);margin-right:1em}}
 .reference{{stroke:#555;stroke-dasharray:4 4}} .curve polyline{{fill:none;stroke:var(--ink);stroke-width:2}}
 .curve .reach{{stroke:transparent}} .curve circle{{fill:var(--ink)}} {style}</style>
 <h1>Regret over samples</h1><p>The vertical axis is the median regret (loss above the optimum) of {args.seeds} seeds;
-the dashed line is what random search ends with. {args.concurrent} trials at a time.</p>{"".join(parts)}
+the dashed line is what random search ends with. {args.concurrent} trials at a time.</p><p>{legend}</p>{"".join(parts)}
 """
 
 

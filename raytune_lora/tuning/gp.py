@@ -6,6 +6,7 @@ import math
 import statistics
 from typing import Any
 
+import numpy as np
 import optuna
 from optuna.distributions import BaseDistribution
 from optuna.trial import FrozenTrial, TrialState
@@ -21,7 +22,8 @@ class Gp(AtRung):
     A trial that came to the rung counts with its lowest loss until there, one that did not, stopped or running, with
     its last lowest one and what the others have gained from there to the rung (their median). An infeasible trial
     counts as much as the worst feasible one. The model is of the logarithm of the distance from the lowest loss: most
-    of a space is far worse than its best part, and losses as they are would leave that part flat.
+    of a space is far worse than its best part, and losses as they are would leave that part flat. Where a model cannot
+    be fitted the point is a random one.
     """
 
     def __init__(self, startup: int, share: float, seed: int) -> None:
@@ -46,20 +48,23 @@ class Gp(AtRung):
             return {}
         import torch
 
+        torch_linalg: Any = torch.linalg
         # its matrices are small: more threads only wait for each other
         threads = torch.get_num_threads()
         torch.set_num_threads(1)
         try:
             return super()._liked(view, trial, search_space)
+        except (torch_linalg.LinAlgError, np.linalg.LinAlgError):  # no reason to end a search: the next one has more
+            return {}
         finally:
             torch.set_num_threads(threads)
 
     def _as_of(self, trials: list[FrozenTrial], rung: int) -> list[FrozenTrial]:
         feasible = [trial for trial in trials if not _infeasible(trial)]
         losses = _at_rung(feasible, rung)
-        unknown = [t for t in feasible if t.number not in losses and t.state is TrialState.RUNNING]
         if len(losses) < self._enough:
             return []
+        unknown = [t for t in feasible if t.number not in losses and t.state is TrialState.RUNNING]
         worst = max(losses.values())
         losses |= {trial.number: worst for trial in trials if _infeasible(trial)}
         lowest = min(losses.values())

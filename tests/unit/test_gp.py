@@ -104,6 +104,15 @@ def test_a_running_trial_without_a_modelled_dimension_is_left_out() -> None:
     assert statistics.median(abs(x - 0.3) for x in proposed(study)) < 0.15
 
 
+def test_a_model_that_cannot_be_fitted_leaves_the_point_to_chance(monkeypatch: pytest.MonkeyPatch) -> None:
+    def singular(*arguments: Any) -> Any:
+        return torch.linalg.cholesky(torch.zeros(2, 2))
+
+    monkeypatch.setattr(optuna.samplers.GPSampler, "_sample_relative_impl", singular)
+    found = proposed(studied(*(trial(0.1 * n, {100: 1 + abs(0.1 * n - 0.3)}) for n in range(10))))
+    assert max(found) - min(found) > 0.3
+
+
 def test_a_share_of_the_trials_is_random_and_torch_keeps_its_threads() -> None:
     threads = torch.get_num_threads()
     trials = [trial(0.1 * n, {100: 1 + abs(0.1 * n - 0.3)}) for n in range(10)]
