@@ -61,9 +61,9 @@ def build(cfg: SweepConfig, study: optuna.Study, constraints: Constraints) -> Ow
 def chosen(cfg: SweepConfig) -> Sampler:
     """The sampler of a sweep by name; of ``auto``, the one that finds more for its samples there.
 
-    GP has half of TPE's regret after a fifth of the samples of 64 whole trials (the benchmark ``search_quality``). TPE
-    it is where GP models a part of the space only, where it has several losses to model, where the later trials are not
-    proposed at all, and where trials are so many that GP would forget some, and its models take seconds.
+    With ASHA and half of the samples of 64 whole trials, GP's regret is 0.44, 0.57 and 0.79 of TPE's on the three tasks
+    of the benchmark ``search_quality``. TPE it is where GP models a part of the space only, where it has several losses
+    to model, where the later trials are not proposed at all, and where trials are so many that GP would forget some.
     """
     if cfg.search.sampler is not Sampler.auto:
         return cfg.search.sampler
