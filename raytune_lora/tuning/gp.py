@@ -75,7 +75,7 @@ class Gp(AtRung):
 
 def _at_rung(trials: list[FrozenTrial], rung: int) -> dict[int, float]:
     """By number, the lowest loss until the rung of each trial that was measured: its own or what is to be expected."""
-    there = [trial for trial in trials if rung and steps(trial) >= rung]
+    there = [trial for trial in trials if rung and math.isfinite(loss_at(trial, rung))]
     gains: dict[int, float] = {rung: 0.0}
     found = {}
     for trial in trials:
@@ -84,8 +84,10 @@ def _at_rung(trials: list[FrozenTrial], rung: int) -> dict[int, float]:
             found[trial.number] = float(trial.values[0])
         elif at and math.isfinite(loss := loss_at(trial, at)):
             if at not in gains:
+                # where batches differ, not all have been measured by then
                 both = ((loss_at(other, rung), loss_at(other, at)) for other in there)
-                gains[at] = statistics.median(late - early for late, early in both)
+                gained = [late - early for late, early in both if math.isfinite(early)]
+                gains[at] = statistics.median(gained) if gained else 0.0
             found[trial.number] = loss + gains[at]
     return found
 

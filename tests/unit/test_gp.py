@@ -55,6 +55,14 @@ def test_what_an_earlier_sweep_ended_is_whole_and_what_measured_nothing_unknown(
     assert _at_rung(numbered(earlier, begun, trial(0.3, {100: 3.0})), 100) == {0: 1.0, 2: 3.0}
 
 
+def test_trials_need_not_be_measured_at_the_same_samples() -> None:
+    others = [trial(0.1, {104: 2.0, 208: 1.0}), trial(0.2, {96: 2.0, 192: 1.5, 288: 1.2}), trial(0.3, {300: 5.0})]
+    stopped, first = trial(0.4, {100: 3.0}), trial(0.5, {90: 3.0})
+    found = _at_rung(numbered(*others, stopped, first), 208)
+    # by 100 only the second one had been measured, by 90 none; the third not even by the rung
+    assert found == pytest.approx({0: 1.0, 1: 1.5, 3: 2.5, 4: 3.0})
+
+
 def test_it_learns_before_any_trial_is_whole() -> None:
     study = studied(*(trial(0.1 * n, {100: 1 + abs(0.1 * n - 0.3)}) for n in range(10)))
     assert statistics.median(abs(x - 0.3) for x in proposed(study)) < 0.1
