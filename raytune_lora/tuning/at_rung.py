@@ -83,10 +83,11 @@ class AtRung(optuna.samplers.BaseSampler):
         """The study with the trials to learn from, and those that run: each as it was at the rung."""
         trials = _Numbered(study)
         running = [trials[number] for number in self._open if trials[number].state is TrialState.RUNNING]
+        if len(study.directions) > 1:
+            return View(study, [*self._few(0), *running])
         came = heapq.nlargest(self._enough, (steps(trial) for trial in (*self._ended, *running)))
-        rung = came[-1] if len(came) == self._enough and len(study.directions) == 1 else 0
-        known = [*self._few(rung), *running]
-        return View(study, self._as_of(known, rung) if len(study.directions) == 1 else known)
+        rung = came[-1] if len(came) == self._enough else 0
+        return View(study, self._as_of([*self._few(rung), *running], rung))
 
     def _update(self, study: optuna.Study) -> None:
         """Look at the trials that are new or had not ended; an ended one is as it was, or another continues it."""

@@ -8,36 +8,24 @@ from typing import Any
 import optuna
 import pytest
 import torch
-from optuna.distributions import BaseDistribution, FloatDistribution
-from optuna.trial import FrozenTrial, TrialState, create_trial
+from optuna.distributions import FloatDistribution
+from optuna.trial import FrozenTrial, create_trial
 
 from raytune_lora.tuning.gp import Gp, _at_rung
-
-SPACE: dict[str, BaseDistribution] = {"x": FloatDistribution(0, 1), "y": FloatDistribution(1e-3, 1, log=True)}
-STOPPED, RUNNING, WHOLE = TrialState.PRUNED, TrialState.RUNNING, TrialState.COMPLETE
-
-
-def trial(x: float, losses: dict[int, float], state: TrialState = STOPPED, **facts: Any) -> FrozenTrial:
-    value = min(losses.values(), default=1.0) if state is WHOLE else None
-    params = {"x": x, "y": 0.1}
-    return create_trial(
-        state=state, value=value, params=params, distributions=SPACE, intermediate_values=losses, **facts
-    )
+from tests.unit.studying import RUNNING, SPACE, STOPPED, WHOLE, studied, trial
+from tests.unit.studying import proposed as proposed_by
 
 
-def studied(*trials: FrozenTrial, startup: int = 4, share: float = 0.0) -> optuna.Study:
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
-    study = optuna.create_study(sampler=Gp(startup, share, seed=0))
-    study.add_trials(trials)
-    return study
+def learning(*trials: FrozenTrial, share: float = 0.0) -> optuna.Study:
+    return studied(Gp(4, share, seed=0), *trials)
 
 
 def proposed(study: optuna.Study, count: int = 6) -> list[float]:
-    return [study.ask(SPACE).params["x"] for _ in range(count)]
+    return proposed_by(study, count)
 
 
 def numbered(*trials: FrozenTrial) -> list[FrozenTrial]:
-    return studied(*trials).get_trials()
+    return learning(*trials).get_trials()
 
 
 def test_a_trial_that_did_not_come_to_the_rung_gains_what_the_others_gained() -> None:
@@ -64,27 +52,27 @@ def test_trials_need_not_be_measured_at_the_same_samples() -> None:
 
 
 def test_it_learns_before_any_trial_is_whole() -> None:
-    study = studied(*(trial(0.1 * n, {100: 1 + abs(0.1 * n - 0.3)}) for n in range(10)))
+    study = learning(*(trial(0.1 * n, {100: 1 + abs(0.1 * n - 0.3)}) for n in range(10)))
     assert statistics.median(abs(x - 0.3) for x in proposed(study)) < 0.1
 
 
 def test_whole_trials_that_had_no_competition_do_not_win() -> None:
     lucky = [trial(0.9 + 0.01 * n, {100: 3.0, 300: 2.9}, WHOLE) for n in range(4)]
     better = [trial(0.1 * n, {100: 1 + abs(0.1 * n - 0.3)}) for n in range(8)]
-    assert statistics.median(abs(x - 0.3) for x in proposed(studied(*lucky, *better))) < 0.15
+    assert statistics.median(abs(x - 0.3) for x in proposed(learning(*lucky, *better))) < 0.15
 
 
 def test_an_infeasible_point_is_avoided() -> None:
     bad = [trial(0.7 + 0.03 * n, {100: 0.1}, system_attrs={"constraints:finite": 1.0}) for n in range(10)]
     good = [trial(0.08 * n, {100: 2 - 0.08 * n}) for n in range(8)]  # better and better towards the bad
-    found = proposed(studied(*bad, *good))
+    found = proposed(learning(*bad, *good))
     assert statistics.median(found) < 0.72
     assert max(found) < 0.9
 
 
 def test_a_running_trial_is_not_proposed_again() -> None:
     ended = [trial(0.1 * n, {100: 1 + abs(0.1 * n - 0.3)}) for n in range(10)]
-    study = studied(*ended)
+    study = learning(*ended)
     points = [study.ask(SPACE).params for _ in range(4)]
     assert len({(round(point["x"], 3), round(point["y"], 3)) for point in points}) == 4
 
@@ -97,7 +85,7 @@ def test_dimensions_that_only_some_trials_have_are_drawn_by_themselves() -> None
         )
         for n in range(8)
     ]
-    study = studied(*(trial(0.1 * n, {100: 1 + 0.1 * n}) for n in range(8)), *more)
+    study = learning(*(trial(0.1 * n, {100: 1 + 0.1 * n}) for n in range(8)), *more)
     asked = [study.ask(other).params for _ in range(10)]
     assert statistics.median(params["x"] for params in asked) < 0.2
     assert max(params["z"] for params in asked) - min(params["z"] for params in asked) > 0.3
@@ -108,7 +96,7 @@ def test_a_running_trial_without_a_modelled_dimension_is_left_out() -> None:
     running = create_trial(
         state=RUNNING, params={"x": 0.5}, distributions=other, intermediate_values={100: 0.1, 200: 0.05}
     )
-    study = studied(*(trial(0.1 * n, {100: 1 + abs(0.1 * n - 0.3)}) for n in range(10)), running)
+    study = learning(*(trial(0.1 * n, {100: 1 + abs(0.1 * n - 0.3)}) for n in range(10)), running)
     assert statistics.median(abs(x - 0.3) for x in proposed(study)) < 0.15
 
 
@@ -117,13 +105,13 @@ def test_a_model_that_cannot_be_fitted_leaves_the_point_to_chance(monkeypatch: p
         return torch.linalg.cholesky(torch.zeros(2, 2))
 
     monkeypatch.setattr(optuna.samplers.GPSampler, "_sample_relative_impl", singular)
-    found = proposed(studied(*(trial(0.1 * n, {100: 1 + abs(0.1 * n - 0.3)}) for n in range(10))))
+    found = proposed(learning(*(trial(0.1 * n, {100: 1 + abs(0.1 * n - 0.3)}) for n in range(10))))
     assert max(found) - min(found) > 0.3
 
 
 def test_a_share_of_the_trials_is_random_and_torch_keeps_its_threads() -> None:
     threads = torch.get_num_threads()
     trials = [trial(0.1 * n, {100: 1 + abs(0.1 * n - 0.3)}) for n in range(10)]
-    far = {share: sum(abs(x - 0.3) > 0.3 for x in proposed(studied(*trials, share=share), 10)) for share in (0.0, 1.0)}
+    far = {share: sum(abs(x - 0.3) > 0.3 for x in proposed(learning(*trials, share=share), 10)) for share in (0.0, 1.0)}
     assert far[0.0] < 3 < far[1.0]
     assert torch.get_num_threads() == threads

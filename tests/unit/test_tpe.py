@@ -10,48 +10,34 @@ from optuna.distributions import FloatDistribution
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from raytune_lora.tuning.tpe import Tpe
-
-SPACE = {"x": FloatDistribution(0, 1), "y": FloatDistribution(1e-3, 1, log=True)}
-
-
-def ended(x: float, losses: dict[int, float], whole: bool = False, **facts: Any) -> FrozenTrial:
-    return create_trial(
-        state=TrialState.COMPLETE if whole else TrialState.PRUNED,
-        value=min(losses.values()) if whole else None,
-        params={"x": x, "y": 0.1},
-        distributions=SPACE,
-        intermediate_values=losses,
-        **facts,
-    )
+from tests.unit.studying import SPACE, WHOLE, studied, trial
+from tests.unit.studying import proposed as proposed_by
 
 
-def studied(*trials: FrozenTrial, startup: int = 4, share: float = 0.0) -> optuna.Study:
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
-    study = optuna.create_study(sampler=Tpe(startup, share, seed=0))
-    study.add_trials(trials)
-    return study
+def learning(*trials: FrozenTrial, share: float = 0.0) -> optuna.Study:
+    return studied(Tpe(4, share, seed=0), *trials)
 
 
 def proposed(study: optuna.Study, count: int = 30) -> list[float]:
-    return [study.ask(SPACE).params["x"] for _ in range(count)]
+    return proposed_by(study, count)
 
 
 def lucky() -> list[FrozenTrial]:
     """Three whole trials that had no competition, and ten that were better as far as they came."""
-    return [ended(0.9, {100: 3.0, 300: 2.9}, whole=True)] * 3 + [
-        ended(0.2 + 0.01 * n, {100: 1.0 if n < 3 else 1.5}) for n in range(10)
+    return [trial(0.9, {100: 3.0, 300: 2.9}, WHOLE)] * 3 + [
+        trial(0.2 + 0.01 * n, {100: 1.0 if n < 3 else 1.5}) for n in range(10)
     ]
 
 
 def test_trials_are_compared_where_enough_have_come() -> None:
     trials = lucky()
-    assert statistics.median(proposed(studied(*trials))) < 0.4
+    assert statistics.median(proposed(learning(*trials))) < 0.4
     # a fourth whole one: enough have come to the end, and compare there
-    assert statistics.median(proposed(studied(*trials, trials[0]))) > 0.6
+    assert statistics.median(proposed(learning(*trials, trials[0]))) > 0.6
 
 
 def test_a_trial_that_runs_counts_where_it_was_measured() -> None:
-    study = studied(*lucky())
+    study = learning(*lucky())
     running = create_trial(
         state=TrialState.RUNNING,
         params={"x": 0.9, "y": 0.1},
@@ -63,9 +49,9 @@ def test_a_trial_that_runs_counts_where_it_was_measured() -> None:
 
 
 def test_an_infeasible_point_is_avoided() -> None:
-    bad = [ended(0.9 + 0.005 * n, {100: 0.1}, system_attrs={"constraints:finite": 1.0}) for n in range(10)]
-    good = [ended(0.1 * n, {100: 1.0}) for n in range(8)]
-    assert max(proposed(studied(*bad, *good))) < 0.9
+    bad = [trial(0.9 + 0.005 * n, {100: 0.1}, system_attrs={"constraints:finite": 1.0}) for n in range(10)]
+    good = [trial(0.1 * n, {100: 1.0}) for n in range(8)]
+    assert max(proposed(learning(*bad, *good))) < 0.9
 
 
 def test_without_early_stopping_it_is_plain_tpe() -> None:
@@ -81,13 +67,13 @@ def test_without_early_stopping_it_is_plain_tpe() -> None:
 
 
 def test_a_share_of_the_trials_is_random() -> None:
-    trials = [ended(0.2, {100: 1.0})] * 30 + [ended(0.21 + 0.001 * n, {100: 2.0}) for n in range(100)]
-    far = {share: sum(x > 0.5 for x in proposed(studied(*trials, share=share), 100)) for share in (0.0, 0.5, 1.0)}
+    trials = [trial(0.2, {100: 1.0})] * 30 + [trial(0.21 + 0.001 * n, {100: 2.0}) for n in range(100)]
+    far = {share: sum(x > 0.5 for x in proposed(learning(*trials, share=share), 100)) for share in (0.0, 0.5, 1.0)}
     assert far[0.0] < 10 < far[0.5] < 35 < far[1.0] < 65
 
 
 def test_a_long_search_is_learned_from_in_part_the_best_always() -> None:
-    study = studied(ended(0.5, {100: 0.1}), *(ended(0.2, {100: 1.0 + n}) for n in range(3000)))
+    study = learning(trial(0.5, {100: 0.1}), *(trial(0.2, {100: 1.0 + n}) for n in range(3000)))
     proposed(study, 2)
     sampler: Any = study.sampler
     known = sampler._view(study).trials
@@ -97,7 +83,7 @@ def test_a_long_search_is_learned_from_in_part_the_best_always() -> None:
 
 def test_parameters_that_not_all_trials_have_are_modelled_too() -> None:
     other = {"x": SPACE["x"], "z": FloatDistribution(0, 1)}
-    trials = [ended(0.2, {100: 1.0 + n}) for n in range(10)] + [
+    trials = [trial(0.2, {100: 1.0 + n}) for n in range(10)] + [
         create_trial(
             state=TrialState.PRUNED,
             params={"x": 0.2, "z": 0.05 * n},
@@ -106,6 +92,6 @@ def test_parameters_that_not_all_trials_have_are_modelled_too() -> None:
         )
         for n in range(10)
     ]
-    study = studied(*trials)
+    study = learning(*trials)
     zs = [study.ask(other).params["z"] for _ in range(60)]
     assert statistics.median(zs) < 0.4
