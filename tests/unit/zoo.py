@@ -1,0 +1,170 @@
+"""Tiny models of many architectures, each from its config: a test builds the ones it needs in memory.
+
+A config has its architecture's own structure (fused projections, experts, a vision tower, no attention) and nothing of
+its size; ``build`` makes the model, with weights that come from a seed. The vocabulary has room for ``byte_tokenizer``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import transformers as T
+
+VOCAB = 272  # the tokenizer of bytes has 260
+_PLAIN: dict[str, Any] = {
+    "vocab_size": VOCAB,
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "intermediate_size": 64,
+    "max_position_embeddings": 256,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "tie_word_embeddings": False,
+}
+_GROUPED = _PLAIN | {"num_key_value_heads": 2}
+_HEADS_OF_16 = _GROUPED | {"head_dim": 16}
+_SPECIAL = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+_GPT = {"vocab_size": VOCAB, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 256} | _SPECIAL
+_ROUTED = {"num_local_experts": 4, "num_experts_per_tok": 2}
+
+
+def llama(**changes: Any) -> Any:
+    return T.LlamaConfig(**_GROUPED | changes)
+
+
+def tied_llama(**changes: Any) -> Any:
+    """Its head is its embedding."""
+    return llama(**{"tie_word_embeddings": True} | changes)
+
+
+def gpt2(**changes: Any) -> Any:
+    """Conv1D, learned positions, a tied head."""
+    return T.GPT2Config(**_GPT | changes)
+
+
+def gpt_neox(**changes: Any) -> Any:
+    return T.GPTNeoXConfig(**_PLAIN | changes)
+
+
+def qwen2(**changes: Any) -> Any:
+    """Biases on queries, keys and values."""
+    return T.Qwen2Config(**_GROUPED | changes)
+
+
+def qwen3(**changes: Any) -> Any:
+    return T.Qwen3Config(**_HEADS_OF_16 | changes)
+
+
+def gemma2(**changes: Any) -> Any:
+    """Capped logits, sliding windows, a tied head."""
+    return T.Gemma2Config(**_HEADS_OF_16 | {"sliding_window": 32, "tie_word_embeddings": True} | changes)
+
+
+def gemma3_text(**changes: Any) -> Any:
+    return T.Gemma3TextConfig(**_HEADS_OF_16 | {"sliding_window": 32, "tie_word_embeddings": True} | changes)
+
+
+def gemma3(**changes: Any) -> Any:
+    """With a vision tower; its ids of image tokens are the last of the vocabulary."""
+    return T.Gemma3Config(
+        text_config=gemma3_text(),
+        vision_config={
+            "hidden_size": 32,
+            "intermediate_size": 64,
+            "num_hidden_layers": 1,
+            "num_attention_heads": 2,
+            "image_size": 28,
+            "patch_size": 14,
+        },
+        mm_tokens_per_image=4,
+        image_token_index=VOCAB - 3,
+        boi_token_index=VOCAB - 2,
+        eoi_token_index=VOCAB - 1,
+        **changes,
+    )
+
+
+def phi3(**changes: Any) -> Any:
+    """One layer gives queries, keys and values; one, gate and up."""
+    return T.Phi3Config(**_GROUPED | changes)
+
+
+def opt(**changes: Any) -> Any:
+    """Learned positions, biases everywhere, a tied head."""
+    sizes = {"ffn_dim": 64, "word_embed_proj_dim": 32, "tie_word_embeddings": True}
+    return T.OPTConfig(**{k: v for k, v in _PLAIN.items() if k != "intermediate_size"} | sizes | changes)
+
+
+def bloom(**changes: Any) -> Any:
+    """ALiBi, one layer for queries, keys and values, a tied head."""
+    return T.BloomConfig(**{"vocab_size": VOCAB, "hidden_size": 32, "n_layer": 2, "n_head": 4} | _SPECIAL | changes)
+
+
+def mixtral(**changes: Any) -> Any:
+    """A mixture of experts, whose weights are parameters of three dimensions."""
+    return T.MixtralConfig(**_GROUPED | _ROUTED | changes)
+
+
+def qwen3_moe(**changes: Any) -> Any:
+    """A mixture in one layer of two; the other is dense."""
+    sizes = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "mlp_only_layers": [0]}
+    return T.Qwen3MoeConfig(**_HEADS_OF_16 | sizes | changes)
+
+
+def gpt_oss(**changes: Any) -> Any:
+    """Experts with biases, stored transposed; attention with sinks."""
+    return T.GptOssConfig(**_HEADS_OF_16 | _ROUTED | {"intermediate_size": 32, "sliding_window": 32} | changes)
+
+
+def deepseek_v3(**changes: Any) -> Any:
+    """Latent attention, shared experts beside the routed ones, a first layer that is dense."""
+    experts = {"moe_intermediate_size": 16, "n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2}
+    routing = {"n_group": 1, "topk_group": 1, "first_k_dense_replace": 1}
+    latent = {"q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 16}
+    return T.DeepseekV3Config(**_PLAIN | {"num_key_value_heads": 4} | experts | routing | latent | changes)
+
+
+def mamba(**changes: Any) -> Any:
+    """A state-space model without attention, whose head is tied."""
+    sizes = {"vocab_size": VOCAB, "hidden_size": 32, "num_hidden_layers": 2, "state_size": 8}
+    return T.MambaConfig(**sizes | _SPECIAL | changes)
+
+
+def lfm2(**changes: Any) -> Any:
+    """One layer convolves, the other attends."""
+    return T.Lfm2Config(**_GROUPED | {"layer_types": ["conv", "full_attention"]} | changes)
+
+
+ZOO: dict[str, Callable[..., Any]] = {
+    made.__name__: made
+    for made in (
+        llama,
+        tied_llama,
+        gpt2,
+        gpt_neox,
+        qwen2,
+        qwen3,
+        gemma2,
+        gemma3_text,
+        gemma3,
+        phi3,
+        opt,
+        bloom,
+        mixtral,
+        qwen3_moe,
+        gpt_oss,
+        deepseek_v3,
+        mamba,
+        lfm2,
+    )
+}
+
+
+def build(name: str, *, seed: int = 0, **changes: Any) -> Any:
+    """A model of the zoo in evaluation mode, in fp32; ``changes`` are to its config."""
+    torch.manual_seed(seed)
+    return T.AutoModelForCausalLM.from_config(ZOO[name](**changes)).eval()
