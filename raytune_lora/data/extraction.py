@@ -6,6 +6,7 @@ import json
 import random
 from collections.abc import Callable, Iterator
 from datetime import date
+from importlib import metadata
 from typing import Any
 
 from raytune_lora.errors import UserError
@@ -37,6 +38,14 @@ _CITIES = ("Berlin", "Boston", "Chicago", "Dublin", "London", "Madrid", "Paris",
 _CITIES_KO = ("서울", "부산", "인천", "대구", "대전", "광주", "수원", "제주")
 _COMPANIES_KO = ("한빛", "대한", "동아", "미래", "서해", "금강", "태양", "하나")
 _KINDS_KO = ("상사", "전자", "무역", "식품")
+
+
+def version() -> str | None:
+    """Of the package whose lists the messages are made of; None where it is missing."""
+    try:
+        return metadata.version("faker")
+    except metadata.PackageNotFoundError:
+        return None
 
 
 def extraction_records(rows: int, korean: float, seed: int) -> Iterator[Alpaca]:

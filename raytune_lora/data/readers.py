@@ -9,6 +9,7 @@ from __future__ import annotations
 import csv
 import io
 import itertools
+import re
 from collections.abc import Iterator
 from functools import partial
 from typing import Any, BinaryIO
@@ -20,6 +21,8 @@ from raytune_lora.errors import UserError
 
 PARQUET_ROWS = 512  # made into Python objects at once
 _NUL = "holds a NUL byte"
+_COMMIT = re.compile("[0-9a-f]{40}")
+_HUB_SECONDS = 10  # that the hub has to answer in
 
 
 def read_file(file: str) -> Iterator[Record]:
@@ -223,6 +226,26 @@ def read_hub(name: str, *, subset: str | None, split: str, revision: str | None)
         known = _hub_choices(name, subset, split, revision) if isinstance(error, ValueError) else None
         reason = known or f"data: {name} cannot be read from the hub ({type(error).__name__}: {_first_line(error)})"
         raise UserError(reason) from error
+
+
+def hub_commit(name: str, revision: str | None) -> str:
+    """The commit that a branch or tag of a hub data set stands for now; a commit stands for itself, unasked.
+
+    Raises:
+        UserError: the hub does not say.
+    """
+    if revision is not None and _COMMIT.fullmatch(revision):
+        return revision
+    from huggingface_hub import HfApi
+
+    try:
+        return str(HfApi().dataset_info(name, revision=revision, timeout=_HUB_SECONDS).sha)
+    except Exception as error:  # the hub's client raises its own, its transport's and the operating system's
+        raise UserError(
+            f"data: the hub does not say which commit of {name} is {revision or 'the newest'} "
+            f"({type(error).__name__}: {_first_line(error)}), so that rows prepared before may be other ones; name the "
+            "commit itself (data.revision=<40 hexadecimal digits>)"
+        ) from error
 
 
 def _hub_choices(name: str, subset: str | None, split: str, revision: str | None) -> str | None:

@@ -9,10 +9,10 @@ from itertools import islice
 from typing import Any
 
 from raytune_lora.config.data import DataConfig, ExtractionDataConfig, FakeDataConfig, FileDataConfig, Format
-from raytune_lora.data.extraction import extraction_records
+from raytune_lora.data.extraction import extraction_records, version
 from raytune_lora.data.files import expand, identity, is_hub_name
 from raytune_lora.data.formats import FIELDS, OPTIONAL, parse
-from raytune_lora.data.readers import read_file, read_hub
+from raytune_lora.data.readers import hub_commit, read_file, read_hub
 from raytune_lora.data.rows import Fault, Record
 from raytune_lora.errors import UserError
 
@@ -114,7 +114,7 @@ def _files(
         def hub_records() -> Iterator[Record]:
             return read_hub(path, subset=of.subset, split=of.split, revision=of.revision)
 
-        return Source(role, name, hub_records, lambda: [path, where], form, columns)
+        return Source(role, name, hub_records, lambda: [path, where, hub_commit(path, of.revision)], form, columns)
     try:
         files = expand(path)
     except UserError as error:
@@ -138,6 +138,8 @@ def _generated(cfg: DataConfig) -> Source:
             yield Record(f"{cfg.kind}#{number}", value)
 
     settings = {name: vars(cfg)[name] for name in ("rows", "korean", "seed") if name in vars(cfg)}
+    if isinstance(cfg, ExtractionDataConfig):
+        settings["version"] = version()
     return Source(MAIN, cfg.kind, records, lambda: [cfg.kind, settings], Format.alpaca)
 
 

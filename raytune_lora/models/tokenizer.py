@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-import hashlib
 from pathlib import Path
 from typing import Any
 
+from raytune_lora.artifacts import MANIFEST, content_digest, fingerprint
 from raytune_lora.config.schema import HubModelConfig, ModelConfig
 from raytune_lora.errors import UserError
+
+_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx", ".npz", ".index.json")
+_PROSE = (".md", ".png", ".jpg", ".jpeg", ".gif", ".svg", ".webp", ".pdf", ".gitattributes", ".gitignore", ".lock")
+_NOT_READ = (*_WEIGHTS, *_PROSE, "LICENSE", MANIFEST)  # by tokenizers
 
 
 def load_tokenizer(folder: Path, cfg: ModelConfig) -> Any:
@@ -26,13 +30,20 @@ def load_tokenizer(folder: Path, cfg: ModelConfig) -> Any:
     return tokenizer
 
 
-def tokenizer_identity(folder: Path) -> str:
-    """Stands for the tokenizer of a model folder: a digest of its files."""
-    digest = hashlib.sha256()
-    for name in ("tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt", "tokenizer_config.json"):
-        if (folder / name).is_file():
-            digest.update(name.encode() + (folder / name).read_bytes())
-    return digest.hexdigest()
+def tokenizer_identity(folder: Path, cfg: ModelConfig) -> str:
+    """Digest of all that ``load_tokenizer`` and the tokenizer's templates are a function of, by content.
+
+    Tokenizer classes name their files as they like (``spiece.model``, ``tekken.json``, ``qwen.tiktoken``, code of the
+    model's own), so that every file of the folder counts which is neither weights nor prose.
+
+    Args:
+        folder: of the model.
+        cfg: says whether the folder's code may run.
+    """
+    found = [*folder.iterdir(), *folder.glob("*template*/*")]
+    files = sorted(file for file in found if file.is_file() and not file.name.endswith(_NOT_READ))
+    names = [file.relative_to(folder).as_posix() for file in files]
+    return fingerprint(trusted(cfg), names, content_digest(files))
 
 
 def trusted(cfg: ModelConfig) -> bool:

@@ -49,9 +49,10 @@ from raytune_lora.tuning.parts import Parts
 from raytune_lora.tuning.preflight import check
 from raytune_lora.tuning.progress import Progress
 from raytune_lora.tuning.results import BASELINE, BEST, write_results
+from raytune_lora.tuning.resume import changed_data
 from raytune_lora.tuning.space import apply, lookup
 from raytune_lora.tuning.study import STUDY_FILE
-from raytune_lora.tuning.trials import Journal, Trial
+from raytune_lora.tuning.trials import PREPARE, Journal, Trial
 
 SWEEP, RUN = "sweep", "run"
 
@@ -196,6 +197,9 @@ def open_job(kind: str, cfg: SweepConfig, moved: Sequence[str], run: Callable[[J
             claim = stack.enter_context(held(folder, cfg.cluster.lease, progress.note))
         parts = None if claim is None else Parts(f"{folder.uri}/{JOURNAL}", claim.label, claim.check)
         journal = Journal(folder.journal, progress.watch, began, parts)
+        data = {name: inputs.store.manifest[name] for name in ("content", "inputs")}
+        if changed := changed_data(journal.record.phases.get(PREPARE, {}), data):
+            raise UserError(f"resume={folder.address}: {changed}")
         if changes:
             journal.append("moved", changes=to_plain(changes))
             folder.rewrite(cfg)
@@ -207,7 +211,7 @@ def open_job(kind: str, cfg: SweepConfig, moved: Sequence[str], run: Callable[[J
         shutil.copyfile(inputs.store.folder / REPORT, folder.path / REPORT)
         folder.copy.send(folder.path / REPORT)
         progress.note(in_short(json.loads((folder.path / REPORT).read_text())))
-        journal.append("phase", name="prepare", seconds=round(time.monotonic() - began, 3))
+        journal.append("phase", name=PREPARE, seconds=round(time.monotonic() - began, 3), **data)
         return _work(job, run)
 
 
@@ -280,5 +284,5 @@ def prepare_inputs(cfg: SweepConfig) -> Inputs:
     if found := model_problems(cfg, shape):
         raise UserError(found)
     cache.publish(folder)
-    store = prepare(cfg.data, partial(load_tokenizer, folder, cfg.model), tokenizer_identity(folder), cache)
+    store = prepare(cfg.data, partial(load_tokenizer, folder, cfg.model), tokenizer_identity(folder, cfg.model), cache)
     return Inputs(folder, shape, store)

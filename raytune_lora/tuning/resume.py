@@ -23,6 +23,12 @@ _MAY_CHANGE = (
     "training.micro_batch, search.concurrent, search.stalled, and the groups deepspeed, cluster, disk, tracking, "
     "budget and search.constraints"
 )
+_INPUTS = {
+    "rows": "the rows (data.path and the other files of rows)",
+    "settings": "a file that data.template or data.quality names, or this program's version",
+    "tokenizer": "files of the model's folder (its tokenizer or chat template)",
+    "packages": "packages (it was {packages})",
+}  # of a token store
 _SHOWN = 5  # differences between two configs
 
 
@@ -57,6 +63,24 @@ def settle(cfg: SweepConfig, overrides: Sequence[str]) -> list[str]:
     where = address(cfg.output)
     cfg.resume = where if exists(where) else None
     return _changes(cfg, read(where, "resume: ")[0], typed) if cfg.resume else []
+
+
+def changed_data(known: dict[str, Any], now: dict[str, Any]) -> str | None:
+    """Why a sweep or run cannot go on with the data as it now is; None where its rows are token by token the same.
+
+    Args:
+        known: ``content`` of the token store that it began with and ``inputs`` of that store, by name; empty where it
+            has not come that far.
+        now: those of the store that its config now gives.
+    """
+    if not known.get("content") or known["content"] == now["content"]:
+        return None
+    names = [name for name, value in now["inputs"].items() if known["inputs"].get(name) != value]
+    what = " and ".join(_INPUTS[name].format(**known["inputs"]) for name in names) or "what it is prepared with"
+    return (
+        f"its trials were trained on other tokens than the data now gives: changed since then: {what}; put that back "
+        "as it was, or begin anew (output=…)"
+    )
 
 
 def _changes(cfg: SweepConfig, known: SweepConfig, typed: Sequence[str]) -> list[str]:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import gzip
 import json
 import os
+import threading
 import zlib
 from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from raytune_lora.data.files import BLOCK, expand, identity, is_hub_name
-from raytune_lora.data.readers import read_file, read_hub
+from raytune_lora.data.readers import hub_commit, read_file, read_hub
 from raytune_lora.data.rows import Fault
 from raytune_lora.errors import UserError
 
@@ -590,3 +592,38 @@ def test_a_data_set_that_breaks_off_is_refused(tmp_path: Path) -> None:
     write(tmp_path, "repo/train.jsonl", GOOD + "\n{broken\n")
     with pytest.raises(UserError, match="cannot be read from the hub"):
         hub(str(tmp_path / "repo"))
+
+
+@pytest.fixture
+def endpoint(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, str]]:
+    """A hub at this machine's own address; what it answers, by path."""
+    answers: dict[str, str] = {}
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            found = answers.get(self.path.partition("?")[0])
+            self.send_response(200 if found else 404)
+            self.end_headers()
+            self.wfile.write((found or "").encode())
+
+        def log_message(self, *_: Any) -> None:
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", f"http://127.0.0.1:{server.server_port}")
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+        yield answers
+        server.shutdown()
+
+
+def test_a_branch_of_the_hub_counts_as_the_commit_that_it_stands_for(endpoint: dict[str, str]) -> None:
+    first, second = "a" * 40, "b" * 40
+    endpoint["/api/datasets/owner/name"] = json.dumps({"id": "owner/name", "sha": first})
+    endpoint["/api/datasets/owner/name/revision/dev"] = json.dumps({"id": "owner/name", "sha": second})
+    assert hub_commit("owner/name", None) == first
+    assert hub_commit("owner/name", "dev") == second
+    endpoint.clear()
+    assert hub_commit("owner/name", first) == first, "which needs no hub"
+    with pytest.raises(UserError, match=r"which commit of owner/name is the newest .*data\.revision=<40"):
+        hub_commit("owner/name", None)

@@ -11,7 +11,7 @@ from raytune_lora.config.compose import compose
 from raytune_lora.errors import UserError
 from raytune_lora.tuning import claim
 from raytune_lora.tuning.folder import SweepFolder, create, held, problems, reopen
-from raytune_lora.tuning.resume import settle
+from raytune_lora.tuning.resume import changed_data, settle
 
 TYPED = ["experiment=tiny", "resume=auto", "+space.decay={key: training.weight_decay, low: 0.0, high: 0.1}"]
 
@@ -91,3 +91,13 @@ def test_a_sweep_in_a_store_is_begun_once_and_found_from_any_machine(
     storage.delete(f"{uri}/config.yaml")
     storage.write(f"{uri}/mine.txt", b"")
     assert problems(other.path, other.uri) == [f"output: {uri} is not empty (mine.txt is in it); name a new folder"]
+
+
+def test_it_goes_on_with_the_same_tokens_only() -> None:
+    inputs = {"rows": "r", "settings": "s", "tokenizer": "t", "packages": "transformers 5.0"}
+    known = {"content": "a", "inputs": inputs}
+    assert changed_data({}, known) is None
+    assert changed_data(known, {"content": "a", "inputs": inputs | {"tokenizer": "u"}}) is None
+    why = changed_data(known, {"content": "b", "inputs": inputs | {"tokenizer": "u", "packages": "transformers 6.0"}})
+    assert why is not None
+    assert "tokenizer or chat template) and packages (it was transformers 5.0)" in why

@@ -16,7 +16,15 @@ from typing import Any
 import pytest
 
 from raytune_lora.cache import Cache
-from raytune_lora.config.data import DataConfig, ExtractionDataConfig, FakeDataConfig, FileDataConfig, Truncation
+from raytune_lora.config.data import (
+    DataConfig,
+    ExtractionDataConfig,
+    FakeDataConfig,
+    FileDataConfig,
+    TemplateKind,
+    Truncation,
+)
+from raytune_lora.config.schema import HubModelConfig
 from raytune_lora.data.build import REPORT, DataRefused
 from raytune_lora.data.encode import IGNORED
 from raytune_lora.data.prepare import prepare
@@ -24,6 +32,7 @@ from raytune_lora.data.sources import sources
 from raytune_lora.data.splits import SPLITS
 from raytune_lora.data.store import TokenStore
 from raytune_lora.errors import UserError
+from raytune_lora.models.tokenizer import tokenizer_identity
 
 Prepare = Callable[..., TokenStore]
 Alpaca = dict[str, str]
@@ -271,3 +280,73 @@ def test_several_processes_write_what_one_writes(prepared: Prepare, tmp_path: Pa
 def test_a_split_may_be_empty(prepared: Prepare) -> None:
     store = prepared(FakeDataConfig(rows=60, test=0.0))
     assert store.rows["test"] == len(store.split("test")) == len(store.lengths("test")) == 0
+
+
+# ---------------------------------------------------------------------------------- what the store's address stands for
+
+
+def test_files_that_the_config_names_count_by_content(prepared: Prepare, tmp_path: Path) -> None:
+    template, words = tmp_path / "own.jinja", tmp_path / "words.yaml"
+    turns = "{% for m in messages %}<X{{ m.role }}>{{ m.content }}<eos>{% endfor %}"
+    turns += "{% if add_generation_prompt %}<Xassistant>{% endif %}"
+    template.write_text(turns.replace("X", "1"))
+    words.write_text("en: [nosuchword]\n")
+    cfg = file(tmp_path, rows(60))
+    cfg.template.kind, cfg.template.chat_template = TemplateKind.chat, str(template)
+    cfg.quality.harmful_words = str(words)
+    first = prepared(cfg)
+    assert prepared(cfg).folder == first.folder
+    template.write_text(turns.replace("X", "2"))
+    edited = prepared(cfg)
+    assert edited.split("train")[0]["input_ids"] != first.split("train")[0]["input_ids"]
+    assert edited.manifest["content"] != first.manifest["content"]
+    words.write_text("en: [write]\n")
+    told = prepared(cfg)
+    assert report(edited)["findings"]["harmful"]["count"] == 0
+    assert report(told)["findings"]["harmful"]["count"] > 0
+    assert told.manifest["content"] == edited.manifest["content"], "the tokens are the same"
+    (tmp_path / "elsewhere.jinja").write_text(template.read_text())
+    cfg.template.chat_template = str(tmp_path / "elsewhere.jinja")
+    assert prepared(cfg).folder == told.folder, "where a file lies does not matter"
+
+
+@pytest.mark.parametrize(
+    ("name", "counts"),
+    [
+        ("chat_template.jinja", True),
+        ("additional_chat_templates/tool_use.jinja", True),
+        ("special_tokens_map.json", True),
+        ("added_tokens.json", True),
+        ("spiece.model", True),
+        ("sentencepiece.bpe.model", True),
+        ("vocab.txt", True),
+        ("qwen.tiktoken", True),
+        ("tekken.json", True),
+        ("tokenization_own.py", True),
+        ("config.json", True),
+        ("model.safetensors", False),
+        ("model.safetensors.index.json", False),
+        ("pytorch_model.bin", False),
+        ("README.md", False),
+    ],
+)
+def test_every_file_that_a_tokenizer_may_read_counts_by_content(name: str, counts: bool, tmp_path: Path) -> None:
+    path = tmp_path / name
+    path.parent.mkdir(exist_ok=True)
+    seen = [tokenizer_identity(tmp_path, HubModelConfig())]
+    for content in ("first", "other"):
+        path.write_text(content)
+        seen.append(tokenizer_identity(tmp_path, HubModelConfig()))
+    assert len(set(seen)) == (3 if counts else 1)
+
+
+def test_code_that_may_run_counts(tmp_path: Path) -> None:
+    ids = {tokenizer_identity(tmp_path, HubModelConfig(trust_remote_code=trust)) for trust in (False, True)}
+    assert len(ids) == 2
+
+
+def test_files_of_other_names_are_told_apart(tmp_path: Path) -> None:
+    (tmp_path / "vocab.json").write_text("x")
+    first = tokenizer_identity(tmp_path, HubModelConfig())
+    (tmp_path / "vocab.json").rename(tmp_path / "merges.txt")
+    assert tokenizer_identity(tmp_path, HubModelConfig()) != first
