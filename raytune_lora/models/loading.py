@@ -8,11 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
 
 from raytune_lora.config.schema import Attention, ModelConfig, Precision, Quantization, QuantizationConfig
+from raytune_lora.models.stored import read_config, resolved, stored_as
 from raytune_lora.models.tokenizer import trusted
 
+_OF_THE_RUN = ("bnb_4bit_compute_dtype", "llm_int8_threshold")  # of bitsandbytes' settings, those of the arithmetic
 _SLICE = 2**20  # weights quantized at once; a multiple of every block size, so that the result is the same
 
 
@@ -24,18 +26,23 @@ def load_model(
     Args:
         folder: of the model.
         cfg: its precision and attention.
-        quantization: its number format.
+        quantization: its number format; a checkpoint that is quantized already keeps its own.
         where_it_computes: load each weight onto the GPU, if there is one; a quantized model always is.
+
+    Raises:
+        UserError: the checkpoint is quantized already, in another format or in one that is not supported.
     """
-    settings: dict[str, Any] = {}
+    config, own = _as_it_is(folder, cfg, quantization)
+    quantization = resolved(own, quantization)
+    settings: dict[str, Any] = {"config": config}
     if cfg.attention is not Attention.auto:
         settings["attn_implementation"] = cfg.attention.value
     quantized = quantization.kind is not Quantization.none
-    if quantized:
+    if quantized and own is None:
         settings["quantization_config"] = _bitsandbytes(quantization, precision(cfg.precision))
     if (quantized or where_it_computes) and torch.cuda.is_available():  # weights are quantized where they go
         settings["device_map"] = {"": torch.cuda.current_device()}
-    with _quantizing_in_slices() if quantized else contextlib.nullcontext():
+    with _quantizing_in_slices() if quantized and own is None else contextlib.nullcontext():
         model = AutoModelForCausalLM.from_pretrained(
             folder, dtype=precision(cfg.precision), trust_remote_code=trusted(cfg), use_safetensors=True, **settings
         )
@@ -49,6 +56,22 @@ def load_model(
         # gradient checkpointing is the Trainer's
         model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
     return model.requires_grad_(False).eval()
+
+
+def _as_it_is(
+    folder: Path, cfg: ModelConfig, quantization: QuantizationConfig
+) -> tuple[Any, QuantizationConfig | None]:
+    """The config of the model in a folder, and the format its weights are stored in; None where not quantized.
+
+    A checkpoint also names the precision it is computed in, often one for GPUs; the run's own takes its place.
+    """
+    own = stored_as(read_config(folder))
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=trusted(cfg))
+    said = getattr(config, "quantization_config", None)
+    if own is not None and isinstance(said, dict):
+        meant = _bitsandbytes(resolved(own, quantization), precision(cfg.precision)).to_dict()
+        config.quantization_config = said | {key: meant[key] for key in _OF_THE_RUN}
+    return config, own
 
 
 def precision(asked: Precision) -> torch.dtype:

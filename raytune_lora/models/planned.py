@@ -9,6 +9,7 @@ from raytune_lora.config import validate
 from raytune_lora.config.schema import Offload, Quantization, RunConfig
 from raytune_lora.models.methods import method_for
 from raytune_lora.models.methods.fit import problems as method_problems
+from raytune_lora.models.stored import problems as stored_problems
 from raytune_lora.planning.memory import Memory, plan_memory
 from raytune_lora.planning.shape import Shape
 
@@ -50,7 +51,7 @@ def remedies(cfg: RunConfig, fits: Callable[[RunConfig], bool]) -> list[str]:
 
 
 def _works(cfg: RunConfig) -> bool:
-    return not validate.problems(cfg) and not method_problems(cfg)
+    return not (validate.problems(cfg) or method_problems(cfg) or stored_problems(cfg))
 
 
 Step = Iterator[tuple[str, RunConfig]]

@@ -6,6 +6,7 @@ anything starts.
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from raytune_lora.data import sources, templates
 from raytune_lora.data.files import expand, is_hub_name
 from raytune_lora.errors import UserError
 from raytune_lora.models import sources as model_sources
+from raytune_lora.models import stored
 from raytune_lora.models.methods import fit
 from raytune_lora.tuning import samplers, secrets, space
 from raytune_lora.tuning.preflight import extremes
@@ -41,9 +43,10 @@ def check_elsewhere(cfg: SweepConfig, root: Path) -> list[Path]:
     Raises:
         UserError: with every problem found.
     """
+    cfg = stored.as_stored(copy.deepcopy(cfg))  # of a checkpoint that is here; the job itself sees to the others
     found = validate.problems(cfg, here=False) + secrets.problems(cfg)
     found += space.problems(cfg.space, cfg) or extremes(cfg) or samplers.problems(cfg, here=False)
-    found += fit.problems(cfg) + templates.problems(cfg.data.template) + _folder_problems(cfg)
+    found += (stored.problems(cfg) or fit.problems(cfg)) + templates.problems(cfg.data.template) + _folder_problems(cfg)
     files, missing = _named_files(cfg, root)
     found += missing or _content_problems(cfg)
     if found:

@@ -30,6 +30,7 @@ from raytune_lora.models.methods import method_for
 from raytune_lora.models.methods.fit import model_problems
 from raytune_lora.models.shape import known_shape
 from raytune_lora.models.sources import materialize
+from raytune_lora.models.stored import as_stored
 from raytune_lora.models.tokenizer import load_tokenizer, tokenizer_identity
 from raytune_lora.planning.shape import Shape
 from raytune_lora.training.driver import Pool
@@ -221,7 +222,7 @@ def _settled(kind: str, cfg: SweepConfig, moved: Sequence[str]) -> tuple[SweepCo
         if cfg.output is None:
             cfg.output = f"{kind}s/{time.strftime('%Y%m%d-%H%M%S')}"
         cfg.output = address(cfg.output)
-        return cfg, {}
+        return as_stored(cfg), {}
     changes = {key: lookup(cfg, key) for key in moved}
     return apply(reopen(address(str(cfg.resume)), kind), changes), changes
 

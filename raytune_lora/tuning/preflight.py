@@ -14,6 +14,7 @@ from raytune_lora.data import sources as data_sources
 from raytune_lora.data import templates
 from raytune_lora.errors import UserError
 from raytune_lora.models import sources as model_sources
+from raytune_lora.models import stored
 from raytune_lora.models.methods.fit import problems as method_problems
 from raytune_lora.training import tracking
 from raytune_lora.tuning import constraints, folder, search, secrets, space
@@ -35,7 +36,8 @@ def check(cfg: SweepConfig, *, searching: bool, fresh: bool) -> None:
     found = validate.problems(cfg) + secrets.problems(cfg)
     if searching:
         found += space.problems(cfg.space, cfg) or extremes(cfg) or search.problems(cfg) or constraints.problems(cfg)
-    found += method_problems(cfg) + tracking.problems(cfg.tracking) + _input_problems(cfg)
+    found += stored.problems(cfg) or method_problems(cfg)
+    found += tracking.problems(cfg.tracking) + _input_problems(cfg)
     if fresh:
         found += _output_problems(cfg)
     if not found:
