@@ -43,6 +43,10 @@ class UserError(Exception):
         return type(self), (self.problems,)
 
 
+class Refused(UserError):
+    """A job cannot work, as was found on the cluster before anything was measured: its folder is not kept."""
+
+
 class DivergedError(Exception):
     """The loss or the gradient stopped being a finite number."""
 

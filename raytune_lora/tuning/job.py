@@ -15,7 +15,8 @@ from typing import Any
 
 from ray.exceptions import RayActorError
 
-from raytune_lora.artifacts import write_json
+from raytune_lora import storage
+from raytune_lora.artifacts import remove_folder, write_json
 from raytune_lora.cache import Cache
 from raytune_lora.cluster.connect import connected
 from raytune_lora.config.compose import dump, to_plain
@@ -23,13 +24,13 @@ from raytune_lora.config.schema import HubModelConfig, RunConfig, SweepConfig
 from raytune_lora.data.build import REPORT, in_short
 from raytune_lora.data.prepare import prepare
 from raytune_lora.data.store import TokenStore
-from raytune_lora.errors import JobFailed, StorageError, UserError
+from raytune_lora.errors import JobFailed, Refused, StorageError, UserError
 from raytune_lora.evaluation import ANSWERS
 from raytune_lora.models.export import ADAPTER, export_adapter
 from raytune_lora.models.methods import method_for
 from raytune_lora.models.methods.fit import model_problems
 from raytune_lora.models.shape import known_shape
-from raytune_lora.models.sources import materialize
+from raytune_lora.models.sources import display_name, materialize
 from raytune_lora.models.stored import as_stored
 from raytune_lora.models.tokenizer import load_tokenizer, tokenizer_identity
 from raytune_lora.planning.shape import Shape
@@ -51,9 +52,9 @@ from raytune_lora.tuning.preflight import check
 from raytune_lora.tuning.progress import Progress
 from raytune_lora.tuning.results import BASELINE, BEST, write_results
 from raytune_lora.tuning.resume import changed_data
-from raytune_lora.tuning.space import apply, lookup
+from raytune_lora.tuning.space import apply, extremes, lookup
 from raytune_lora.tuning.study import STUDY_FILE
-from raytune_lora.tuning.trials import PREPARE, Journal, Trial
+from raytune_lora.tuning.trials import PACKING, PREPARE, Journal, Trial
 
 SWEEP, RUN = "sweep", "run"
 
@@ -87,6 +88,30 @@ class Job:
             yield facts
         self.journal.append("phase", name=name, seconds=round(time.monotonic() - began, 3), **facts)
 
+    def check_packing(self) -> None:
+        """Refuse to pack rows that the model would let see each other; the model is asked once a kind of device.
+
+        Raises:
+            Refused: with the reason.
+        """
+        packing = "training.packing=true" if self.cfg.training.packing else self._packing_dimension()
+        known = self.journal.record.phases.get(PACKING, {})
+        if packing is None or known.get("gpus_per_worker") == self.cfg.gpus_per_worker:
+            return
+        with self.phase(PACKING, "asking the model whether it keeps packed rows apart") as facts:
+            facts["gpus_per_worker"] = self.cfg.gpus_per_worker
+            if reason := self._ask(self.cfg, PACKING, _probe_packing)["leak"]:
+                raise Refused(
+                    f"{packing}: {display_name(self.cfg.model)} does not keep packed rows apart ({reason}), so that "
+                    "they would train on each other; set training.packing=false"
+                )
+
+    def _packing_dimension(self) -> str | None:
+        """The dimension of a search that turns packing on."""
+        found = extremes(self.cfg.space, self.cfg) if self.kind == SWEEP else iter(())
+        turned_on = (name for name, params in found if apply(self.cfg, params).training.packing)
+        return next((f"space.{name}: training.packing=true" for name in turned_on), None)
+
     def measure_baseline(self) -> None:
         """The untouched model on the validation and test rows."""
         if BASELINE not in self.journal.record.phases:
@@ -119,17 +144,21 @@ class Job:
         return results
 
     def _measure(self, cfg: SweepConfig, name: str, adapter: str | None) -> dict[str, Any]:
+        measured = self._ask(cfg, name, _measure, adapter=adapter)
+        self.folder.copy.within(name).bring(ANSWERS)
+        return measured
+
+    def _ask(self, cfg: SweepConfig, name: str, function: Callable[..., None], **extra: Any) -> dict[str, Any]:
+        """Have a worker group do something, and return its last report."""
         folder = self.folder.phase(name)
         cpus = cfg.cpus_per_worker * (cfg.search.concurrent if self.kind == SWEEP else 1)  # nothing else is running
-        task = Task(name, _measure, plain_run(cfg), self.store, folder, cpus, {"adapter": adapter})
+        task = Task(name, function, plain_run(cfg), self.store, folder, cpus, extra)
         try:
-            measured = list(attempts(self.pool.board, task))[-1]
+            return list(attempts(self.pool.board, task))[-1]
         except TaskFailed as error:
             if error.ended.status == DISK:
                 raise StorageError(error.ended.error) from error
-            raise JobFailed(f"measuring failed: {error}; log: {folder / LOGS}") from error
-        self.folder.copy.within(name).bring(ANSWERS)
-        return measured
+            raise JobFailed(f"the phase {name} failed: {error}; log: {folder / LOGS}") from error
 
 
 def segments(lineage: Sequence[Trial]) -> str:
@@ -148,6 +177,13 @@ def _measure(*arguments: Any, **extra: Any) -> None:
     from raytune_lora.evaluation import compare
 
     compare.measure(*arguments, **extra)
+
+
+def _probe_packing(*arguments: Any) -> None:
+    """``training.packing.probe``, likewise."""
+    from raytune_lora.training import packing
+
+    packing.probe(*arguments)
 
 
 def plain_run(cfg: SweepConfig) -> RunConfig:
@@ -194,6 +230,7 @@ def open_job(kind: str, cfg: SweepConfig, moved: Sequence[str], run: Callable[[J
             _room(cfg, inputs.shape, folder.path, kind)
             with explained(folder.path, "start it again"):
                 create(folder.path, cfg, kind, folder.uri)
+            stack.enter_context(_not_kept(folder))
             stack.enter_context(explained(folder.path, f"go on with resume={folder.address}"))
             claim = stack.enter_context(held(folder, cfg.cluster.lease, progress.note))
         parts = None if claim is None else Parts(f"{folder.uri}/{JOURNAL}", claim.label, claim.check)
@@ -216,6 +253,18 @@ def open_job(kind: str, cfg: SweepConfig, moved: Sequence[str], run: Callable[[J
         return _work(job, run)
 
 
+@contextlib.contextmanager
+def _not_kept(folder: SweepFolder) -> Iterator[None]:
+    """Leave nothing behind of a new job that is refused."""
+    try:
+        yield
+    except Refused:
+        remove_folder(folder.path)
+        if folder.uri is not None:
+            storage.delete(folder.uri)
+        raise
+
+
 def _settled(kind: str, cfg: SweepConfig, moved: Sequence[str]) -> tuple[SweepConfig, dict[str, Any]]:
     """The config that a job works by, and what of it is new to the folder that is reopened."""
     if cfg.resume is None:
@@ -236,6 +285,7 @@ def _work(job: Job, run: Callable[[Job], None]) -> dict[str, Any]:
         try:
             with pool:
                 job.pool = pool
+                job.check_packing()
                 run(job)
         except BaseException as error:
             with contextlib.suppress(OSError, StorageError, JobFailed):  # where storage is full, that is said once

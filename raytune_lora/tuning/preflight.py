@@ -97,10 +97,14 @@ def _output_problems(cfg: SweepConfig) -> list[str]:
 
 def extremes(cfg: SweepConfig) -> list[str]:
     """What goes wrong at the bounds of each dimension, where it goes well at the configured value."""
-    base = set(validate.problems(cfg))
+
+    def problems(trial: SweepConfig) -> list[str]:
+        return validate.problems(trial) or method_problems(trial)
+
+    base = set(problems(cfg))
     found: list[str] = []
     for name, params in space.extremes(cfg.space, cfg):
-        new = [p for p in validate.problems(space.apply(cfg, params)) if p not in base]
+        new = [p for p in problems(space.apply(cfg, params)) if p not in base]
         found += [f"space.{name}: {problem}" for problem in new]
     return list(dict.fromkeys(found))
 

@@ -21,6 +21,7 @@ from raytune_lora.tuning.parts import Parts
 
 RUNNING, PAUSED, COMPLETED = "running", "paused", "completed"
 ENDED_BADLY = (FAILED, DIVERGED, OOM, LOST, QUOTA)
+PACKING = "packing"  # the phase in which a model is asked whether it keeps packed rows apart, where rows are packed
 PREPARE, BASELINE, TRIALS, CONFIRM, BEST = PHASES = "prepare", "baseline", "trials", "confirm", "best"
 
 _SILENT = ("clock", "ended_by", "reopened")  # events that nobody watches

@@ -1,0 +1,115 @@
+"""Whether a model keeps rows apart that are packed into one sequence. T: time (tokens), V: vocabulary.
+
+Packed rows are told apart by nothing but their positions, which begin anew with each row. Many models do not look
+there: they count positions by themselves, mask by the attention mask alone, or carry a state or a convolution from one
+token to the next whatever its position (OPT, BLOOM, Falcon, Mamba, LFM2 in transformers 5.23). So the model itself is
+asked, with the attention and in the number format that it trains with.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+
+from raytune_lora.cache import Cache
+from raytune_lora.config.schema import RunConfig
+from raytune_lora.data.store import TokenStore
+from raytune_lora.models.loading import load_model
+from raytune_lora.models.sources import materialize
+from raytune_lora.models.tokenizer import load_tokenizer
+from raytune_lora.training.batches import collate, pack
+from raytune_lora.training.place import Place
+
+_LENGTHS = (9, 14, 6)  # tokens of the rows that are packed
+_VERSIONS = 4  # of the first row
+_ROWS = 64  # of the training split, from whose tokens the rows are drawn
+_BEYOND = 10.0  # times the noise of a batch that counts as a difference
+# The least differences that count, as shares of the logits' norm, by what the model computes in. Of other words in
+# another row: they change nothing at all, but for kernels that round by what else is in the batch (experts, int8).
+_SEEN = {torch.float32: 2e-6, torch.float16: 2e-5, torch.bfloat16: 1e-4}
+# Of packing itself, which sums in another order.
+_MOVED = {torch.float32: 1e-4, torch.float16: 5e-2, torch.bfloat16: 5e-2}
+
+
+def probe(cfg: RunConfig, store: TokenStore, place: Place) -> None:
+    """Report ``leak``: why packed rows of the data do not train on this model as they do alone; None where they do.
+
+    The first worker asks, on the whole base model; no method that can pack adds anything that joins tokens.
+    """
+    if place.rank:
+        return
+    folder = materialize(cfg.model, Cache.of(cfg.cache, cfg.cluster.node_cache))
+    tokenizer = load_tokenizer(folder, cfg.model)
+    model = load_model(folder, cfg.model, cfg.quantization)
+    if cfg.gpus_per_worker:
+        model = model.to(torch.device("cuda", torch.cuda.current_device()))
+    rows = store.split("train").select(range(min(_ROWS, store.rows["train"])))
+    tokens = sorted({token for row in rows["input_ids"] for token in row})
+    place.report({"leak": leak(model, tokens, tokenizer.pad_token_id)})
+
+
+@torch.no_grad()
+def leak(model: Any, tokens: Sequence[int], pad_id: int) -> str | None:
+    """How the logits of packed rows differ from what they are without the other rows; None where they do not.
+
+    Args:
+        model: takes input_ids, position_ids and attention_mask; in evaluation mode.
+        tokens: to make rows of.
+        pad_id: fills short rows.
+    """
+    draw = random.Random(0)
+    firsts = [[draw.choice(tokens) for _ in range(_LENGTHS[0])] for _ in range(_VERSIONS)]
+    later = [[draw.choice(tokens) for _ in range(length)] for length in _LENGTHS[1:]]
+    alone = torch.cat([row for each in (firsts[0], *later) for row in _side_by_side(model, [each], pad_id)])
+    side = [list(_side_by_side(model, [first, *later], pad_id)) for first in firsts]
+    try:
+        packed = [_packed(model, [first, *later]) for first in firsts]
+    except torch.cuda.OutOfMemoryError:
+        raise
+    except Exception as error:  # whatever the model says of one sequence with several beginnings, having taken each
+        return f"it cannot take them: {type(error).__name__}: {str(error).strip().splitlines()[0]}"
+    dtype, start = _computes_in(model), _LENGTHS[0]
+    batch = max(_difference(torch.cat(rows[1:]), torch.cat(side[0][1:])) for rows in side[1:])
+    seen = max(_difference(logits[start:], packed[0][start:]) for logits in packed[1:])
+    if not seen <= max(_SEEN[dtype], _BEYOND * batch):
+        return f"other words in one row change the logits of the next by {seen:.2g} of their norm"
+    padding = _difference(torch.cat(side[0]), alone)
+    moved = _difference(packed[0], alone)
+    if not moved <= max(_MOVED[dtype], _BEYOND * padding):
+        return f"a row's logits differ by {moved:.2g} of their norm from those of the row alone"
+    return None
+
+
+def _packed(model: Any, rows: Sequence[list[int]]) -> torch.Tensor:
+    """Logits of packed rows, (sum of T, V)."""
+    return _logits(model, pack([{"input_ids": row, "labels": row} for row in rows]))[0]
+
+
+def _side_by_side(model: Any, rows: Sequence[list[int]], pad_id: int) -> Iterator[torch.Tensor]:
+    """Logits of each row of a padded batch, (T, V)."""
+    logits_BTV = _logits(model, collate([{"input_ids": row, "labels": row} for row in rows], pad_id))
+    for row, logits_TV in zip(rows, logits_BTV, strict=True):
+        yield logits_TV[: len(row)]
+
+
+def _logits(model: Any, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+    device = next(model.parameters()).device
+    inputs = {name: tensor.to(device) for name, tensor in inputs.items() if name != "labels"}
+    return model(**inputs).logits.float()  # type: ignore[no-any-return]
+
+
+def _computes_in(model: Any) -> torch.dtype:
+    """Of a quantized model, its layers' format rather than that of the weights beside them."""
+    quantized = getattr(model.config, "quantization_config", None)
+    if quantized is None:
+        return model.dtype  # type: ignore[no-any-return]
+    return quantized.bnb_4bit_compute_dtype if getattr(quantized, "load_in_4bit", False) else torch.float16
+
+
+def _difference(logits: torch.Tensor, reference: torch.Tensor) -> float:
+    """Norm of the difference of what softmax sees of the logits, as a share of the reference's."""
+    reference = reference - reference.mean(-1, keepdim=True)
+    return float((logits - logits.mean(-1, keepdim=True) - reference).norm() / reference.norm())
