@@ -11,6 +11,7 @@ from raytune_lora.artifacts import fingerprint, read_manifest
 from raytune_lora.cache import Cache
 from raytune_lora.config.schema import ModelConfig
 from raytune_lora.models.tokenizer import trusted
+from raytune_lora.models.weights import is_transposed
 from raytune_lora.planning.shape import Block, Linear, Shape
 
 # linear layers that are fed what their sublayer has computed, rather than the sublayer's input
@@ -33,7 +34,8 @@ def known_shape(folder: Path, cfg: ModelConfig, cache: Cache) -> Shape:
     except OSError:  # that the cache cannot be written is told by who needs it to be
         return shape_of_folder(folder, cfg)
     linears = tuple(Linear(**linear) for linear in found["linears"])
-    return Shape(**{**found, "block": Block(**found["block"]), "linears": linears})
+    own = {"block": Block(**found["block"]), "linears": linears, "sublayers": tuple(found["sublayers"])}
+    return Shape(**{**found, **own})
 
 
 def shape_of_folder(folder: Path, cfg: ModelConfig) -> Shape:
@@ -63,7 +65,33 @@ def shape_of(model: Any) -> Shape:
         biases=sum(p.numel() for name, p in model.named_parameters() if name.rpartition(".")[2] == "bias"),
         parameters=sum(p.numel() for p in model.parameters()),
         softcap=getattr(config, "final_logit_softcapping", None) is not None,
+        sublayers=_sublayers(model),
+        prefixable=_prefixable(config),
     )
+
+
+def decoder_layers(model: Any) -> list[Any]:
+    """The model's decoder layers: its list of as many like modules as its config has layers; empty where it has none.
+
+    In a model that sees, too, they are those of its text part.
+    """
+    from torch import nn
+
+    count = model.config.get_text_config().num_hidden_layers
+    lists = [(name, m) for name, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m) == count]
+    return list(min(lists, key=lambda found: "vision" in found[0])[1]) if lists else []
+
+
+def _sublayers(model: Any) -> tuple[str, ...]:
+    layers = [dict(layer.named_children()) for layer in decoder_layers(model)]
+    return tuple(name for name in (layers[0] if layers else ()) if all(name in layer for layer in layers))
+
+
+def _prefixable(config: Any) -> bool:
+    """Whether learned keys and values can stand before each layer's own: none convolves, scans or has latent ones."""
+    kinds = getattr(config, "layer_types", None) or ["full_attention"]
+    attends = all("attention" in kind and "linear" not in kind for kind in kinds)
+    return attends and bool(getattr(config, "num_attention_heads", 0)) and not getattr(config, "kv_lora_rank", None)
 
 
 def norms(model: Any) -> list[tuple[str, Any]]:
@@ -81,8 +109,9 @@ def _linears(model: Any) -> list[Linear]:
             continue
         parent, _, leaf = name.rpartition(".")
         source = f"{parent}.{'inside' if leaf in _LAST else 'input'}"
+        transposed = is_transposed(module)
         d_in, d_out = module.weight.shape if isinstance(module, Conv1D) else module.weight.shape[::-1]
-        found.append(Linear(name, d_in, d_out, source))
+        found.append(Linear(name, d_in, d_out, source, transposed))
     return found
 
 

@@ -11,6 +11,13 @@ from raytune_lora.errors import UserError
 _INDEX, _SINGLE = "model.safetensors.index.json", "model.safetensors"
 
 
+def is_transposed(layer: Any) -> bool:
+    """Whether the checkpoint of a linear layer holds d_in x d_out, as GPT-2's Conv1D does; quantized or not."""
+    from transformers.pytorch_utils import Conv1D
+
+    return issubclass(getattr(layer, "source_cls", type(layer)), Conv1D)  # bitsandbytes' layers name what they replaced
+
+
 class Weights:
     """The unquantized weights of a base model."""
 
@@ -35,6 +42,19 @@ class Weights:
             raise UserError(
                 f"model.path: {folder} holds no {_SINGLE}; this method reads the unquantized weights from it"
             )
+
+    def linear(self, name: str, layer: Any) -> Any:
+        """The weight of a linear layer, d_out x d_in.
+
+        Args:
+            name: of the layer in the model.
+            layer: itself, quantized or not.
+
+        Raises:
+            UserError: there is none of that name.
+        """
+        weight = self.get(f"{name}.weight")
+        return weight.T.contiguous() if is_transposed(layer) else weight
 
     def get(self, name: str) -> Any:
         """A tensor by its name in the model.

@@ -15,6 +15,7 @@ class Linear:
     d_in: int
     d_out: int
     source: str = ""  # layers with the same one are fed the same tensor
+    transposed: bool = False  # stored d_in x d_out, as GPT-2's Conv1D is, and not d_out x d_in
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,8 @@ class Shape:
     biases: int  # parameters called bias
     parameters: int  # all, shared ones once
     softcap: bool = False  # whether the logits are capped
+    sublayers: tuple[str, ...] = ()  # names of the modules that every decoder layer has
+    prefixable: bool = True  # whether every layer attends, with keys and values of one width
 
     @property
     def kv_width(self) -> int:

@@ -67,7 +67,7 @@ def calibrate(
     """
     for name in names:
         layer = model.get_submodule(name)
-        blocks = weights.get(f"{name}.weight").to(layer.weight.device, torch.float32).reshape(-1, BLOCK)
+        blocks = weights.linear(name, layer).to(layer.weight.device, torch.float32).reshape(-1, BLOCK)
         median = blocks.median(dim=1, keepdim=True).values
         reach = (blocks - median).abs().amax(dim=1, keepdim=True)
         factors = torch.linspace(-spread * _SPREAD, spread * _SPREAD, 2 * steps + 1, device=blocks.device)

@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from raytune_lora.models.weights import is_transposed
+
 _LEFT, _RIGHT, _TEMPERATURE = -1.5, 1.5, 0.5  # the paper's
 _EDGE = 1e-6  # of the uniform draw, away from an infinite logit
 _SHIFT = _TEMPERATURE * math.log(-_LEFT / _RIGHT)
@@ -23,7 +25,7 @@ class SparseDiff(nn.Module):
 
     def __init__(self, layer: Any) -> None:
         super().__init__()
-        shape = (layer.out_features, layer.in_features)
+        shape = (layer.out_features, layer.in_features) if hasattr(layer, "out_features") else layer.weight.T.shape
         device = layer.weight.device
         self.diff = nn.Parameter(torch.zeros(shape, device=device))
         self.gate = nn.Parameter(torch.full(shape, 2.0, device=device))
@@ -96,7 +98,8 @@ def merge(model: Any) -> Any:
     with torch.no_grad():
         for layer in list(model.modules()):
             if isinstance(getattr(layer, "sparse", None), SparseDiff):
-                layer.weight += layer.sparse.diff.to(layer.weight.dtype)
+                diff = layer.sparse.diff.to(layer.weight.dtype)
+                layer.weight += diff.T if is_transposed(layer) else diff
                 layer.sparse.hook.remove()
                 del layer.sparse
     return model

@@ -5,14 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 from raytune_lora.config.methods import AdapterMethodConfig, Placement
-from raytune_lora.errors import UserError
 from raytune_lora.models.methods.base import Start
 from raytune_lora.models.methods.own import OwnMethod
 from raytune_lora.planning.added import Added
 from raytune_lora.planning.shape import Shape
 
 _ATTENTION = ("self_attn", "attn", "attention", "self_attention")  # what decoder layers call their sublayers
-_FEED_FORWARD = ("mlp", "feed_forward", "ffn", "block_sparse_moe")
+_FEED_FORWARD = ("mlp", "feed_forward", "ffn", "block_sparse_moe", "fc2")  # the last: OPT's has no module of its own
 
 
 class Adapter(OwnMethod[AdapterMethodConfig]):
@@ -23,20 +22,23 @@ class Adapter(OwnMethod[AdapterMethodConfig]):
 
     def apply(self, model: Any, start: Start) -> Any:
         from raytune_lora.models.layers.bottleneck import insert
+        from raytune_lora.models.shape import decoder_layers
 
         model.requires_grad_(False)
-        kinds = [_FEED_FORWARD] if self.cfg.placement is Placement.pfeiffer else [_ATTENTION, _FEED_FORWARD]
         width = model.config.get_text_config().hidden_size
         for layer in decoder_layers(model):
-            for names in kinds:
-                name = next((name for name in names if hasattr(layer, name)), None)
-                if name is None:
-                    raise UserError(
-                        f"method=adapter does not know the layers of this model: none of {', '.join(names)} "
-                        f"in {type(layer).__name__}; method=lora works on any"
-                    )
+            for names in self._kinds():
+                name = next(name for name in names if hasattr(layer, name))
                 insert(getattr(layer, name), width, self.cfg.width, self.cfg.dropout)
         return model
+
+    def problems(self, shape: Shape) -> list[str]:
+        missing = [names for names in self._kinds() if not set(names) & set(shape.sublayers)]
+        return [
+            f"method=adapter finds no place in this model's decoder layers: nothing is called {', '.join(names)}; each "
+            f"has {', '.join(shape.sublayers) or 'nothing in common'}; method=lora works on any"
+            for names in missing
+        ]
 
     def count(self, shape: Shape) -> int:
         one = 2 * shape.hidden * self.cfg.width + self.cfg.width + shape.hidden
@@ -51,17 +53,6 @@ class Adapter(OwnMethod[AdapterMethodConfig]):
             untouched=0 if behind_both else 1,
         )
 
-
-def decoder_layers(model: Any) -> list[Any]:
-    """The model's decoder layers: its list of as many like modules as its config has layers.
-
-    Raises:
-        UserError: there is none.
-    """
-    from torch import nn
-
-    count = model.config.get_text_config().num_hidden_layers
-    for module in model.modules():
-        if isinstance(module, nn.ModuleList) and len(module) == count:
-            return list(module)
-    raise UserError("method=adapter finds no list of decoder layers in this model; method=lora works on any")
+    def _kinds(self) -> list[tuple[str, ...]]:
+        """The names that each sublayer with an adapter behind it may have."""
+        return [_FEED_FORWARD] if self.cfg.placement is Placement.pfeiffer else [_ATTENTION, _FEED_FORWARD]

@@ -7,6 +7,7 @@ from typing import Any
 from raytune_lora.config.methods import EvaMethodConfig
 from raytune_lora.models.methods.base import Start
 from raytune_lora.models.methods.lora import LoraFamily
+from raytune_lora.planning.shape import Shape
 
 
 class Eva(LoraFamily[EvaMethodConfig]):
@@ -32,7 +33,24 @@ class Eva(LoraFamily[EvaMethodConfig]):
             initialize_lora_eva_weights(
                 adapted,
                 dataloader=list(start.samples(self.cfg.samples)),
+                prepare_model_inputs_fn=_counted_tokens,
+                prepare_layer_inputs_fn=_their_inputs,
                 gather_distributed_inputs=False,  # all workers see the same samples here
                 show_progress_bar=False,
             )
         return adapted
+
+    def problems(self, shape: Shape) -> list[str]:
+        return [*super().problems(shape), *self.too_many_ranks(shape)]
+
+
+def _counted_tokens(batch: dict[str, Any], config: Any) -> Any:
+    """Which tokens of a batch have a label, B x T."""
+    mask = batch["attention_mask"].bool()
+    return mask & (batch["labels"] != config.eva_config.label_mask_value) if config.eva_config.use_label_mask else mask
+
+
+def _their_inputs(inputs: Any, mask: Any, name: str) -> Any:
+    """The inputs of a layer for these tokens; some models give a layer all tokens in one row, as OPT does."""
+    x = inputs[0] if isinstance(inputs, (tuple, list)) else inputs
+    return x.reshape(-1, x.shape[-1])[mask.flatten()]

@@ -56,6 +56,7 @@ class Loha(TargetedMethod[LohaMethodConfig]):
     """W + alpha / r * (B1 A1) * (B2 A2), elementwise (arXiv:2108.06098)."""
 
     config_class = LohaMethodConfig
+    on_transposed = False
     bases = UNQUANTIZED
     stages = frozenset({0, 1, 2})
     because = f"{_NO_QUANTIZED_LAYER}; its backward pass reads factors that ZeRO-3 has divided by then"
@@ -82,6 +83,7 @@ class Lokr(TargetedMethod[LokrMethodConfig]):
     """W + alpha / r * C kron (B A) (LyCORIS, arXiv:2309.14859)."""
 
     config_class = LokrMethodConfig
+    on_transposed = False
     bases = UNQUANTIZED
     because = _NO_QUANTIZED_LAYER
 
@@ -147,6 +149,7 @@ class Shira(TargetedMethod[ShiraMethodConfig]):
     """r * (d_in + d_out) weights of each layer, chosen at random, train (arXiv:2406.13175)."""
 
     config_class = ShiraMethodConfig
+    on_transposed = False
     bases = UNQUANTIZED
     stages = frozenset({0, 1, 2})
     because = "it adds to single weights of each layer, which have to be there whole and unquantized"

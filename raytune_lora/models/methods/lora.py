@@ -42,6 +42,16 @@ class LoraFamily(TargetedMethod[L]):
         targets = tuple(self.targets(shape))
         return Added.low_rank(targets, self.cfg.r, self.cfg.dropout, trained=self.count(shape))
 
+    def too_many_ranks(self, shape: Shape) -> list[str]:
+        """Of a start by decomposition: a matrix has no more singular vectors than the smaller of its sides."""
+        smallest = min(self.targets(shape), key=lambda linear: min(linear.d_in, linear.d_out), default=None)
+        if smallest is None or self.cfg.r <= (side := min(smallest.d_in, smallest.d_out)):
+            return []
+        return [
+            f"method.r must be <= {side} for method={self.cfg.kind}, the smaller side of the model's smallest target "
+            f"layer {smallest.name} (got {self.cfg.r})"
+        ]
+
 
 class Lora(LoraFamily[LoraMethodConfig]):
     config_class = LoraMethodConfig

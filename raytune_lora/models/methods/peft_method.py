@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 from raytune_lora.config.methods import ALL_LINEAR, TargetedMethodConfig
 from raytune_lora.errors import UserError
@@ -69,7 +69,13 @@ def write_adapter(model: Any, weights: dict[str, Any], folder: Path, **changes: 
 
 
 class TargetedMethod(PeftMethod[T]):
-    """A PEFT method on linear layers that ``target_modules`` names."""
+    """A PEFT method on linear layers that ``target_modules`` names.
+
+    Attributes:
+        on_transposed: whether PEFT has it for GPT-2's transposed layers, too.
+    """
+
+    on_transposed: ClassVar[bool] = True
 
     @property
     def target_modules(self) -> str | list[str]:
@@ -78,7 +84,14 @@ class TargetedMethod(PeftMethod[T]):
         return ALL_LINEAR if modules == [ALL_LINEAR] else modules
 
     def problems(self, shape: Shape) -> list[str]:
-        return target_problems(self.cfg, shape)
+        found = target_problems(self.cfg, shape)
+        transposed = [linear.name for linear in self.targets(shape) if linear.transposed]
+        if transposed and not self.on_transposed:
+            found.append(
+                f"method={self.cfg.kind} works on torch.nn.Linear alone, and {len(transposed)} of its targets are "
+                f"Conv1D, with transposed weights ({transposed[0]} is one); take method=lora, or another model"
+            )
+        return found
 
     def targets(self, shape: Shape) -> list[Linear]:
         """The layers it works on."""

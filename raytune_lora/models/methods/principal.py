@@ -6,7 +6,6 @@ untouched base, as a LoRA of twice the rank: alpha / r * (B A - B0 A0).
 
 from __future__ import annotations
 
-from abc import abstractmethod
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -14,6 +13,7 @@ from raytune_lora.config.methods import LoraMethodConfig, OloraMethodConfig, Pis
 from raytune_lora.models.methods.base import UNQUANTIZED, Start
 from raytune_lora.models.methods.lora import LoraFamily
 from raytune_lora.models.methods.peft_method import write_adapter
+from raytune_lora.models.weights import is_transposed
 from raytune_lora.planning.shape import Shape
 
 L = TypeVar("L", bound=LoraMethodConfig)
@@ -26,22 +26,27 @@ class PrincipalLora(LoraFamily[L]):
     bases = UNQUANTIZED
     stages = frozenset({0, 1, 2})
     because = "it decomposes and changes the base model's weights, which have to be there whole and unquantized"
-    _goes_on = False
 
-    @abstractmethod
-    def start_word(self) -> str:
-        """PEFT's word for the start."""
+    _resumes = False
+
+    def start_word(self) -> str | bool:
+        """PEFT's word for the start; True where it is made here."""
+        return True
+
+    def factors(self, model: Any) -> dict[str, Any]:
+        """B0 and A0 by their names in the model; none where PEFT has taken them out of the base already."""
+        return {}
 
     def variant(self) -> dict[str, Any]:
-        return {"init_lora_weights": True if self._goes_on else self.start_word()}
+        return {"init_lora_weights": True if self._resumes else self.start_word()}
 
     def apply(self, model: Any, start: Start) -> Any:
-        self._goes_on = bool(start.earlier)
+        self._resumes = bool(start.earlier)
         adapted = super().apply(model, start)
-        if start.earlier:
-            _begin_with(adapted, start.earlier)
-        trained = {name: p.detach().cpu().clone() for name, p in adapted.named_parameters() if p.requires_grad}
-        setattr(adapted, _FIRST, trained)
+        if factors := start.earlier or self.factors(adapted):
+            _begin_with(adapted, factors)
+        first = {n: p.detach().cpu().clone() for n, p in adapted.named_parameters() if "lora_" in n}
+        setattr(adapted, _FIRST, first)
         return adapted
 
     def extra_state(self, model: Any) -> dict[str, Any]:
@@ -58,14 +63,7 @@ class PrincipalLora(LoraFamily[L]):
         write_adapter(model, weights, folder, r=2 * self.cfg.r, lora_alpha=2 * self.cfg.alpha, init_lora_weights=True)
 
     def problems(self, shape: Shape) -> list[str]:
-        found = super().problems(shape)
-        smallest = min((min(linear.d_in, linear.d_out) for linear in self.targets(shape)), default=self.cfg.r)
-        if self.cfg.r > smallest:
-            found.append(
-                f"method.r must be <= {smallest} for method={self.cfg.kind}, the smaller side of the model's smallest "
-                f"target layer (got {self.cfg.r})"
-            )
-        return found
+        return [*super().problems(shape), *self.too_many_ranks(shape)]
 
 
 class Pissa(PrincipalLora[PissaMethodConfig]):
@@ -78,24 +76,40 @@ class Pissa(PrincipalLora[PissaMethodConfig]):
 
 
 class Olora(PrincipalLora[OloraMethodConfig]):
-    """Orthonormal: the first columns of a QR decomposition (arXiv:2406.01775)."""
+    """Orthonormal: the first columns of a QR decomposition (arXiv:2406.01775).
+
+    Not PEFT's: it decomposes the weight of a Conv1D, which is stored transposed, as if it were not.
+    """
 
     config_class = OloraMethodConfig
 
-    def start_word(self) -> str:
-        return "olora"
+    def factors(self, model: Any) -> dict[str, Any]:
+        import torch
+
+        found: dict[str, Any] = {}
+        for name, layer in _lora_layers(model):
+            base, r = layer.get_base_layer(), layer.r["default"]
+            weight = base.weight.T if is_transposed(base) else base.weight
+            q, upper = torch.linalg.qr(weight.detach().float())
+            found |= {f"{name}.lora_B.default.weight": q[:, :r], f"{name}.lora_A.default.weight": upper[:r]}
+        return found
+
+
+def _lora_layers(model: Any) -> list[tuple[str, Any]]:
+    from peft.tuners.lora import LoraLayer
+
+    return [(name, module) for name, module in model.named_modules() if isinstance(module, LoraLayer)]
 
 
 def _begin_with(model: Any, factors: dict[str, Any]) -> None:
-    """Take the start of an earlier run: set A and B, and take their product out of the base."""
+    """Set A and B, and take their product out of the base."""
     import torch
-    from peft.tuners.lora import LoraLayer
 
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if name in factors:
                 parameter.copy_(factors[name])
-        layers: list[Any] = [module for module in model.modules() if isinstance(module, LoraLayer)]
-        for layer in layers:
+        for _, layer in _lora_layers(model):
             weight, scaling = layer.get_base_layer().weight, layer.scaling["default"]
-            weight.copy_(weight - scaling * layer.lora_B["default"].weight @ layer.lora_A["default"].weight)
+            product = scaling * layer.lora_B["default"].weight @ layer.lora_A["default"].weight
+            weight.copy_(weight - (product.T if is_transposed(layer.get_base_layer()) else product))

@@ -68,6 +68,14 @@ class PrefixTuning(PromptMethod[PrefixTuningMethodConfig]):
     def added(self, shape: Shape) -> Added:
         return Added(trained=self.count(shape), keys=self.cfg.virtual_tokens)
 
+    def problems(self, shape: Shape) -> list[str]:
+        if shape.prefixable:
+            return []
+        return [
+            "method=prefix_tuning puts keys and values before those of every layer, and not every layer of this model "
+            "has both, of one width (some convolve, scan, or attend to latent vectors); take method=prompt_tuning"
+        ]
+
 
 class PromptTuning(PromptMethod[PromptTuningMethodConfig]):
     """Input embeddings (arXiv:2104.08691)."""

@@ -36,6 +36,9 @@ class Loftq(LoraFamily[LoftqMethodConfig]):
             _fit(adapted, Weights(start.weights))
         return adapted
 
+    def problems(self, shape: Shape) -> list[str]:
+        return [*super().problems(shape), *self.too_many_ranks(shape)]
+
 
 class IrQlora(LoraFamily[IrQloraMethodConfig]):
     """Calibrated quantization and elastic connections (IR-QLoRA, arXiv:2402.05445).
@@ -109,8 +112,9 @@ def _fit(model: Any, weights: Weights) -> None:
     named: list[tuple[str, Any]] = [(n, m) for n, m in model.named_modules() if isinstance(m, LoraLayer)]
     with torch.no_grad():
         for name, layer in named:
-            quantized = layer.get_base_layer().weight
-            whole = weights.get(f"{name.removeprefix(_BASE)}.weight").to(quantized.device, torch.float32)
+            base = layer.get_base_layer()
+            quantized = base.weight
+            whole = weights.linear(name.removeprefix(_BASE), base).to(quantized.device, torch.float32)
             lost = whole - dequantize_4bit(quantized.data, quantized.quant_state).float()
             u, s, v = torch.linalg.svd(lost, full_matrices=False)
             r = layer.r["default"]

@@ -1,0 +1,194 @@
+"""What every fine-tuning method promises, on models of many architectures: it holds, or is refused before the start."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from raytune_lora.config.methods import METHODS
+from raytune_lora.config.schema import Quantization, kind_of
+from raytune_lora.models.methods import method_for
+from raytune_lora.models.methods.peft_method import CONFIG
+from tests.unit import zoo
+from tests.unit.method_bench import STEPS, Bench, config
+
+_WIDE = {"hidden_size": 64, "intermediate_size": 128, "initializer_range": 0.1}  # 64: a block of 4-bit weights
+MODELS: dict[str, dict[str, Any]] = {
+    "llama": _WIDE,
+    "tied_llama": _WIDE,
+    "gpt2": {"n_embd": 64, "initializer_range": 0.1},
+    "qwen3": _WIDE,
+    "gemma2": _WIDE,
+    "phi3": _WIDE,
+    "opt": {"hidden_size": 64, "word_embed_proj_dim": 64, "ffn_dim": 128, "init_std": 0.1},
+}
+IA3 = {  # its layers are called otherwise
+    "gpt2": {"target_modules": ["c_attn", "c_proj"], "feedforward_modules": ["c_proj"]},
+    "phi3": {"target_modules": ["qkv_proj", "down_proj"], "feedforward_modules": ["down_proj"]},
+    "opt": {"target_modules": ["k_proj", "v_proj", "fc2"], "feedforward_modules": ["fc2"]},
+}
+REFUSED = {  # what cannot work, and a word of the reason
+    **{(kind, "gpt2"): "Conv1D" for kind in ("loha", "lokr", "shira")},
+    **{("bitfit", model): "trains biases" for model in ("llama", "tied_llama", "qwen3", "gemma2", "phi3")},
+}
+CUT = ("diff_pruning",)  # what is saved is not what trained
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> Iterator[None]:
+    """Threads cost more than they give on so small a model."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Folders of models of the zoo, by name."""
+    root = tmp_path_factory.mktemp("zoo")
+
+    def made(name: str) -> Path:
+        if not (root / name).exists():
+            zoo.build(name, **MODELS[name]).save_pretrained(root / name)
+        return root / name
+
+    return made
+
+
+def bench_of(kind: str, model: str, folder: Callable[[str], Path], **changes: Any) -> Bench:
+    bases = method_for(config(kind)).bases
+    own = IA3.get(model, {}) if kind == "ia3" else {}
+    base = Quantization.none if Quantization.none in bases else Quantization.nf4
+    return Bench(kind, folder(model), base, **own | changes)
+
+
+def same(one: torch.Tensor, other: torch.Tensor) -> None:
+    torch.testing.assert_close(one, other, atol=5e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("kind", [kind_of(cls) for cls in METHODS])
+def test_a_method_keeps_its_promises(kind: str, model: str, folder: Callable[[str], Path], tmp_path: Path) -> None:
+    """Starts as the base, trains what it counts, learns; the same when resumed, loaded, loaded by PEFT and merged."""
+    bench = bench_of(kind, model, folder)
+    shape, method = bench.shape(), bench.method
+    problems = method.problems(shape)
+    if reason := REFUSED.get((kind, model)):
+        assert len(problems) == 1
+        assert reason in problems[0]
+        assert f"method={kind}" in problems[0]
+        return
+    assert problems == []
+    untouched = bench.logits(bench.base())
+    trained = bench.applied()
+    if method.starts_as_base:
+        same(bench.logits(trained), untouched)
+    assert sum(p.numel() for p in trained.parameters() if p.requires_grad) == method.count(shape)
+
+    before, optimizer = bench.loss(trained), bench.optimizer(trained)
+    bench.train(trained, range(1, 4), optimizer)
+    saved = copy.deepcopy((bench.state(trained), method.extra_state(trained), optimizer.state_dict()))
+    bench.train(trained, range(4, STEPS + 1), optimizer)
+    assert bench.loss(trained) < before - 1e-3
+    learned = bench.logits(trained)
+    same(resumed(bench, *saved), learned)
+
+    method.save(trained, bench.state(trained), tmp_path)
+    loaded = method.load(bench.base(), tmp_path, bench.folder)
+    assert not any(p.requires_grad for p in loaded.parameters())
+    apart = bench.logits(loaded)
+    if kind not in CUT:
+        same(apart, learned)
+    if (tmp_path / CONFIG).exists():
+        same(loaded_by_peft(bench, tmp_path), apart)
+    if method.mergeable and bench.quantization.kind is Quantization.none:
+        merged = method.merge(loaded)
+        same(bench.logits(merged), apart)
+        assert set(merged.state_dict()) == set(bench.base().state_dict())
+
+
+def resumed(bench: Bench, weights: dict[str, Any], extra: dict[str, Any], state: dict[str, Any]) -> torch.Tensor:
+    """The logits at the end of a run that goes on from its third step in another process."""
+    torch.manual_seed(99)
+    method = method_for(bench.method.cfg)
+    model = method.apply(bench.base(), bench.start(earlier=extra))
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if p.requires_grad:
+                p.copy_(weights[name])
+    optimizer = bench.optimizer(model)
+    optimizer.load_state_dict(state)
+    bench.train(model, range(4, STEPS + 1), optimizer)
+    return bench.logits(model)
+
+
+def loaded_by_peft(bench: Bench, folder: Path) -> torch.Tensor:
+    """The logits of an adapter as a stranger loads it, on the base that it was trained on."""
+    from peft import PeftModel
+
+    return bench.logits(PeftModel.from_pretrained(bench.base(), folder))
+
+
+# ------------------------------------------------------------------------------------ layers that are stored transposed
+
+
+@pytest.mark.parametrize("kind", ["lora", "dora", "pissa", "olora", "eva", "adalora", "vera", "ia3"])
+def test_a_saved_adapter_says_that_its_layers_are_transposed(
+    kind: str, folder: Callable[[str], Path], tmp_path: Path
+) -> None:
+    for model in ("gpt2", "llama"):
+        bench = bench_of(kind, model, folder)
+        adapted = bench.applied()
+        (tmp_path / model).mkdir()
+        bench.method.save(adapted, bench.state(adapted), tmp_path / model)
+        assert json.loads((tmp_path / model / CONFIG).read_text())["fan_in_fan_out"] is (model == "gpt2")
+
+
+@pytest.mark.parametrize("model", ["gpt2", "llama"])
+def test_what_is_left_of_the_base_is_the_weight_without_the_start(model: str, folder: Callable[[str], Path]) -> None:
+    """The start is that of a matrix d_out x d_in, however it is stored."""
+    name = {"gpt2": "transformer.h.0.attn.c_attn", "llama": "model.layers.0.self_attn.q_proj"}[model]
+    for kind in ("pissa", "olora"):
+        bench = bench_of(kind, model, folder, **({"iterations": None} if kind == "pissa" else {}))
+        layer = bench.applied().get_submodule(f"base_model.model.{name}")
+        stored, left = bench.base().get_submodule(name).weight, layer.get_base_layer().weight
+        whole, left = (stored.T, left.T) if model == "gpt2" else (stored, left)
+        r = bench.method.cfg.r
+        if kind == "pissa":
+            u, s, vh = torch.linalg.svd(whole.double())
+            start = u[:, :r] * s[:r] @ vh[:r]
+        else:
+            q, upper = torch.linalg.qr(whole.double())
+            start = bench.method.cfg.alpha / r * q[:, :r] @ upper[:r]
+        torch.testing.assert_close(left.double(), whole.double() - start, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("model", ["gpt2", "llama"])
+def test_quantized_starts_know_how_the_weights_are_stored(model: str, folder: Callable[[str], Path]) -> None:
+    """LoftQ and calibration come nearer to the unquantized model than plain quantization does."""
+    target = bench_of("lora", model, folder)
+    exact = target.logits(target.base())
+    plain = Bench("lora", target.folder, Quantization.nf4)
+    lost = float((plain.logits(plain.base()) - exact).norm())
+    for kind, share in (("loftq", 0.9), ("ir_qlora", 1.05)):
+        bench = bench_of(kind, model, folder)
+        assert float((bench.logits(bench.applied()) - exact).norm()) < share * lost, kind
+
+
+@pytest.mark.parametrize("model", ["gpt2", "llama"])
+def test_the_gradient_of_a_difference_is_that_of_the_weight(model: str, folder: Callable[[str], Path]) -> None:
+    bench = bench_of("diff_pruning", model, folder)
+    adapted, whole = bench.applied().eval(), bench.base().requires_grad_(True)  # in evaluation all gates are 1 at first
+    for one in (adapted, whole):
+        one(**bench.batch, labels=bench.batch["input_ids"]).loss.backward()
+    for target in bench.shape().targets(["all-linear"]):
+        expected = whole.get_submodule(target.name).weight.grad
+        found = adapted.get_submodule(target.name).sparse.diff.grad
+        torch.testing.assert_close(found, expected.T if target.transposed else expected, atol=1e-6, rtol=1e-4)
