@@ -25,6 +25,7 @@ from raytune_lora.data.prepare import prepare
 from raytune_lora.data.store import TokenStore
 from raytune_lora.errors import JobFailed, StorageError, UserError
 from raytune_lora.evaluation import ANSWERS
+from raytune_lora.evaluation.figures import disagreement
 from raytune_lora.models.export import ADAPTER, export_adapter
 from raytune_lora.models.methods import method_for
 from raytune_lora.models.methods.fit import model_problems
@@ -51,7 +52,7 @@ from raytune_lora.tuning.progress import Progress
 from raytune_lora.tuning.results import BASELINE, BEST, write_results
 from raytune_lora.tuning.space import apply, lookup
 from raytune_lora.tuning.study import STUDY_FILE
-from raytune_lora.tuning.trials import Journal, Trial
+from raytune_lora.tuning.trials import PREPARE, Journal, Record, Trial
 
 SWEEP, RUN = "sweep", "run"
 
@@ -92,13 +93,18 @@ class Job:
                 facts |= self._measure(self.cfg, BASELINE, None)
 
     def finish(self) -> None:
-        """Measure and export the best adapter, if a trial has one."""
+        """Measure and export the best adapter, if a trial has one.
+
+        Raises:
+            JobFailed: it does not have the loss that its trial reported; the journal has both, and nothing is exported.
+        """
         best = self.journal.record.best()
         if best is None or best.checkpoint is None or BEST in self.journal.record.phases:
             return
         winner = apply(self.cfg, best.params)
         with self.phase(BEST, f"measuring the best model, trial {best.trial_id}") as facts:
             facts |= self._measure(winner, BEST, f"{best.checkpoint}/{ADAPTER}")
+            self._see_that_it_is_what_was_trained(best, facts)
             checkpoint = self.folder.copy.here(best.checkpoint)
             model = self.cfg.model
             name = model.path if isinstance(model, HubModelConfig) and model.path else str(self.model_folder)
@@ -107,6 +113,20 @@ class Job:
             (self.folder.best / "config.yaml").write_text(config)
             write_json(self.folder.best / "params.json", best.params)
             self.folder.copy.send(self.folder.best)
+
+    def _see_that_it_is_what_was_trained(self, best: Trial, measured: dict[str, Any]) -> None:
+        assert best.eval_loss is not None
+        found = disagreement(best.eval_loss, measured)
+        if found is None:
+            return
+        why = (
+            f"the adapter of the best trial, {best.trial_id}, is not what was trained: its loss is "
+            f"{found['measured']:.5f}, and the trial's was {found['trial']:.5f} on the same validation rows (computed "
+            f"again it may differ by {found['tolerance']:.1g}). It is not exported; the trials and their checkpoints "
+            f"are kept, this one in {best.checkpoint}. To measure it again: resume={self.folder.address}"
+        )
+        self.journal.append("mismatch", trial_id=best.trial_id, why=why, **found)
+        raise JobFailed(why)
 
     def write_results(self) -> dict[str, Any]:
         """``results.json`` and ``report.html``, and the study as it now is in the store."""
@@ -196,6 +216,7 @@ def open_job(kind: str, cfg: SweepConfig, moved: Sequence[str], run: Callable[[J
             claim = stack.enter_context(held(folder, cfg.cluster.lease, progress.note))
         parts = None if claim is None else Parts(f"{folder.uri}/{JOURNAL}", claim.label, claim.check)
         journal = Journal(folder.journal, progress.watch, began, parts)
+        _same_data(journal.record, inputs.store)
         if changes:
             journal.append("moved", changes=to_plain(changes))
             folder.rewrite(cfg)
@@ -207,8 +228,26 @@ def open_job(kind: str, cfg: SweepConfig, moved: Sequence[str], run: Callable[[J
         shutil.copyfile(inputs.store.folder / REPORT, folder.path / REPORT)
         folder.copy.send(folder.path / REPORT)
         progress.note(in_short(json.loads((folder.path / REPORT).read_text())))
-        journal.append("phase", name="prepare", seconds=round(time.monotonic() - began, 3))
+        seconds = round(time.monotonic() - began, 3)
+        journal.append("phase", name=PREPARE, seconds=seconds, data=inputs.store.manifest["fingerprint"])
         return _work(job, run)
+
+
+def _same_data(record: Record, store: TokenStore) -> None:
+    """See that what a job goes on with was measured on the rows that it would now be measured on.
+
+    Raises:
+        UserError: the data, or what becomes of its rows, is another.
+    """
+    phase, now = record.phases.get(PREPARE), store.manifest["fingerprint"]
+    if phase is None or phase.get("data") == now or (BEST in record.phases and "data" not in phase):
+        return
+    before = phase.get("data", "that of an earlier version")
+    raise UserError(
+        f"resume: the prepared data must be what the trials were measured on, or new ones would not compare (it was "
+        f"{before}, and is {now}); bring back the files, or the version of raytune-lora, that it began with, or begin "
+        "anew (output=…)"
+    )
 
 
 def _settled(kind: str, cfg: SweepConfig, moved: Sequence[str]) -> tuple[SweepConfig, dict[str, Any]]:
