@@ -155,8 +155,9 @@ class DeepSpeedConfig:
 @dataclass
 class EvaluationConfig:
     every: int | None = None  # samples between two validations; null: ten times a run
-    loss_rows: int = 256  # rows of the validation split for the loss; 0: all
-    generate_rows: int = 64  # rows of the test split answered and compared for exact match; 0: none
+    loss_rows: int = 256  # rows of the validation split for the loss that trials are compared by; 0: all
+    final_rows: int = 10_000  # rows of it for the loss that is reported of the base model and of the best; 0: all
+    generate_rows: int = 64  # rows of the test split that both answer, compared for exact match; 0: none
     generate_batch: int = 8  # rows answered at once
     max_new_tokens: int = 256
     examples: int = 5  # answers shown side by side in the report

@@ -51,6 +51,7 @@ _RANGES: dict[str, _Rule] = {
     "deepspeed.stage": (lambda v: v in (0, 1, 2, 3), "0, 1, 2 or 3"),
     "evaluation.every": _COUNT,
     "evaluation.loss_rows": _NOT_NEGATIVE,
+    "evaluation.final_rows": _NOT_NEGATIVE,
     "evaluation.generate_rows": _NOT_NEGATIVE,
     "evaluation.generate_batch": _COUNT,
     "evaluation.max_new_tokens": _COUNT,

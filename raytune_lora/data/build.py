@@ -17,19 +17,22 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from raytune_lora.config.data import Action, DataConfig
 from raytune_lora.data import pii, statistics
 from raytune_lora.data.findings import Findings
 from raytune_lora.data.process import Part, Processed, Processor, Settings, pii_actions, quality_actions
 from raytune_lora.data.rows import Record
+from raytune_lora.data.sampling import held_out_order
 from raytune_lora.data.sources import MAIN, TEST, VALIDATION, Source
 from raytune_lora.data.splits import OUT, SPLITS, Split
 from raytune_lora.data.statistics import Statistics
 from raytune_lora.errors import UserError
 
-VERSION = 2  # of what becomes of a row: a change of that makes older stores stale
+VERSION = 3  # of what becomes of a row: a change of that makes older stores stale
 _STRETCH = 1000  # records a part
+_AT_ONCE = 10_000  # rows of a held-out split that are put in order in memory
 _PARTS = "parts"
 TOGETHER = "keep together"  # what is done about rows that would leak if each were put into a split by itself
 REPORT = "data_report.json"
@@ -73,7 +76,7 @@ def survey(cfg: DataConfig, sources: Sequence[Source], tokenizer: Any, work: Pat
     if report["gate"]:
         raise DataRefused(report["gate"], report)
     if tokenizer is not None:
-        _write(work, parts, split)
+        _write(cfg, work, parts, split)
     return report
 
 
@@ -129,24 +132,41 @@ def _stretches(sources: Sequence[Source]) -> Iterator[list[tuple[int, Record]]]:
         yield stretch
 
 
-def _write(work: Path, parts: Sequence[Part], split: Split) -> None:
+def _write(cfg: DataConfig, work: Path, parts: Sequence[Part], split: Split) -> None:
+    """Training rows as they came, for a run shuffles them; the others so that the first few are a sample of all."""
     import pyarrow as pa
 
-    start = 0
     schema = parts[0].table().select(KEPT).schema
-    sinks = [pa.OSFile(str(work / f"{name}.arrow"), "wb") for name in SPLITS]
-    writers = [pa.ipc.new_stream(sink, schema) for sink in sinks]
-    try:
-        for part in parts:
-            of = split.of[start : start + len(part.row)]
-            start += len(part.row)
-            table = part.table().select(KEPT)
-            for number, writer in enumerate(writers):
-                if (rows := np.flatnonzero(of == number)).size:
-                    writer.write_table(table.take(rows).combine_chunks())
-    finally:
-        for closing in (*writers, *sinks):
-            closing.close()
+    starts = np.cumsum([0, *(len(part.row) for part in parts)])
+    for number, name in enumerate(SPLITS):
+        rows = np.flatnonzero(split.of == number)
+        if name != "train":
+            strata = [name for part in parts for name in part.stratum] if cfg.stratify else None
+            rows = rows[held_out_order(split.row[rows], strata and [strata[row] for row in rows.tolist()])]
+        with pa.OSFile(str(work / f"{name}.arrow"), "wb") as sink, pa.ipc.new_stream(sink, schema) as writer:
+            for table in _tables(parts, starts, rows):
+                writer.write_table(table)
+
+
+def _tables(parts: Sequence[Part], starts: NDArray[np.int64], rows: NDArray[np.int64]) -> Iterator[Any]:
+    """The rows of a split in the order given, a table at a time.
+
+    Args:
+        parts: hold the rows.
+        starts: (parts + 1,) number of each part's first row.
+        rows: their numbers.
+    """
+    import pyarrow as pa
+
+    for first in range(0, len(rows), _AT_ONCE):
+        chosen = rows[first : first + _AT_ONCE]
+        order = np.argsort(chosen, kind="stable")
+        of, at = np.unique(np.searchsorted(starts, chosen[order], side="right") - 1, return_index=True)
+        found = [
+            parts[part].table().select(KEPT).take(members - starts[part])
+            for part, members in zip(of, np.split(chosen[order], at[1:]), strict=True)
+        ]
+        yield pa.concat_tables(found).take(np.argsort(order, kind="stable")).combine_chunks()
 
 
 # --------------------------------------------------------------------------------------------------------- what is said

@@ -11,23 +11,27 @@ import torch
 
 from raytune_lora import storage
 from raytune_lora.cache import Cache
-from raytune_lora.config.schema import Quantization, RunConfig
+from raytune_lora.config.schema import Precision, Quantization, RunConfig
 from raytune_lora.data.store import TokenStore
 from raytune_lora.evaluation import ANSWERS
+from raytune_lora.evaluation.figures import loss_interval, wilson
 from raytune_lora.evaluation.generate import answer, exact_match
-from raytune_lora.models.loading import load_model
+from raytune_lora.models.loading import load_model, precision
 from raytune_lora.models.methods import method_for
 from raytune_lora.models.sources import materialize
 from raytune_lora.models.tokenizer import load_tokenizer
-from raytune_lora.training.metrics import validation_loss
+from raytune_lora.training.metrics import mean_loss, row_losses, rows_measured
 from raytune_lora.training.place import Place
 from raytune_lora.working_copy import WorkingCopy
 
 
 def measure(cfg: RunConfig, store: TokenStore, place: Place, *, adapter: str | None) -> None:
-    """Report ``eval_loss`` and ``exact_match``, and write each answer to ``answers.jsonl`` in the place's folder.
+    """Report the loss and the exact match, and write each answer to ``answers.jsonl`` in the place's folder.
 
-    The workers share the rows; each holds the whole model. Exact match is None where no rows are to be answered.
+    Reported are ``eval_loss`` over ``eval_loss_rows`` rows, with its ``eval_loss_interval``; of these, ``trial_loss``
+    over the rows that a trial is measured on, and in which ``arithmetic``; and ``exact_match`` over
+    ``exact_match_rows`` rows, with its ``exact_match_interval``, all None where no rows are to be answered. The workers
+    share the rows; each holds the whole model.
 
     Args:
         cfg: the run.
@@ -48,22 +52,58 @@ def measure(cfg: RunConfig, store: TokenStore, place: Place, *, adapter: str | N
             model = method.merge(model)
     if cfg.gpus_per_worker:
         model = model.to(torch.device("cuda", torch.cuda.current_device()))
-    loss = validation_loss(
-        model,
-        store.split("validation"),
-        rows=cfg.evaluation.loss_rows,
-        batch=cfg.training.micro_batch,
-        pad_id=tokenizer.pad_token_id,
-        rank=place.rank,
-        workers=place.workers,
-    )
+    facts = _losses(cfg, store, place, model, tokenizer.pad_token_id)
     answers = _answers(cfg, store, place, model, tokenizer)
     match = exact_match([a["answer"] for a in answers], [a["expected"] for a in answers]) if answers else None
     if place.rank == 0:
         lines = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in answers)
         (place.folder / ANSWERS).write_text(lines, encoding="utf-8")
+    facts |= {
+        "exact_match": match,
+        "exact_match_rows": len(answers),
+        "exact_match_interval": None if match is None else wilson(round(match * len(answers)), len(answers)),
+    }
     seconds = time.perf_counter() - began
-    place.report({"eval_loss": loss, "exact_match": match, "measuring_seconds": seconds, "parameters": parameters})
+    place.report(facts | {"measuring_seconds": seconds, "parameters": parameters})
+
+
+def _losses(cfg: RunConfig, store: TokenStore, place: Place, model: Any, pad_id: int) -> dict[str, Any]:
+    """The figures of the loss: over the rows of a trial's validations, as these take them, and over more of them."""
+    split, asked = store.split("validation"), cfg.evaluation
+    of_trials = rows_measured(asked.loss_rows, len(split))
+    count = max(of_trials, rows_measured(asked.final_rows, len(split)))
+    losses_N2 = torch.cat(
+        [
+            row_losses(
+                model,
+                split,
+                rows,
+                batch=cfg.training.micro_batch,
+                pad_id=pad_id,
+                rank=place.rank,
+                workers=place.workers,
+            )
+            for rows in (range(of_trials), range(of_trials, count))
+            if rows
+        ]
+    )
+    return {
+        "eval_loss": mean_loss(losses_N2),
+        "eval_loss_rows": count,
+        "eval_loss_interval": loss_interval(*losses_N2.T.numpy()),
+        "trial_loss": mean_loss(losses_N2[:of_trials]),
+        "arithmetic": _arithmetic(cfg),
+    }
+
+
+def _arithmetic(cfg: RunConfig) -> str:
+    """The number format whose rounding a loss has: the coarsest that the model computes in."""
+    kind, formats = cfg.quantization.kind, [cfg.model.precision]
+    if kind is Quantization.int8:
+        return "int8"
+    if kind is not Quantization.none and cfg.quantization.compute is not Precision.auto:
+        formats.append(cfg.quantization.compute)
+    return str(max(map(precision, formats), key=lambda dtype: torch.finfo(dtype).eps)).removeprefix("torch.")
 
 
 def _here(cfg: RunConfig, adapter: str) -> Path:
@@ -74,7 +114,7 @@ def _here(cfg: RunConfig, adapter: str) -> Path:
 
 
 def _answers(cfg: RunConfig, store: TokenStore, place: Place, model: Any, tokenizer: Any) -> list[dict[str, str]]:
-    """Prompt, expected and given answer of the test split's first rows, on every worker."""
+    """Prompt, expected and given answer of the test split's first rows, a sample of all, on every worker."""
     count = min(cfg.evaluation.generate_rows, store.rows["test"])
     if count == 0:
         return []

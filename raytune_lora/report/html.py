@@ -6,6 +6,7 @@ import math
 import re
 import shlex
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -17,7 +18,7 @@ from raytune_lora.report.charts import number
 from raytune_lora.report.plots import legend, lines_of, loss_curves, progress, scatters
 from raytune_lora.report.text import STATUS, amount, date, duration, literal, loss_text, shown
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 
 # What a result looks like when nothing is known: a key that is absent reads like one that is null or empty.
 _RESULTS: dict[str, Any] = {
@@ -42,7 +43,8 @@ _TRIAL: dict[str, Any] = {"trial_id": "", "status": "", "params": {}, "curve": [
 _TRIAL |= dict.fromkeys(
     ("confirms", "parent", "born", "eval_loss", "samples_seen", "seconds", "training_seconds", "error", "log")
 )
-_BEST: dict[str, Any] = {"trial_id": "", "params": {}, "eval_loss": None, "exact_match": None, "adapter": None}
+_BEST: dict[str, Any] = {"trial_id": "", "params": {}, "mismatch": None}
+_BEST |= dict.fromkeys(("eval_loss", "trial_loss", "exact_match", "adapter"))
 
 _STAGES = {
     "prepare": "data and model",
@@ -94,7 +96,10 @@ def render(results: dict[str, Any]) -> str:
         names=names,
         facts=_facts(known),
         measures=_measures(known),
-        charts=loss_curves(lines, known["baseline"].get("eval_loss")),
+        charts=loss_curves(lines, known["baseline"].get("trial_loss")),
+        trial_rows=_note(
+            "on", _trial_rows(known), (known["data"].get("rows") or {}).get("validation"), "validation rows"
+        ),
         legend=legend(known, lines),
         progress=progress(known, names),
         plots=scatters(known, names),
@@ -174,12 +179,12 @@ def _facts(r: dict[str, Any]) -> list[tuple[str, str, str]]:
 
 def _measures(r: dict[str, Any]) -> list[Measure]:
     """The headline: what is known of the loss and the exact match, before and after."""
-    data, best, rows = r["data"], r["best"] or {}, r["data"].get("rows") or {}
+    best, rows = r["best"] or {}, r["data"].get("rows") or {}
     measures = []
-    before, after = r["baseline"].get("eval_loss"), best.get("eval_loss")
+    key, asked = _compared(r)
+    before, after = r["baseline"].get(key), best.get(key)
     if before is not None or after is not None:
         change = _signed(100 * (after - before) / before, "%") if before and after is not None else None
-        count = _rows(data.get("loss_rows"), rows.get("validation"))
         longest = max(before or 0, after or 0) or 1
         measures.append(
             Measure(
@@ -188,12 +193,17 @@ def _measures(r: dict[str, Any]) -> list[Measure]:
                 ((before or 0) / longest, (after or 0) / longest),
                 change,
                 better=change is not None and after <= before,
-                note=f"on {count} validation rows" if count else "on the validation rows",
+                note=_note("on", asked, rows.get("validation"), "validation rows")
+                + (
+                    _interval(best, r["baseline"], "eval_loss", lambda v: loss_text(v, 3)) if key == "eval_loss" else ""
+                ),
             )
         )
     before, after = r["baseline"].get("exact_match"), best.get("exact_match")
     if before is not None or after is not None:
         change = _signed(100 * (after - before), " points") if None not in (before, after) else None
+        asked = best.get("exact_match_rows") or r["baseline"].get("exact_match_rows")
+        right = f"{round(after * asked)} right " if asked and after is not None else ""
         measures.append(
             Measure(
                 "Exact match",
@@ -201,29 +211,44 @@ def _measures(r: dict[str, Any]) -> list[Measure]:
                 (before or 0, after or 0),
                 change,
                 better=change is not None and after >= before,
-                note=_match_note(after, _rows(data.get("generate_rows"), rows.get("test"))),
+                note=_note(f"{right}of", asked, rows.get("test"), "test answers")
+                + _interval(best, r["baseline"], "exact_match", lambda v: f"{v:.0%}"),
             )
         )
     return measures
+
+
+def _compared(r: dict[str, Any]) -> tuple[str, int | None]:
+    """Which loss is shown of both, so that it is on the same rows, and how many these are."""
+    best = r["best"]
+    if best and best["eval_loss"] is None and best["trial_loss"] is not None:  # its adapter is not measured yet
+        return "trial_loss", _trial_rows(r)
+    return "eval_loss", (best or r["baseline"]).get("eval_loss_rows")
+
+
+def _note(before: str, asked: int | None, there: int | None, what: str) -> str:
+    """How many rows a figure is of, and of how many: ``on all 74 validation rows``."""
+    if not asked:
+        return f"{before} the {what}"
+    return (
+        f"{before} all {asked} {what}"
+        if asked == there
+        else f"{before} {asked}{f' of {there}' if there else ''} {what}"
+    )
+
+
+def _interval(best: dict[str, Any], baseline: dict[str, Any], figure: str, text: Callable[[float], str]) -> str:
+    known = (baseline if best.get(figure) is None else best).get(f"{figure}_interval")
+    return f" · 95% interval {text(known[0])}\N{EN DASH}{text(known[1])}" if known else ""
 
 
 def _signed(value: float, unit: str) -> str:
     return f"{value:+.0f}{unit}".replace("-", "\N{MINUS SIGN}")
 
 
-def _match_note(share: float | None, rows: int | None) -> str:
-    """What the share was measured on, and how sure that makes it: Wilson's 95 % interval."""
-    if not rows or share is None:
-        return f"of {rows} test answers" if rows else "of the test answers"
-    z = 1.96
-    centre = share + z * z / (2 * rows)
-    half = z * math.sqrt(share * (1 - share) / rows + (z / (2 * rows)) ** 2)
-    low, high = (100 * (centre + side) / (1 + z * z / rows) for side in (-half, half))
-    return f"{round(share * rows)} of {rows} test answers · 95% interval {low:.0f}\N{EN DASH}{high:.0f}%"
-
-
-def _rows(asked: int | None, there: int | None) -> int | None:
-    """How many rows were used: 0 asks for all, and no more can be used than there are."""
+def _trial_rows(r: dict[str, Any]) -> int | None:
+    """How many rows trials are measured on: 0 asks for all, and no more can be used than there are."""
+    asked, there = r["data"].get("loss_rows"), (r["data"].get("rows") or {}).get("validation")
     return min(asked, there) if asked and there else asked or there
 
 

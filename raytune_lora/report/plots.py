@@ -80,7 +80,7 @@ def legend(r: dict[str, Any], lines: list[Line]) -> list[tuple[str, str]]:
     """The kinds of lines in the chart, and what each is called."""
     best = f"best ({r['best']['trial_id']})" if r["best"] else ""
     words = _LEGEND | {"best": "validation" if len(r["trials"]) == 1 else best}
-    kinds = {line.kind for line in lines} | ({"reference"} if r["baseline"].get("eval_loss") is not None else set())
+    kinds = {line.kind for line in lines} | ({"reference"} if r["baseline"].get("trial_loss") is not None else set())
     return [(kind, text) for kind, text in words.items() if kind in kinds]
 
 

@@ -80,7 +80,7 @@ class SweepGauges:
     def _best(self, trials: list[Trial]) -> Iterator[Shown]:
         baseline = self._journal.record.phases.get(BASELINE)
         if baseline is not None:
-            yield "sweep_baseline_eval_loss", baseline["eval_loss"], {}
+            yield "sweep_baseline_eval_loss", baseline.get("trial_loss", baseline["eval_loss"]), {}  # beside trials'
         able = [
             (trial.eval_loss, trial.trial_id)
             for trial in trials

@@ -26,6 +26,7 @@ from raytune_lora.data.prepare import prepare
 from raytune_lora.data.store import TokenStore
 from raytune_lora.errors import JobFailed, Refused, StorageError, UserError
 from raytune_lora.evaluation import ANSWERS
+from raytune_lora.evaluation.figures import disagreement
 from raytune_lora.models.export import ADAPTER, export_adapter
 from raytune_lora.models.methods import method_for
 from raytune_lora.models.methods.fit import model_problems
@@ -119,13 +120,18 @@ class Job:
                 facts |= self._measure(self.cfg, BASELINE, None)
 
     def finish(self) -> None:
-        """Measure and export the best adapter, if a trial has one."""
+        """Measure and export the best adapter, if a trial has one.
+
+        Raises:
+            JobFailed: it does not have the loss that its trial reported; the journal has both, and nothing is exported.
+        """
         best = self.journal.record.best()
         if best is None or best.checkpoint is None or BEST in self.journal.record.phases:
             return
         winner = apply(self.cfg, best.params)
         with self.phase(BEST, f"measuring the best model, trial {best.trial_id}") as facts:
             facts |= self._measure(winner, BEST, f"{best.checkpoint}/{ADAPTER}")
+            self._see_that_it_is_what_was_trained(best, facts)
             checkpoint = self.folder.copy.here(best.checkpoint)
             model = self.cfg.model
             name = model.path if isinstance(model, HubModelConfig) and model.path else str(self.model_folder)
@@ -134,6 +140,20 @@ class Job:
             (self.folder.best / "config.yaml").write_text(config)
             write_json(self.folder.best / "params.json", best.params)
             self.folder.copy.send(self.folder.best)
+
+    def _see_that_it_is_what_was_trained(self, best: Trial, measured: dict[str, Any]) -> None:
+        assert best.eval_loss is not None
+        found = disagreement(best.eval_loss, measured)
+        if found is None:
+            return
+        why = (
+            f"the adapter of the best trial, {best.trial_id}, is not what was trained: its loss is "
+            f"{found['measured']:.5f}, and the trial's was {found['trial']:.5f} on the same validation rows (computed "
+            f"again it may differ by {found['tolerance']:.1g}). It is not exported; the trials and their checkpoints "
+            f"are kept, this one in {best.checkpoint}. To measure it again: resume={self.folder.address}"
+        )
+        self.journal.append("mismatch", trial_id=best.trial_id, why=why, **found)
+        raise JobFailed(why)
 
     def write_results(self) -> dict[str, Any]:
         """``results.json`` and ``report.html``, and the study as it now is in the store."""

@@ -136,9 +136,11 @@ def line(event: dict[str, Any], record: Record) -> str:
     """One event in words; nothing for events that say nothing new."""
     if event["event"] == "phase":
         loss, match = event.get("eval_loss"), event.get("exact_match")
-        measured = f", validation loss {loss:.4f}" if loss is not None else ""
-        measured += f", exact match {match:.2f}" if match is not None else ""
+        measured = f", validation loss {loss:.4f}{_on(event, 'eval_loss')}" if loss is not None else ""
+        measured += f", exact match {match:.2f}{_on(event, 'exact_match')}" if match is not None else ""
         return f"{event['name']} done in {event['seconds']:.0f} s{measured}"
+    if event["event"] == "mismatch":
+        return str(event["why"])
     if event["event"] == "moved":
         return "going on with " + ", ".join(f"{key}={_short(value)}" for key, value in event["changes"].items())
     if "trial_id" not in event:
@@ -157,6 +159,11 @@ def line(event: dict[str, Any], record: Record) -> str:
         return f"trial {trial.trial_id}: validation loss {event['eval_loss']:.4f} after {event['samples_seen']} samples"
     why = f": {trial.error}" if trial.error else ""
     return f"trial {trial.trial_id} {trial.status} after {trial.samples_seen} samples, {trial.seconds:.0f} s{why}"
+
+
+def _on(event: dict[str, Any], figure: str) -> str:
+    rows = event.get(f"{figure}_rows")
+    return "" if rows is None else f" on {rows} rows"
 
 
 _ENDED = re.compile(r"trial (\d+) \w+ after \d+ samples")

@@ -1,15 +1,20 @@
 """``results.json`` and ``report.html``: what a sweep or run found, from its config and its record.
 
-Schema, version 1. Null stands for what was not measured.
+Schema, version 2. Null stands for what was not measured.
 
 - ``schema_version``, ``kind`` (``sweep`` or ``run``), ``name``, ``version`` (of raytune-lora), ``created`` (UTC),
   ``state`` (``finished`` or ``interrupted``)
-- ``model``: ``name``, ``parameters``; ``data``: ``name``, ``fingerprint``, ``rows`` by split, ``loss_rows`` and
-  ``generate_rows`` as configured; ``search``: ``sampler``, ``scheduler``, ``trials``, ``concurrent`` (null for a run)
-- ``baseline``: ``eval_loss`` (nats a token, validation split), ``exact_match`` (share, test split)
-- ``best``: the same, and ``trial_id``, ``params``, ``adapter`` (folder relative to the sweep's), and ``segments``: the
-  parameters that trained it in turn (``trial_id``, ``from_samples``, ``params``), one but for a child of a population;
-  null without one
+- ``model``: ``name``, ``parameters``; ``data``: ``name``, ``fingerprint``, ``rows`` by split, ``loss_rows``,
+  ``final_rows`` and ``generate_rows`` as configured; ``search``: ``sampler``, ``scheduler``, ``trials``,
+  ``concurrent`` (null for a run)
+- ``baseline``: ``eval_loss`` (nats a token) on ``eval_loss_rows`` rows of the validation split; ``trial_loss``, on
+  those of them that trials are measured on; ``exact_match`` (share) on ``exact_match_rows`` rows of the test split;
+  ``eval_loss_interval`` and ``exact_match_interval``: 95 % intervals, low and high, as estimates for rows of that kind
+- ``best``: the same, measured on the exported adapter, and null before it is; but ``trial_loss`` is what the trial
+  reported. And ``trial_id``, ``params``, ``adapter`` (folder relative to the sweep's; null before it is exported),
+  ``mismatch`` (why it is not exported, where its loss is another than the trial reported: ``trial_id``, ``trial``,
+  ``measured``, ``tolerance`` in nats a token, ``why``; else null), and ``segments``: the parameters that trained it in
+  turn (``trial_id``, ``from_samples``, ``params``), one but for a child of a population; null without one
 - ``ended_by``: the budget that ended the search: ``budget`` (its key after ``budget.``, or ``space`` where no point
   fulfils the constraints), ``why`` and ``remedy``; null
   where none did
@@ -55,7 +60,7 @@ from raytune_lora.tuning.trials import BEST as BEST
 from raytune_lora.tuning.trials import TRIALS as TRIALS
 from raytune_lora.tuning.trials import Record, Trial
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 
 
 def write_results(
@@ -93,6 +98,7 @@ def _results(
             "fingerprint": store.manifest["fingerprint"],
             "rows": store.rows,
             "loss_rows": cfg.evaluation.loss_rows,
+            "final_rows": cfg.evaluation.final_rows,
             "generate_rows": cfg.evaluation.generate_rows,
         },
         "search": search if kind == "sweep" else None,
@@ -104,25 +110,33 @@ def _results(
         "importance": learned.get("importance", {}),
         "pareto": learned.get("pareto", []),
         "refused": learned.get("refused", {}),
-        "examples": _examples(folder, cfg.evaluation.examples),
+        "examples": _examples(folder, cfg.evaluation.examples) if BEST in record.phases else [],
         "seconds": {"total": round(record.clock, 3), **phases},
     }
 
 
 def _measured(phase: dict[str, Any]) -> dict[str, Any]:
-    return {"eval_loss": _number(phase.get("eval_loss")), "exact_match": _number(phase.get("exact_match"))}
+    return {
+        "eval_loss": _number(phase.get("eval_loss")),
+        "eval_loss_rows": phase.get("eval_loss_rows"),
+        "eval_loss_interval": phase.get("eval_loss_interval"),
+        "trial_loss": _number(phase.get("trial_loss")),
+        "exact_match": _number(phase.get("exact_match")),
+        "exact_match_rows": phase.get("exact_match_rows"),
+        "exact_match_interval": phase.get("exact_match_interval"),
+    }
 
 
 def _best(folder: SweepFolder, record: Record) -> dict[str, Any] | None:
     trial = record.best()
     if trial is None:
         return None
-    measured = record.phases.get(BEST, {})
     return {
+        **_measured(record.phases.get(BEST, {})),
         "trial_id": trial.trial_id,
         "params": trial.params,
-        "eval_loss": _number(trial.eval_loss),
-        "exact_match": _number(measured.get("exact_match")),
+        "trial_loss": _number(trial.eval_loss),
+        "mismatch": record.mismatch and {**record.mismatch, "measured": _number(record.mismatch["measured"])},
         "adapter": str((folder.best / "adapter").relative_to(folder.path)) if BEST in record.phases else None,
         "segments": [
             {"trial_id": part.trial_id, "from_samples": part.born, "params": part.params}

@@ -138,8 +138,9 @@ def _head(status: Status) -> Iterator[str]:
     yield f"trials: {record.ended} of {status.total} ended" + (f" ({counts})" if counts else "")
     base, best = facts["baseline"], facts["best"]
     if best:
-        before = f" ({base['eval_loss']:.4f} before)" if base and base["eval_loss"] is not None else ""
-        yield f"best:   trial {best['trial_id']}, validation loss {best['eval_loss']:.4f}{before}"
+        key = "trial_loss" if best["eval_loss"] is None else "eval_loss"  # both on the same rows
+        before = f" ({base[key]:.4f} before)" if base and base[key] is not None else ""
+        yield f"best:   trial {best['trial_id']}, validation loss {best[key]:.4f}{before}"
     for key, spent in budget(status).items():
         used = "none yet" if spent["used"] is None else f"{spent['used']:g}"
         yield f"budget: {key} {used} of {spent['limit']:g}"

@@ -1,6 +1,6 @@
 """How a sweep stands, from its folder alone, here or in a store: no cluster, no Ray and no torch are needed to look.
 
-``--json`` prints one object, schema version 1. Null stands for what is not known.
+``--json`` prints one object, schema version 2. Null stands for what is not known.
 
 - ``schema_version``, ``name``, ``folder``, ``kind`` (``sweep`` or ``run``)
 - ``state``: ``running``, ``interrupted`` (no process works on it and something is left to do), ``finished``, or
@@ -9,7 +9,9 @@
 - ``seconds``: at work, in all sittings; ``phases``: seconds of each finished one
 - ``counts``: trials of the search by status, and ``ended`` and ``total``
 - ``budget``: by key of the group ``budget`` that has a limit: ``limit`` and ``used``; ``ended_by``: as in results.json
-- ``baseline``: ``eval_loss``, ``exact_match``; ``best``: ``trial_id``, ``eval_loss``, ``params``; null before
+- ``baseline``: ``eval_loss``, ``trial_loss`` (on the rows that trials are measured on), ``exact_match``; ``best``: the
+  same of the best adapter, whose ``eval_loss`` and ``exact_match`` are null until it is measured, and ``trial_id``,
+  ``params``; null before
 - ``last``: ``event``, ``time`` (seconds since 1970, by the clock where the sweep runs), ``age`` (seconds)
 - ``eta_seconds``: until the last trial ends, if they go on as they went; null before the third has ended
 - ``hints``: sentences: what looks wrong, and what to do about it
@@ -38,9 +40,9 @@ from raytune_lora.tuning import parts
 from raytune_lora.tuning.budget import remedy
 from raytune_lora.tuning.claim import lives
 from raytune_lora.tuning.folder import JOURNAL, SweepFolder, address, read
-from raytune_lora.tuning.trials import BASELINE, CONFIRM, PHASES, TRIALS, Record, Trial, read_events
+from raytune_lora.tuning.trials import BASELINE, BEST, CONFIRM, PHASES, TRIALS, Record, Trial, read_events
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 RUNNING, INTERRUPTED, FINISHED, UNKNOWN = "running", "interrupted", "finished", "unknown"
 _STALLED = 600.0  # seconds without a step after which one looks at a trial
 _SKEW = 5.0  # seconds that an event may lie in the future before clocks are said to differ
@@ -169,7 +171,8 @@ def hints(status: Status) -> list[str]:
             f"the clock of the sweep's machine is at least {-age:.0f} s ahead of this one's: ages are too small"
         )
     if state == INTERRUPTED:
-        found.append(f"no process works on it; go on with resume={path}")
+        mismatch = status.record.mismatch
+        found.append(mismatch["why"] if mismatch else f"no process works on it; go on with resume={path}")
     if status.record.ended_by is not None and state == FINISHED:
         ended = status.record.ended_by
         found.append(f"the search ended early: {ended['why']}; to search on: resume={path} {remedy(ended['budget'])}")
@@ -189,7 +192,7 @@ def summary(status: Status) -> dict[str, Any]:
     """What ``--json`` prints; the module's docstring is its schema."""
     record, best, last = status.record, status.record.best(), status.events[-1] if status.events else None
     statuses = Counter(trial.status for trial in record.searched)
-    baseline = record.phases.get(BASELINE)
+    baseline, measured = record.phases.get(BASELINE), record.phases.get(BEST, {})
     return {
         "schema_version": SCHEMA_VERSION,
         "name": status.folder.name,
@@ -202,8 +205,15 @@ def summary(status: Status) -> dict[str, Any]:
         "counts": {**statuses, "ended": record.ended, "total": status.total},
         "budget": budget(status),
         "ended_by": record.ended_by,
-        "baseline": baseline and {key: baseline.get(key) for key in ("eval_loss", "exact_match")},
-        "best": best and {"trial_id": best.trial_id, "eval_loss": best.eval_loss, "params": best.params},
+        "baseline": baseline and {key: baseline.get(key) for key in ("eval_loss", "trial_loss", "exact_match")},
+        "best": best
+        and {
+            "trial_id": best.trial_id,
+            "params": best.params,
+            "eval_loss": measured.get("eval_loss"),
+            "trial_loss": best.eval_loss,
+            "exact_match": measured.get("exact_match"),
+        },
         "last": last and {"event": last["event"], "time": last["time"], "age": round(status.age or 0.0, 1)},
         "eta_seconds": None if status.eta is None else round(status.eta),
         "hints": hints(status),

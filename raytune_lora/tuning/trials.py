@@ -24,7 +24,7 @@ ENDED_BADLY = (FAILED, DIVERGED, OOM, LOST, QUOTA)
 PACKING = "packing"  # the phase in which a model is asked whether it keeps packed rows apart, where rows are packed
 PREPARE, BASELINE, TRIALS, CONFIRM, BEST = PHASES = "prepare", "baseline", "trials", "confirm", "best"
 
-_SILENT = ("clock", "ended_by", "reopened")  # events that nobody watches
+_SILENT = ("clock", "ended_by", "reopened", "mismatch")  # events that nobody watches
 _HEARTBEAT = 60.0  # seconds without an event after which the clock is written down
 
 # what a validation reports
@@ -85,6 +85,7 @@ class Record:
     clock: float = 0.0  # seconds at work, in all sittings
     progressed: float = 0.0  # Unix time of the last event that was not the clock's
     ended_by: dict[str, Any] | None = None  # the budget that ended the search, and why
+    mismatch: dict[str, Any] | None = None  # where the best adapter is not what its trial measured: losses, and why
     # of the search's trials:
     ended: int = 0  # how many have ended, well or badly
     in_vain: int = 0  # how many ended since one that ended with a lower loss than all before
@@ -100,6 +101,7 @@ class Record:
             self.progressed = event.get("time", self.progressed)
         if kind == "phase":
             self.phases[event["name"]] = event
+            self.mismatch = None if event["name"] == BEST else self.mismatch
         elif kind == "trial_started":
             self._started(event)
         elif kind == "trial_retried":
@@ -114,8 +116,10 @@ class Record:
             self._ended(self.trials[event["trial_id"]], event)
         elif kind == "ended_by":
             self.ended_by = {"budget": event["budget"], "why": event["why"]}
+        elif kind == "mismatch":
+            self.mismatch = {key: event[key] for key in ("trial_id", "trial", "measured", "tolerance", "why")}
         elif kind == "reopened":
-            self.ended_by = None
+            self.ended_by = self.mismatch = None
             for name in (TRIALS, CONFIRM, BEST):
                 self.phases.pop(name, None)
 

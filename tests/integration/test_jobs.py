@@ -114,9 +114,12 @@ def sweep(
 def test_results_say_what_was_promised(sweep: tuple[Path, str, str]) -> None:
     folder, out, _ = sweep
     results = json.loads((folder / "results.json").read_text())
-    assert results["schema_version"] == 1
+    assert results["schema_version"] == 2
     assert results["state"] == "finished"
-    assert {"eval_loss", "exact_match"} <= set(results["baseline"])
+    for measured in (results["baseline"], results["best"]):
+        assert measured["eval_loss_rows"] == results["data"]["rows"]["validation"] > results["data"]["loss_rows"]
+        assert measured["eval_loss_interval"][0] < measured["eval_loss"] < measured["eval_loss_interval"][1]
+        assert measured["exact_match_rows"] == 4
     assert results["best"]["eval_loss"] < results["baseline"]["eval_loss"]
     assert len(results["trials"]) == 4
     for trial in results["trials"]:
@@ -124,7 +127,7 @@ def test_results_say_what_was_promised(sweep: tuple[Path, str, str]) -> None:
         assert set(trial["params"]) == {"method.r", "method.alpha", "training.learning_rate", "method.dropout"}
         assert (folder / trial["log"]).is_dir()
         assert [point["samples_seen"] for point in trial["curve"]] == [16, 32, 48, 64][: len(trial["curve"])]
-    assert results["best"]["eval_loss"] == min(trial["eval_loss"] for trial in results["trials"])
+    assert results["best"]["trial_loss"] == min(trial["eval_loss"] for trial in results["trials"])
     assert str(folder / "report.html") in out
     assert results["seconds"]["total"] > 0
 
@@ -162,7 +165,7 @@ def test_best_adapter_works_with_plain_peft(sweep: tuple[Path, str, str]) -> Non
     cfg = load(folder / "config.yaml")
     store = TokenStore(Path(cfg.cache) / "tokens" / results["data"]["fingerprint"], {})
     loss = validation_loss(
-        model, store.split("validation"), rows=16, batch=4, pad_id=tokenizer.pad_token_id, rank=0, workers=1
+        model, store.split("validation"), rows=0, batch=4, pad_id=tokenizer.pad_token_id, rank=0, workers=1
     )
     assert loss == pytest.approx(results["best"]["eval_loss"], abs=1e-5)
 

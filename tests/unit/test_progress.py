@@ -57,7 +57,10 @@ def table(progress: Progress, width: int = 100) -> str:
     [
         ({}, "0:00 prepare done in 3 s"),
         ({"eval_loss": 2.5, "exact_match": None}, "0:00 prepare done in 3 s, validation loss 2.5000"),
-        ({"eval_loss": 2.5, "exact_match": 0.25}, "0:00 prepare done in 3 s, validation loss 2.5000, exact match 0.25"),
+        (
+            {"eval_loss": 2.5, "eval_loss_rows": 74, "exact_match": 0.25, "exact_match_rows": 24},
+            "0:00 prepare done in 3 s, validation loss 2.5000 on 74 rows, exact match 0.25 on 24 rows",
+        ),
     ],
 )
 def test_a_phase_says_what_it_measured(

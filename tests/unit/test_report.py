@@ -58,7 +58,7 @@ def sample(**changes: Any) -> dict[str, Any]:
 def minimal(kind: str = "sweep") -> dict[str, Any]:
     """Everything that may be null or empty is."""
     return {
-        "schema_version": 1,
+        "schema_version": 2,
         "kind": kind,
         "name": "nothing",
         "version": "0.1.0",
@@ -137,7 +137,7 @@ CASES = {
     "sample": sample(),
     "minimal": minimal(),
     "minimal run": minimal("run"),
-    "only the version": {"schema_version": 1},
+    "only the version": {"schema_version": 2},
     "hostile": hostile(sample()),
     "run": single("run"),
     "one trial": single("sweep"),
@@ -175,13 +175,30 @@ def test_rendering_leaves_the_results_alone() -> None:
 
 def test_the_headline_compares_the_best_with_the_untouched_model() -> None:
     text = Page(render(sample())).text
-    for part in ("0.071", "2.104", "\N{MINUS SIGN}97%", "88%", "+88 points", "21 of 24 test answers"):
+    for part in ("0.082", "2.104", "\N{MINUS SIGN}96%", "88%", "+88 points", "21 right of 24 of 80 test answers"):
         assert part in text
-    assert "95% interval 69\N{EN DASH}96%" in text
+    assert "on all 80 validation rows · 95% interval 0.063\N{EN DASH}0.101" in text
+    assert "95% interval 69%\N{EN DASH}96%" in text
+    assert "whatever their batch size, on 32 of 80 validation rows" in text
+
+
+def test_a_best_that_is_not_measured_is_compared_on_the_rows_of_its_trial() -> None:
+    best = {key: SAMPLE["best"][key] for key in ("trial_id", "params", "trial_loss")}
+    text = Page(render(sample(best=best, state="interrupted"))).text
+    assert "0.071" in text
+    assert "2.087" in text
+    assert "2.104" not in text
+    assert "on 32 of 80 validation rows" in text
+
+
+def test_an_adapter_that_is_not_what_was_trained_is_said_to_be_so() -> None:
+    why = "the adapter of the best trial, 0003, is not what was trained"
+    best = {**SAMPLE["best"], "eval_loss": None, "adapter": None, "mismatch": {"why": why}}
+    assert why in Page(render(sample(best=best, state="interrupted"))).text
 
 
 def test_a_worse_result_does_not_look_good() -> None:
-    worse = render(sample(baseline={"eval_loss": 0.05, "exact_match": 0.925}))
+    worse = render(sample(baseline={"eval_loss": 0.058, "exact_match": 0.925}))
     assert '<span class="change bad">+42%</span>' in worse
     assert '<span class="change bad">\N{MINUS SIGN}5 points</span>' in worse
 
@@ -284,8 +301,8 @@ def test_a_prompt_folds_to_its_message() -> None:
 
 
 def test_another_schema_version_is_refused() -> None:
-    with pytest.raises(ValueError, match="schema version 2"):
-        render(sample(schema_version=2))
+    with pytest.raises(ValueError, match="schema version 3"):
+        render(sample(schema_version=3))
 
 
 @pytest.mark.parametrize(

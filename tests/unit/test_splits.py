@@ -9,12 +9,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from raytune_lora.cache import Cache
 from raytune_lora.config.data import Action, DataConfig, FileDataConfig, MixConfig
+from raytune_lora.data import build
 from raytune_lora.data.build import REPORT, DataRefused
 from raytune_lora.data.prepare import prepare
+from raytune_lora.data.sampling import held_out_order
 from raytune_lora.data.splits import SPLITS
 from raytune_lora.data.store import TokenStore
 
@@ -88,6 +91,82 @@ def test_a_stratum_keeps_its_shares_to_the_row(prepared: Prepare, tmp_path: Path
     counts = Counter((kinds[answer], split) for answer, split in where(store).items())
     assert [counts["rare", split] for split in SPLITS] == [12, 4, 4]
     assert [counts["common", split] for split in SPLITS] == [228, 76, 76]
+
+
+# ------------------------------------------------------------------------------------------ the order of held-out rows
+
+
+def sorted_by_kind(count: int) -> list[Alpaca]:
+    """A tenth is of one kind, and comes last."""
+    return [row | {"kind": "b" if n >= count * 9 // 10 else "a"} for n, row in enumerate(rows(count))]
+
+
+@pytest.mark.parametrize("files", [False, True])
+def test_the_first_rows_of_a_file_sorted_by_kind_are_of_all_kinds(
+    files: bool, prepared: Prepare, tmp_path: Path
+) -> None:
+    content = sorted_by_kind(1000)
+    own = {f"{split}_path": write(tmp_path / f"{split}.jsonl", content) for split in SPLITS[1:]} if files else {}
+    store = prepared(mine(tmp_path, rows(60, seed=1) if files else content, **own))
+    kinds = {row["output"]: row["kind"] for row in content}
+    for split in ("validation", "test"):
+        assert store.rows[split] > 150
+        first = Counter(kinds[answer] for answer in store.split(split)["answer"][:100])
+        assert 2 <= first["b"] <= 22, "within four standard deviations of 10"
+
+
+def test_the_order_is_of_the_rows_and_not_of_the_file(prepared: Prepare, tmp_path: Path) -> None:
+    few, many = rows(300), [*rows(200, seed=1), *rows(300)[::-1]]
+    for split in ("validation", "test"):
+        order = prepared(mine(tmp_path, few)).split(split)["answer"][:]
+        with_others = prepared(mine(tmp_path, many)).split(split)["answer"][:]
+        assert order == [answer for answer in with_others if answer.startswith("a0-")]
+        assert order != sorted(order, key=lambda answer: int(answer[3:]))
+
+
+def test_a_training_split_stays_in_the_order_of_its_files(prepared: Prepare, tmp_path: Path) -> None:
+    order = [int(answer[3:]) for answer in prepared(mine(tmp_path, rows(100))).split("train")["answer"]]
+    assert order == sorted(order)
+
+
+def test_every_prefix_of_a_stratified_split_keeps_the_shares(prepared: Prepare, tmp_path: Path) -> None:
+    content = sorted_by_kind(300)
+    others = [row | {"kind": "a"} for row in rows(60, seed=1)]
+    store = prepared(mine(tmp_path, others, stratify="kind", validation_path=write(tmp_path / "v.jsonl", content)))
+    kinds = {row["output"]: row["kind"] for row in content}
+    assert farthest_from_shares([kinds[answer] for answer in store.split("validation")["answer"]]) <= 1.5
+
+
+def farthest_from_shares(kinds: list[str]) -> float:
+    """By how many rows a prefix misses the share of a kind, at most."""
+    lengths = np.arange(1, len(kinds) + 1)
+    counts = {kind: np.cumsum([one == kind for one in kinds]) for kind in set(kinds)}
+    return max(float(np.abs(each - each[-1] / len(kinds) * lengths).max()) for each in counts.values())
+
+
+def test_strata_of_a_row_each_come_as_by_chance() -> None:
+    strata = [f"single {n}" if n < 400 else "common" for n in range(4000)]
+    digests = np.random.default_rng(0).integers(0, 2**64, 4000, np.uint64)
+    order = held_out_order(digests, strata)
+    assert sorted(order) == list(range(4000))
+    assert 25 < sum(strata[row] != "common" for row in order[:400]) < 60
+    few = np.array(["common", *"abc"], dtype=object)[np.minimum(np.arange(4000) // 500, 3)].tolist()
+    assert farthest_from_shares([few[row] for row in held_out_order(digests, few)]) <= 2.5
+
+
+def test_rows_of_more_than_one_part_are_put_in_order_whole(
+    prepared: Prepare, tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(build, "_AT_ONCE", 37)
+    monkeypatch.setattr(build, "_STRETCH", 40)
+    content = rows(150)
+    own = {"validation_path": write(tmp_path / "v.jsonl", content)}
+    store = prepared(mine(tmp_path, rows(60, seed=1), processes=1, **own))
+    seen = store.split("validation")
+    by_answer = {row["output"]: row for row in content}
+    assert sorted(seen["answer"]) == sorted(by_answer)
+    for row in seen:
+        assert by_answer[row["answer"]]["input"] in tokenizer.decode(row["input_ids"][: row["prompt_length"]])
 
 
 # ----------------------------------------------------------------------------------------------------------- rows alike

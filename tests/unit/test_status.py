@@ -40,7 +40,7 @@ def folder(tmp_path: Path) -> SweepFolder:
     (made.path / "data_report.json").write_text(json.dumps({"rows": {"splits": {"train": 100}}}))
     journal = Journal(made.journal)
     journal.append("phase", name="prepare", seconds=1.0)
-    journal.append("phase", name="baseline", seconds=2.0, eval_loss=5.5, exact_match=0.0)
+    journal.append("phase", name="baseline", seconds=2.0, eval_loss=5.5, trial_loss=5.25, exact_match=0.0)
     for trial_id, ended in (("0000", True), ("0001", False)):
         journal.append("trial_started", trial_id=trial_id, params={"method.r": 8}, gpus=0)
         journal.append("trial_result", trial_id=trial_id, **RESULT)
@@ -74,8 +74,9 @@ def test_a_sweep_that_runs(running: SweepFolder) -> None:
     said = facts(running)
     assert (said["state"], said["doing"], said["kind"]) == ("running", "trials", "sweep")
     assert said["counts"] == {"completed": 1, "running": 1, "ended": 1, "total": 4}
-    assert said["best"] == {"trial_id": "0000", "eval_loss": 1.25, "params": {"method.r": 8}}
-    assert said["baseline"] == {"eval_loss": 5.5, "exact_match": 0.0}
+    not_yet = {"eval_loss": None, "exact_match": None}
+    assert said["best"] == {"trial_id": "0000", "trial_loss": 1.25, "params": {"method.r": 8}, **not_yet}
+    assert said["baseline"] == {"eval_loss": 5.5, "trial_loss": 5.25, "exact_match": 0.0}
     assert said["budget"].keys() == {"hours"}
     assert said["goal"] == 64
     assert [trial["status"] for trial in said["trials"]] == ["completed", "running"]

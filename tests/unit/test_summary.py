@@ -20,7 +20,17 @@ def trial(trial_id: str, status: str, error: str | None = None) -> dict[str, Any
 def results(*trials: dict[str, Any], **changes: Any) -> dict[str, Any]:
     return {
         "baseline": {"eval_loss": 2.5, "exact_match": 0.0},
-        "best": {"trial_id": "0001", "eval_loss": 0.51239, "exact_match": 0.75, "adapter": "best/adapter"},
+        "best": {
+            "trial_id": "0001",
+            "eval_loss": 0.51239,
+            "eval_loss_rows": 74,
+            "eval_loss_interval": [0.4, 0.6248],
+            "exact_match": 0.75,
+            "exact_match_rows": 24,
+            "exact_match_interval": [0.5510, 0.8800],
+            "adapter": "best/adapter",
+        },
+        "data": {"rows": {"validation": 74, "test": 80}},
         "trials": list(trials),
         "seconds": {"total": 81.4},
         **changes,
@@ -33,8 +43,8 @@ def test_what_came_out_and_where_it_is() -> None:
     assert text.splitlines() == [
         "trials: 2 stopped, 1 completed; 81 s in all",
         "best trial:      0001",
-        "validation loss: 2.5000 before, 0.5124 after",
-        "exact match:     0.0000 before, 0.7500 after",
+        "validation loss: 2.5000 before, 0.5124 after (95% interval 0.4000 to 0.6248), on all 74 validation rows",
+        "exact match:     0.0000 before, 0.7500 after (95% interval 0.5510 to 0.8800), on 24 of 80 test rows",
         "adapter: /s/best/adapter",
         "report:  /s/report.html",
         "logs:    /s/trials/<trial>/logs",

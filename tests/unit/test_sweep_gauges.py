@@ -69,7 +69,7 @@ def test_trials_by_state_and_the_best_of_them(journal: Journal, tmp_path: Path) 
             journal.append("trial_result", trial_id=name, **result(16, loss))
         if status is not None:
             journal.append("trial_ended", trial_id=name, status=status, error=None, seconds=1.0)
-    journal.append("phase", name="baseline", seconds=1.0, eval_loss=5.0)
+    journal.append("phase", name="baseline", seconds=1.0, eval_loss=6.0, trial_loss=5.0)
     found = shown(read)
     assert states(found) == {"waiting": 3, "running": 1, "completed": 1, "stopped": 1, "failed": 1, "oom": 1}
     best = [(found["sweep_best_trial_number", str(n)], found["sweep_best_eval_loss", str(n)]) for n in (1, 2, 3)]

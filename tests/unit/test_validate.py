@@ -46,6 +46,7 @@ EDGES: dict[str, tuple[float, float]] = {
     "deepspeed.stage": (4, 3),
     "evaluation.every": (0, 1),
     "evaluation.loss_rows": (-1, 0),
+    "evaluation.final_rows": (-1, 0),
     "evaluation.generate_rows": (-1, 0),
     "evaluation.generate_batch": (0, 1),
     "evaluation.max_new_tokens": (0, 1),

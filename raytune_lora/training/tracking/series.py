@@ -68,7 +68,9 @@ SERIES = {
         Series("sweep_elapsed_seconds", "Time at work, in all sittings", SWEEP),
         Series("sweep_budget_used_ratio", "Share of a budget that is used", (*SWEEP, "budget")),
         Series("sweep_last_event_timestamp_seconds", "Unix time of the journal's last event", SWEEP),
-        Series("sweep_baseline_eval_loss", "Validation loss of the base model, nats a token", SWEEP),
+        Series(
+            "sweep_baseline_eval_loss", "Validation loss of the base model on the rows of trials, nats a token", SWEEP
+        ),
         Series("sweep_best_eval_loss", "Lowest validation loss of a trial, the best trials by rank", (*SWEEP, "rank")),
         Series("sweep_best_trial_number", "Number of the trial of that rank", (*SWEEP, "rank")),
         # the sweep's folder
