@@ -28,12 +28,12 @@ from raytune_lora.data.splits import OUT, SPLITS, Split
 from raytune_lora.data.statistics import Statistics
 from raytune_lora.errors import UserError
 
-VERSION = 2  # of what becomes of a row: a change of that makes older stores stale
+VERSION = 3  # of what becomes of a row: a change of that makes older stores stale
 _STRETCH = 1000  # records a part
 _PARTS = "parts"
 TOGETHER = "keep together"  # what is done about rows that would leak if each were put into a split by itself
 REPORT = "data_report.json"
-KEPT = ("input_ids", "labels", "prompt_length", "answer")  # columns of the store
+KEPT = ("input_ids", "labels", "prompt_length", "answer", "answer_length")  # columns of the store
 
 
 class DataRefused(UserError):
@@ -190,6 +190,8 @@ def _report(
         "truncation": cfg.truncation.value,
         "tokens": tokens if tokenized else None,
         "trained_tokens": trained if tokenized else None,
+        "stop_ids": sorted(set().union(*(part.ends for part in parts))) if tokenized else None,
+        "largest_id": max(part.largest_id for part in parts) if tokenized else None,
         "findings": found | {"pii": personal},
         "mixed": split.mixed,
         "statistics": figures.report(),

@@ -39,10 +39,13 @@ def prepare(cfg: DataConfig, tokenizer: Callable[[], Any], tokenizer_id: str, ca
     name = fingerprint(VERSION, contents, settings(cfg), tokenizer_id)
 
     def build(work: Path) -> dict[str, Any]:
-        report = survey(cfg, found, tokenizer(), work)
+        known = tokenizer()
+        report = survey(cfg, found, known, work)
         shutil.rmtree(work / "parts")
         write_json(work / REPORT, report)
-        return {"fingerprint": name, "rows": report["rows"]["splits"], "tokens": report["tokens"]}
+        largest = max(report["largest_id"], known.pad_token_id)  # what fills short rows is looked up as well
+        said = {"tokens": report["tokens"], "stop_ids": report["stop_ids"], "largest_id": largest}
+        return {"fingerprint": name, "rows": report["rows"]["splits"]} | said
 
     try:
         folder = cache.build_once(f"{TOKENS}/{name}", build)
