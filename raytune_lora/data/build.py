@@ -36,7 +36,7 @@ _AT_ONCE = 10_000  # rows of a held-out split that are put in order in memory
 _PARTS = "parts"
 TOGETHER = "keep together"  # what is done about rows that would leak if each were put into a split by itself
 REPORT = "data_report.json"
-KEPT = ("input_ids", "labels", "prompt_length", "answer")  # columns of the store
+KEPT = ("input_ids", "labels", "prompt_length", "answer", "answer_length")  # columns of the store
 
 
 class DataRefused(UserError):
@@ -210,6 +210,8 @@ def _report(
         "truncation": cfg.truncation.value,
         "tokens": tokens if tokenized else None,
         "trained_tokens": trained if tokenized else None,
+        "stop_ids": sorted(set().union(*(part.ends for part in parts))) if tokenized else None,
+        "largest_id": max(part.largest_id for part in parts) if tokenized else None,
         "findings": found | {"pii": personal},
         "mixed": split.mixed,
         "statistics": figures.report(),

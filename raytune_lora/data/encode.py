@@ -23,6 +23,14 @@ class Encoded:
     labels: list[int]  # as long as ``input_ids``: the id where the token is trained, else IGNORED
     prompt_length: int  # tokens before the last answer's first trained one; all, where that answer is cut away
     cut: bool  # it was longer than ``max_length``
+    end: int | None = (
+        None  # place of the token that ends the last answer; None where it cannot be answered and compared
+    )
+
+    @property
+    def answer(self) -> list[int] | None:
+        """What the model is to write after the prompt, without its end; None where that is not whole."""
+        return None if self.end is None else self.input_ids[self.prompt_length : self.end]
 
 
 def encode(rows: Sequence[Row], cfg: DataConfig, tokenizer: Tokenizer) -> list[Encoded | None]:
@@ -49,10 +57,20 @@ def encode(rows: Sequence[Row], cfg: DataConfig, tokenizer: Tokenizer) -> list[E
     rendered = [write(row) for row in rows]
     whole = iter(_whole([each for each in rendered if each.whole], tokenizer))
     pieces = iter(_pieces([each for each in rendered if not each.whole], tokenizer))
+    tokenized = [next(whole if each.whole else pieces) for each in rendered]
+    special = _special_ids(tokenizer)
     return [
-        _finish(*next(whole if each.whole else pieces), len(row.turns) - 1, cfg, tokenizer)
-        for row, each in zip(rows, rendered, strict=True)
+        _finish(ids, spans, len(row.turns) - 1, cfg, tokenizer, special)
+        for row, (ids, spans) in zip(rows, tokenized, strict=True)
     ]
+
+
+def spell(answers: Sequence[Sequence[int]], tokenizer: Tokenizer) -> list[str]:
+    """Texts of answers, special tokens among them: given and expected answers are compared as this writes them."""
+    if not answers:
+        return []
+    texts = tokenizer.batch_decode(list(answers), skip_special_tokens=False, clean_up_tokenization_spaces=False)
+    return list(texts)
 
 
 # ----------------------------------------------------------------------------------------------------------- tokenizing
@@ -155,7 +173,9 @@ def _eos(tokenizer: Tokenizer) -> int:
 # --------------------------------------------------------------------------------------------------- labels and length
 
 
-def _finish(ids: list[int], spans: Sequence[Span], last: int, cfg: DataConfig, tokenizer: Tokenizer) -> Encoded | None:
+def _finish(
+    ids: list[int], spans: Sequence[Span], last: int, cfg: DataConfig, tokenizer: Tokenizer, special: frozenset[int]
+) -> Encoded | None:
     cut = len(ids) > cfg.max_length
     if cut and cfg.truncation is Truncation.drop:
         return None
@@ -166,15 +186,40 @@ def _finish(ids: list[int], spans: Sequence[Span], last: int, cfg: DataConfig, t
             prompt_length = start
         if turn == last or cfg.train_on is TrainOn.answers:
             labels[start:end] = ids[start:end]
+    answered = max((end for _, end, turn in spans if turn == last), default=0)
+    stop = _last_special(ids, prompt_length, answered, special, tokenizer)
     if cut and cfg.truncation is Truncation.right:
         ids, labels = ids[: cfg.max_length], labels[: cfg.max_length]
         prompt_length = min(prompt_length, len(ids))
+        stop = stop if stop is not None and stop < len(ids) else None
     elif cut:
         # A model that was trained with a beginning-of-sequence token has seen no text without it.
         kept = 1 if ids[0] == tokenizer.bos_token_id else 0
         gone = len(ids) - cfg.max_length
         ids, labels = ids[:kept] + ids[kept + gone :], labels[:kept] + labels[kept + gone :]
+        stop = stop - gone if stop is not None and prompt_length - gone > kept else None
         prompt_length = max(prompt_length - gone, kept)
     if all(label == IGNORED for label in labels[1:]):  # the first token is never a target
         return None
-    return Encoded(ids, labels, prompt_length, cut)
+    return Encoded(ids, labels, prompt_length, cut, stop if prompt_length else None)
+
+
+def _special_ids(tokenizer: Tokenizer) -> frozenset[int]:
+    """End-of-sequence and the special tokens: one of them ends each trained answer."""
+    found = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
+    return frozenset(found | {tokenizer.eos_token_id} - {None})
+
+
+def _last_special(
+    ids: Sequence[int], start: int, stop: int, special: frozenset[int], tokenizer: Tokenizer
+) -> int | None:
+    """Where, from start to stop, a special token stands that only white space follows; None where there is none.
+
+    The last one: an answer may itself end with such tokens, as a tool call does, and is not over before all are there.
+    """
+    for at in range(stop - 1, start - 1, -1):
+        if ids[at] in special:
+            return at
+        if tokenizer.decode([ids[at]]).strip():
+            return None
+    return None

@@ -48,7 +48,8 @@ def prepare(cfg: DataConfig, tokenizer: Callable[[], Any], tokenizer_id: str, ca
     name = fingerprint(inputs)
 
     def build(work: Path) -> dict[str, Any]:
-        report = survey(cfg, found, tokenizer(), work)
+        known = tokenizer()
+        report = survey(cfg, found, known, work)
         shutil.rmtree(work / "parts")
         write_json(work / REPORT, report)
         return {
@@ -57,6 +58,8 @@ def prepare(cfg: DataConfig, tokenizer: Callable[[], Any], tokenizer_id: str, ca
             "content": content_digest([work / f"{split}.arrow" for split in SPLITS]),
             "rows": report["rows"]["splits"],
             "tokens": report["tokens"],
+            "stop_ids": report["stop_ids"],
+            "largest_id": max(report["largest_id"], known.pad_token_id),  # what fills short rows is looked up as well
         }
 
     try:

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from raytune_lora.config.data import Action, DataConfig, PiiConfig, QualityConfig
 from raytune_lora.data import duplicates, formats, pii, quality
-from raytune_lora.data.encode import Encoded, encode
+from raytune_lora.data.encode import Encoded, encode, spell
 from raytune_lora.data.findings import Findings
 from raytune_lora.data.harmful import Words, load_words
 from raytune_lora.data.rows import Fault, Record, Row, Turn
@@ -51,6 +51,8 @@ class Part:
     trained: NDArray[np.int32]  # (N,) tokens of a row that are trained
     stratum: list[str]  # (N,)
     format: list[str]  # (N,) names
+    ends: Counter[int]  # by token: the rows, benchmarks' aside, whose last answer it ends
+    largest_id: int  # of those rows' tokens
 
     def table(self) -> Any:
         """The file's rows, memory-mapped."""
@@ -101,6 +103,8 @@ class Processor:
             kept = [usable for usable, ids in zip(rows, encoded, strict=True) if ids is not None]
         ids = [one for one in encoded if one is not None]
         trained = [sum(label >= 0 for label in one.labels) for one in ids]
+        roles = [self._settings.sources[usable.source].role for usable in kept]
+        own = [one for one, role in zip(ids, roles, strict=False) if role != BENCHMARK]  # none without a tokenizer
         for number, usable in enumerate(kept):
             if self._settings.sources[usable.source].role != BENCHMARK:
                 tokens = len(ids[number].input_ids) if ids else None
@@ -120,6 +124,8 @@ class Processor:
             trained=np.array(trained if ids else [0] * len(kept), np.int32),
             stratum=[usable.row.stratum for usable in kept],
             format=[usable.format for usable in kept],
+            ends=Counter(one.input_ids[one.end] for one in own if one.end is not None),
+            largest_id=max((max(one.input_ids) for one in own), default=0),
         )
         return part, findings, statistics
 
@@ -191,7 +197,12 @@ class Processor:
             columns["input_ids"] = _lists([one.input_ids for one in ids])
             columns["labels"] = _lists([one.labels for one in ids])
             columns["prompt_length"] = pa.array([one.prompt_length for one in ids], pa.int32())
-            columns["answer"] = pa.array([usable.row.answer for usable in rows], pa.string())
+            answers = [one.answer for one in ids]
+            texts_of = iter(spell([answer for answer in answers if answer is not None], self._settings.tokenizer))
+            written = [None if answer is None else next(texts_of) for answer in answers]
+            lengths = [None if answer is None else len(answer) for answer in answers]
+            columns["answer"] = pa.array(written, pa.string())
+            columns["answer_length"] = pa.array(lengths, pa.int32())
         table = pa.table(columns)
         with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, table.schema) as writer:
             writer.write_table(table)

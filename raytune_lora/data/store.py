@@ -29,6 +29,11 @@ class TokenStore:
         """Rows of each split."""
         return dict(self.manifest["rows"])
 
+    @property
+    def stop_ids(self) -> list[int]:
+        """Tokens that the rows train as the end of an answer."""
+        return list(self.manifest["stop_ids"])
+
     def here(self, cache: Cache) -> TokenStore:
         """The store on the node that asks, brought there first where the cache is an object store.
 
@@ -41,7 +46,9 @@ class TokenStore:
         """One split as a memory-mapped ``datasets.Dataset``.
 
         Its columns: input_ids, labels (``IGNORED`` where a token is not trained), prompt_length (tokens before the last
-        answer) and answer (its text).
+        answer), answer (the text that the model is to write there, as it is trained, without its end) and answer_length
+        (its tokens, without the end). The last two are null where there is nothing to compare an answer with: the
+        answer was cut, its whole prompt was, or there is none.
         """
         from datasets import Dataset
 

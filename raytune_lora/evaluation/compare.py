@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from raytune_lora import storage
@@ -15,7 +16,7 @@ from raytune_lora.config.schema import Precision, Quantization, RunConfig
 from raytune_lora.data.store import TokenStore
 from raytune_lora.evaluation import ANSWERS
 from raytune_lora.evaluation.figures import loss_interval, wilson
-from raytune_lora.evaluation.generate import answer, exact_match
+from raytune_lora.evaluation.generate import answer, exact_match, stops
 from raytune_lora.models.loading import load_model, precision
 from raytune_lora.models.methods import method_for
 from raytune_lora.models.sources import materialize
@@ -114,17 +115,23 @@ def _here(cfg: RunConfig, adapter: str) -> Path:
 
 
 def _answers(cfg: RunConfig, store: TokenStore, place: Place, model: Any, tokenizer: Any) -> list[dict[str, str]]:
-    """Prompt, expected and given answer of the test split's first rows, a sample of all, on every worker."""
-    count = min(cfg.evaluation.generate_rows, store.rows["test"])
+    """Prompt, expected and given answer of test rows, a sample of those that have one to compare, on every worker."""
+    if cfg.evaluation.generate_rows == 0:
+        return []
+    split = store.split("test")
+    comparable = np.flatnonzero(split.data.column("answer").is_valid().to_numpy())
+    rows = split.select(comparable[: cfg.evaluation.generate_rows])
+    count = len(rows)
     if count == 0:
         return []
-    rows = store.split("test").select(range(count))
     mine = range(place.rank, count, place.workers)
-    prompts = {i: rows[i]["input_ids"][: rows[i]["prompt_length"]] for i in range(count)}
+    prompts = [row["input_ids"][: row["prompt_length"]] for row in rows]
+    expected = [row["input_ids"][row["prompt_length"] :][: row["answer_length"]] for row in rows]
     given = answer(
         model,
         tokenizer,
         [prompts[i] for i in mine],
+        stop_ids=stops(model, tokenizer, store.stop_ids, expected),
         batch=cfg.evaluation.generate_batch,
         max_new_tokens=cfg.evaluation.max_new_tokens,
     )

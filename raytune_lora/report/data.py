@@ -7,7 +7,8 @@ Schema of ``data_report.json``, version 1. Null stands for what is not known; a 
 - ``rows``: ``read`` by the source's name, ``left_out`` (of the data's own, mixed-in sources and benchmarks aside),
   ``splits`` (``train``, ``validation``, ``test``), ``too_long`` (among those left out), ``cut`` (shortened)
 - ``max_length`` (tokens of a row; null without a tokenizer), ``truncation`` (``drop``, ``right`` or ``left``);
-  ``tokens`` and ``trained_tokens`` by split, null without a tokenizer
+  ``tokens`` and ``trained_tokens`` by split, ``stop_ids`` (tokens that rows train as the end of an answer) and
+  ``largest_id`` (of all tokens), null without a tokenizer
 - ``findings``: by name ``count`` (rows), ``examples`` (the first few: ``where``, ``text``, ``detail``) and ``action``
   (``stop``, ``drop``, ``mask`` or ``report``); under ``pii`` one such object per kind
 - ``mixed``: by name ``asked`` and ``share`` (of the training rows), ``rows`` and ``available``

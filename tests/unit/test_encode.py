@@ -251,7 +251,7 @@ def test_a_longer_row_is_left_out_or_cut_at_either_end() -> None:
     assert cut(ROW, 4, Truncation.drop) is None
     assert cut(ROW, 4, Truncation.right) == Encoded([q, mark, a, b], [IGNORED, IGNORED, a, b], 2, True)
     eos = tokenizer.eos_token_id
-    assert cut(ROW, 5, Truncation.left) == Encoded([mark, a, b, c, eos], [IGNORED, a, b, c, eos], 1, True)
+    assert cut(ROW, 5, Truncation.left) == Encoded([mark, a, b, c, eos], [IGNORED, a, b, c, eos], 1, True, end=4)
 
 
 def test_a_row_of_which_nothing_trained_remains_is_left_out() -> None:
