@@ -231,7 +231,8 @@ class DiffPruningMethodConfig(TargetedMethodConfig):
 
     kind: str = "diff_pruning"
     l0_weight: float = 1e-7  # of the penalty, for each expected non-zero
-    sparsity: float | None = 0.995  # share of zeros the saved difference is cut to; null: as learned
+    sparsity: float | None = 0.995  # share of zeros the difference is cut to; null: as learned
+    settle: float = 0.5  # share of the steps at the end, in which what the cut has left trains on
 
 
 @dataclass

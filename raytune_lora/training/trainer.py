@@ -205,7 +205,8 @@ class Reporter(TrainerCallback):
         self._eval_loss = kwargs["metrics"]["eval_loss"]
         if not math.isfinite(self._eval_loss):
             raise DivergedError(state.global_step, self._eval_loss)
-        self._in_vain = 0 if self._eval_loss < self._lowest else self._in_vain + 1
+        settled = state.global_step > self._method.settled_from
+        self._in_vain = self._in_vain + 1 if settled and self._eval_loss >= self._lowest else 0
         self._lowest = min(self._lowest, self._eval_loss)
         control.should_training_stop |= self._gave_up()
 

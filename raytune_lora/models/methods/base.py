@@ -50,6 +50,7 @@ class Method(ABC, Generic[C]):
         packable: whether rows can lie end to end in one sequence.
         starts_as_base: whether the model computes the same before the first step as without the method.
         because: why it does not work on the other bases and stages.
+        settled_from: the step from which on losses tell whether ``training.patience`` is at an end; set by ``apply``.
         apart: bases that it works on, but not under ZeRO-3, though it does work under that on others; and why.
     """
 
@@ -62,6 +63,7 @@ class Method(ABC, Generic[C]):
     starts_as_base: ClassVar[bool] = True
     because: ClassVar[str] = ""
     apart: ClassVar[tuple[frozenset[Quantization], str]] = (frozenset(), "")
+    settled_from: int = 0
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -112,7 +114,7 @@ class Method(ABC, Generic[C]):
         """
 
     def merge(self, model: Any) -> Any:
-        """The base model with what was learned worked into its weights.
+        """The base model with what was learned worked into its weights, and no other use of them changed.
 
         Args:
             model: as ``load`` gave it.
@@ -139,10 +141,6 @@ class Method(ABC, Generic[C]):
 
         What ``apply`` found from the data or the weights and could not find again, and what was measured since.
         """
-        return {}
-
-    def facts(self, state: dict[str, Any]) -> dict[str, float]:
-        """Numbers about what was learned that belong into the results."""
         return {}
 
 

@@ -19,7 +19,9 @@ _KEPT = 4  # tensors of a layer's size that a forward pass keeps: the draws, the
 class DiffPruning(OwnMethod[DiffPruningMethodConfig]):
     """W + z * D, elementwise; z is between 0 and 1, drawn from a hard concrete distribution while training.
 
-    Saved is z * D with z at its most likely, cut to the target sparsity by size, as the paper's projection does.
+    As in the paper, the difference is then cut to the target sparsity by size, and what is left trains on: here for the
+    last ``settle`` of the steps. Until then it is validated, and saved, as the cut would leave it at that time, which
+    need not become better from one validation to the next.
     """
 
     config_class = DiffPruningMethodConfig
@@ -27,23 +29,39 @@ class DiffPruning(OwnMethod[DiffPruningMethodConfig]):
     because = "its penalty reads the gates of all layers at once, and ZeRO-3 has divided them among the workers"
 
     def apply(self, model: Any, start: Start) -> Any:
-        from raytune_lora.models.layers.sparse import insert
+        from raytune_lora.models.layers.sparse import Budget, insert, put_masks
 
         model.requires_grad_(False)
+        self._budget = Budget(self.cfg.sparsity)
+        self.settled_from = max(1, start.steps - round(self.cfg.settle * start.steps))
         for linear in self._targets(shape_of(model)):
-            insert(model.get_submodule(linear.name))
+            insert(model.get_submodule(linear.name), self._budget)
+        put_masks(model, start.earlier or {})
         return model
 
-    def penalty(self, model: Any) -> Any:
-        """The expected number of differing weights, times ``l0_weight`` (equation 4)."""
-        from raytune_lora.models.layers.sparse import SparseDiff
+    def penalty(self, model: Any) -> Any | None:
+        """The expected number of differing weights, times ``l0_weight`` (equation 4); none once that is settled."""
+        layers = self._budget.layers
+        if any(layer.mask is not None for layer in layers):
+            return None
+        return self.cfg.l0_weight * sum(layer.expected() for layer in layers)
 
-        return self.cfg.l0_weight * sum(m.expected() for m in model.modules() if isinstance(m, SparseDiff))
+    def after_step(self, model: Any, step: int) -> None:
+        from raytune_lora.models.layers.sparse import fix
+
+        if step == self.settled_from:
+            fix(self._budget)
+
+    def extra_state(self, model: Any) -> dict[str, Any]:
+        """Where each layer's mask is true, once there are masks."""
+        from raytune_lora.models.layers.sparse import masks
+
+        return masks(model)
 
     def save(self, model: Any, state: dict[str, Any], folder: Path) -> None:
-        from raytune_lora.models.layers.sparse import packed
+        from raytune_lora.models.layers.sparse import learned, packed
 
-        save_state(self.cfg, packed(self._projected(state)), folder)
+        save_state(self.cfg, packed(learned(model, state, self.cfg.sparsity)), folder)
 
     def load(self, model: Any, folder: Path, weights: Path) -> Any:
         from raytune_lora.models.layers.sparse import unpack
@@ -56,12 +74,6 @@ class DiffPruning(OwnMethod[DiffPruningMethodConfig]):
         from raytune_lora.models.layers.sparse import merge
 
         return merge(model)
-
-    def facts(self, state: dict[str, Any]) -> dict[str, float]:
-        """The share of zeros in the difference that is saved."""
-        projected = self._projected(state)
-        zeros = sum(int((tensor == 0).sum()) for tensor in projected.values())
-        return {"sparsity": zeros / max(1, sum(tensor.numel() for tensor in projected.values()))}
 
     def count(self, shape: Shape) -> int:
         """The difference and the logits of z: two a weight."""
@@ -77,8 +89,3 @@ class DiffPruning(OwnMethod[DiffPruningMethodConfig]):
 
     def _targets(self, shape: Shape) -> list[Linear]:
         return shape.targets(list(self.cfg.target_modules))
-
-    def _projected(self, state: dict[str, Any]) -> dict[str, Any]:
-        from raytune_lora.models.layers.sparse import project
-
-        return project(state, self.cfg.sparsity)

@@ -44,7 +44,12 @@ class PeftMethod(Method[C]):
         return PeftModel.from_pretrained(model, folder).requires_grad_(False).eval()
 
     def merge(self, model: Any) -> Any:
-        return model.merge_and_unload() if self.mergeable else super().merge(model)
+        from raytune_lora.models.tying import untie_adapted
+
+        if not self.mergeable:
+            return super().merge(model)
+        untie_adapted(model)
+        return model.merge_and_unload()
 
 
 def write_adapter(model: Any, weights: dict[str, Any], folder: Path, **changes: Any) -> None:

@@ -13,6 +13,8 @@ from raytune_lora.config.methods import LoraMethodConfig, OloraMethodConfig, Pis
 from raytune_lora.models.methods.base import UNQUANTIZED, Start
 from raytune_lora.models.methods.lora import LoraFamily
 from raytune_lora.models.methods.peft_method import write_adapter
+from raytune_lora.models.shape import shape_of
+from raytune_lora.models.tying import untie
 from raytune_lora.models.weights import is_transposed
 from raytune_lora.planning.shape import Shape
 
@@ -41,6 +43,7 @@ class PrincipalLora(LoraFamily[L]):
         return {"init_lora_weights": True if self._resumes else self.start_word()}
 
     def apply(self, model: Any, start: Start) -> Any:
+        untie(model, [model.get_submodule(linear.name) for linear in self.targets(shape_of(model))])
         self._resumes = bool(start.earlier)
         adapted = super().apply(model, start)
         if factors := start.earlier or self.factors(adapted):
