@@ -211,7 +211,7 @@ def _report(
         "tokens": tokens if tokenized else None,
         "trained_tokens": trained if tokenized else None,
         "stop_ids": sorted(set().union(*(part.ends for part in parts))) if tokenized else None,
-        "largest_id": max(part.largest_id for part in parts) if tokenized else None,
+        "largest_id": max((part.largest_id for part in parts), default=0) if tokenized else None,
         "findings": found | {"pii": personal},
         "mixed": split.mixed,
         "statistics": figures.report(),
