@@ -28,7 +28,7 @@ from raytune_lora.data.splits import OUT, SPLITS, Split
 from raytune_lora.data.statistics import Statistics
 from raytune_lora.errors import UserError
 
-VERSION = 2  # of what becomes of a row: a change of that makes older stores stale
+VERSION = 3  # of what becomes of a row: a change of that makes older stores stale
 _STRETCH = 1000  # records a part
 _PARTS = "parts"
 TOGETHER = "keep together"  # what is done about rows that would leak if each were put into a split by itself

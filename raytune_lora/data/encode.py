@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from raytune_lora.config.data import DataConfig, TrainOn, Truncation
 from raytune_lora.data.rows import Row
-from raytune_lora.data.templates import Rendered, Segment, Tokenizer, writer
+from raytune_lora.data.templates import Note, Rendered, RowRefused, Segment, Tokenizer, writer
 from raytune_lora.errors import UserError
 
 Span = tuple[int, int, int]  # of trained tokens: the first, the one after the last, the turn
@@ -23,36 +23,57 @@ class Encoded:
     labels: list[int]  # as long as ``input_ids``: the id where the token is trained, else IGNORED
     prompt_length: int  # tokens before the last answer's first trained one; all, where that answer is cut away
     cut: bool  # it was longer than ``max_length``
+    notes: tuple[Note, ...] = ()  # of what is trained
 
 
-def encode(rows: Sequence[Row], cfg: DataConfig, tokenizer: Tokenizer) -> list[Encoded | None]:
+def encode(
+    rows: Sequence[Row], cfg: DataConfig, tokenizer: Tokenizer, refused: dict[int, RowRefused] | None = None
+) -> list[Encoded | None]:
     """Token ids and labels of many rows at once.
 
     Text templates: each prompt and each answer is tokenized apart, so that a prompt's ids are the same as when the
     model later answers it; only the row's first piece gets the tokenizer's special tokens. Chat templates: the whole
     text is tokenized at once, as ``apply_chat_template`` does, and a token is trained if its characters are. Masks go
-    by place and never by token id, so that an end-of-sequence token is trained also where padding uses the same one.
+    by place and never by token id, so that an end-of-sequence token is trained also where padding uses the same one. An
+    answer whose turn says that it is not trained is context, whatever ``train_on`` is.
 
     Args:
         rows: of one data set, in any number.
         cfg: template, ``train_on``, ``max_length`` and ``truncation``.
         tokenizer: a fast one, of the base model.
+        refused: gets what the template says of each row that it cannot write, by its number, instead of an error.
 
     Returns:
-        One for each row; None where the row is left out: it is longer than ``max_length`` and the policy is to drop it,
-        or no trained token that has one before it remains after the cut.
+        One for each row; None where the row is left out: the template cannot write it, it is longer than ``max_length``
+        and the policy is to drop it, or no trained token that has one before it remains after the cut.
 
     Raises:
         UserError: what ``templates.writer`` raises, or the tokenizer lacks what the template needs.
     """
     write = writer(cfg.template, tokenizer)
-    rendered = [write(row) for row in rows]
-    whole = iter(_whole([each for each in rendered if each.whole], tokenizer))
-    pieces = iter(_pieces([each for each in rendered if not each.whole], tokenizer))
-    return [
-        _finish(*next(whole if each.whole else pieces), len(row.turns) - 1, cfg, tokenizer)
-        for row, each in zip(rows, rendered, strict=True)
-    ]
+    rendered: list[Rendered | None] = []
+    for number, row in enumerate(rows):
+        try:
+            rendered.append(write(row))
+        except RowRefused as error:
+            if refused is None:
+                raise
+            refused[number] = error
+            rendered.append(None)
+    whole = iter(_whole([each for each in rendered if each and each.whole], tokenizer))
+    pieces = iter(_pieces([each for each in rendered if each and not each.whole], tokenizer))
+    encoded: list[Encoded | None] = []
+    for row, each in zip(rows, rendered, strict=True):
+        found = _finish(*next(whole if each.whole else pieces), row, cfg, tokenizer) if each else None
+        encoded.append(replace(found, notes=_notes(each.notes, row, cfg)) if each and found else None)
+    return encoded
+
+
+def _notes(notes: Sequence[Note], row: Row, cfg: DataConfig) -> tuple[Note, ...]:
+    """Those about answers that are trained."""
+    last = len(row.turns) - 1
+    every = cfg.train_on is not TrainOn.last
+    return tuple(note for note in notes if note.turn == last or (every and row.turns[note.turn].trained))
 
 
 # ----------------------------------------------------------------------------------------------------------- tokenizing
@@ -155,7 +176,8 @@ def _eos(tokenizer: Tokenizer) -> int:
 # --------------------------------------------------------------------------------------------------- labels and length
 
 
-def _finish(ids: list[int], spans: Sequence[Span], last: int, cfg: DataConfig, tokenizer: Tokenizer) -> Encoded | None:
+def _finish(ids: list[int], spans: Sequence[Span], row: Row, cfg: DataConfig, tokenizer: Tokenizer) -> Encoded | None:
+    last = len(row.turns) - 1
     cut = len(ids) > cfg.max_length
     if cut and cfg.truncation is Truncation.drop:
         return None
@@ -164,7 +186,9 @@ def _finish(ids: list[int], spans: Sequence[Span], last: int, cfg: DataConfig, t
     for start, end, turn in reversed(spans):
         if turn == last:
             prompt_length = start
-        if turn == last or cfg.train_on is TrainOn.answers:
+        if not row.turns[turn].trained:
+            labels[start:end] = [IGNORED] * (end - start)
+        elif turn == last or cfg.train_on is TrainOn.answers:
             labels[start:end] = ids[start:end]
     if cut and cfg.truncation is Truncation.right:
         ids, labels = ids[: cfg.max_length], labels[: cfg.max_length]
