@@ -72,6 +72,10 @@ class QualityConfig:
     missing_fields: Action = Action.drop  # drop or stop
     wrong_types: Action = Action.drop  # drop or stop
     empty_fields: Action = Action.drop  # drop or stop
+    nothing_trained: Action = Action.drop  # drop or stop: every answer is marked as one that is not to be trained
+    unused_fields: Action = Action.report  # fields of a record that have no place in its form
+    unwritten: Action = Action.report  # thoughts, or text beside calls, that the template leaves out
+    generation_prompt: Action = Action.report  # the template prompts otherwise than it writes a whole conversation
     mixed_formats: Action = Action.report
     encoding: Action = Action.report
     control_characters: Action = Action.report

@@ -24,7 +24,8 @@ from raytune_lora.config.search import CHANGEABLE, Sampler, Scheduler
 
 # the schedules of transformers that need no further arguments
 LR_SCHEDULERS = ("constant", "constant_with_warmup", "cosine", "inverse_sqrt", "linear")
-UNUSABLE = ("unreadable", "missing_fields", "wrong_types", "empty_fields")  # findings whose rows cannot be trained on
+# Findings whose rows cannot be trained on.
+UNUSABLE = ("unreadable", "missing_fields", "wrong_types", "empty_fields", "nothing_trained")
 TRACKERS = ("tensorboard", "wandb", "mlflow", "ray")
 
 _Rule = tuple[Callable[[float], bool], str]  # whether a value holds, and the rule in words

@@ -8,16 +8,18 @@ exactly.
 from __future__ import annotations
 
 import hashlib
+import json
 import re
 import zlib
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from functools import lru_cache
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from raytune_lora.data.rows import Row, Turn
+from raytune_lora.data.rows import Row
 
 PERMUTATIONS = 64  # of a signature
 _BANDS = 16  # of four permutations each: rows that share 0.7 of their shingles meet with a probability of 0.988
@@ -30,16 +32,20 @@ MOST_SHINGLES = 20_000  # of one row: a field of megabytes is known by its begin
 Digests = NDArray[np.uint64]
 
 
-def prompt_digest(turns: Sequence[Turn]) -> int:
-    """64 bits that stand for what comes before the answer; 0 where nothing does."""
-    if not turns:
+def prompt_digest(row: Row) -> int:
+    """64 bits that stand for what comes before the last answer; 0 where nothing does."""
+    if not row.prompt:
         return 0
-    return _digest("\x00".join(f"{turn.text}\x00{turn.input}" for turn in turns))
+    return _digest("\x00".join([*(replace(turn, trained=True).identity() for turn in row.prompt), *_tools(row)]))
 
 
 def row_digest(row: Row) -> int:
     """64 bits that stand for the whole row."""
-    return _digest("\x00".join(f"{turn.role}\x00{turn.text}\x00{turn.input}" for turn in row.turns))
+    return _digest("\x00".join([*(f"{turn.role}\x00{turn.identity()}" for turn in row.turns), *_tools(row)]))
+
+
+def _tools(row: Row) -> list[str]:
+    return [json.dumps(row.tools, ensure_ascii=False)] if row.tools else []
 
 
 def _digest(text: str) -> int:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from raytune_lora.config.data import DataConfig, TrainOn, Truncation
 from raytune_lora.data.rows import Row
-from raytune_lora.data.templates import Rendered, Segment, Tokenizer, writer
+from raytune_lora.data.templates import Note, Rendered, RowRefused, Segment, Tokenizer, writer
 from raytune_lora.errors import UserError
 
 Span = tuple[int, int, int]  # of trained tokens: the first, the one after the last, the turn
@@ -23,9 +23,8 @@ class Encoded:
     labels: list[int]  # as long as ``input_ids``: the id where the token is trained, else IGNORED
     prompt_length: int  # tokens before the last answer's first trained one; all, where that answer is cut away
     cut: bool  # it was longer than ``max_length``
-    end: int | None = (
-        None  # place of the token that ends the last answer; None where it cannot be answered and compared
-    )
+    notes: tuple[Note, ...] = ()  # of what is trained
+    end: int | None = None  # place of the token that ends the last answer; None where it cannot be compared
 
     @property
     def answer(self) -> list[int] | None:
@@ -33,36 +32,55 @@ class Encoded:
         return None if self.end is None else self.input_ids[self.prompt_length : self.end]
 
 
-def encode(rows: Sequence[Row], cfg: DataConfig, tokenizer: Tokenizer) -> list[Encoded | None]:
+def encode(
+    rows: Sequence[Row], cfg: DataConfig, tokenizer: Tokenizer, refused: dict[int, RowRefused] | None = None
+) -> list[Encoded | None]:
     """Token ids and labels of many rows at once.
 
     Text templates: each prompt and each answer is tokenized apart, so that a prompt's ids are the same as when the
     model later answers it; only the row's first piece gets the tokenizer's special tokens. Chat templates: the whole
     text is tokenized at once, as ``apply_chat_template`` does, and a token is trained if its characters are. Masks go
-    by place and never by token id, so that an end-of-sequence token is trained also where padding uses the same one.
+    by place and never by token id, so that an end-of-sequence token is trained also where padding uses the same one. An
+    answer whose turn says that it is not trained is context, whatever ``train_on`` is.
 
     Args:
         rows: of one data set, in any number.
         cfg: template, ``train_on``, ``max_length`` and ``truncation``.
         tokenizer: a fast one, of the base model.
+        refused: gets what the template says of each row that it cannot write, by its number, instead of an error.
 
     Returns:
-        One for each row; None where the row is left out: it is longer than ``max_length`` and the policy is to drop it,
-        or no trained token that has one before it remains after the cut.
+        One for each row; None where the row is left out: the template cannot write it, it is longer than ``max_length``
+        and the policy is to drop it, or no trained token that has one before it remains after the cut.
 
     Raises:
         UserError: what ``templates.writer`` raises, or the tokenizer lacks what the template needs.
     """
     write = writer(cfg.template, tokenizer)
-    rendered = [write(row) for row in rows]
-    whole = iter(_whole([each for each in rendered if each.whole], tokenizer))
-    pieces = iter(_pieces([each for each in rendered if not each.whole], tokenizer))
-    tokenized = [next(whole if each.whole else pieces) for each in rendered]
+    rendered: list[Rendered | None] = []
+    for number, row in enumerate(rows):
+        try:
+            rendered.append(write(row))
+        except RowRefused as error:
+            if refused is None:
+                raise
+            refused[number] = error
+            rendered.append(None)
+    whole = iter(_whole([each for each in rendered if each and each.whole], tokenizer))
+    pieces = iter(_pieces([each for each in rendered if each and not each.whole], tokenizer))
     special = _special_ids(tokenizer)
-    return [
-        _finish(ids, spans, len(row.turns) - 1, cfg, tokenizer, special)
-        for row, (ids, spans) in zip(rows, tokenized, strict=True)
-    ]
+    encoded: list[Encoded | None] = []
+    for row, each in zip(rows, rendered, strict=True):
+        found = _finish(*next(whole if each.whole else pieces), row, cfg, tokenizer, special) if each else None
+        encoded.append(replace(found, notes=_notes(each.notes, row, cfg)) if each and found else None)
+    return encoded
+
+
+def _notes(notes: Sequence[Note], row: Row, cfg: DataConfig) -> tuple[Note, ...]:
+    """Those about answers that are trained."""
+    last = len(row.turns) - 1
+    every = cfg.train_on is not TrainOn.last
+    return tuple(note for note in notes if note.turn == last or (every and row.turns[note.turn].trained))
 
 
 def spell(answers: Sequence[Sequence[int]], tokenizer: Tokenizer) -> list[str]:
@@ -174,8 +192,9 @@ def _eos(tokenizer: Tokenizer) -> int:
 
 
 def _finish(
-    ids: list[int], spans: Sequence[Span], last: int, cfg: DataConfig, tokenizer: Tokenizer, special: frozenset[int]
+    ids: list[int], spans: Sequence[Span], row: Row, cfg: DataConfig, tokenizer: Tokenizer, special: frozenset[int]
 ) -> Encoded | None:
+    last = len(row.turns) - 1
     cut = len(ids) > cfg.max_length
     if cut and cfg.truncation is Truncation.drop:
         return None
@@ -184,7 +203,9 @@ def _finish(
     for start, end, turn in reversed(spans):
         if turn == last:
             prompt_length = start
-        if turn == last or cfg.train_on is TrainOn.answers:
+        if not row.turns[turn].trained:
+            labels[start:end] = [IGNORED] * (end - start)
+        elif turn == last or cfg.train_on is TrainOn.answers:
             labels[start:end] = ids[start:end]
     answered = max((end for _, end, turn in spans if turn == last), default=0)
     stop = _last_special(ids, prompt_length, answered, special, tokenizer)
@@ -201,7 +222,8 @@ def _finish(
         prompt_length = max(prompt_length - gone, kept)
     if all(label == IGNORED for label in labels[1:]):  # the first token is never a target
         return None
-    return Encoded(ids, labels, prompt_length, cut, stop if prompt_length else None)
+    compared = prompt_length > 0 and row.turns[last].trained  # else there is no prompt, or no answer to wish for
+    return Encoded(ids, labels, prompt_length, cut, end=stop if compared else None)
 
 
 def _special_ids(tokenizer: Tokenizer) -> frozenset[int]:

@@ -11,32 +11,39 @@ completion              ``prompt`` with ``completion``, ``response`` or ``answer
 text                    ``text``
 ======================  ==============================================================================================
 
-All but text may have a field ``system``. A conversation is one optional system turn, then turns of the user and the
-assistant that alternate, as chat templates demand it: one that starts with the assistant, or has two turns of one role
-in a row, is a fault. What follows the assistant's last turn has no answer to learn from and no influence on the answers
-before it, so it is cut off. An empty system turn is left out, as if it were absent. Other fields are ignored.
+All but text may have ``system``, ``tools`` (or ``functions``: definitions, a list or JSON text) and, where
+``data.columns`` names it, ``reasoning`` (the last answer's thought) and ``label`` (KTO: rows whose label is true are
+taken). Alpaca and completion rows may have ``history``, a list of [question, answer]. ``raytune_lora.data.messages``
+says what a message may hold. A field that has none of these places, and holds something, is named in ``Row.unused``.
+
+A conversation is one optional system turn, then turns of the user and the assistant that alternate, as chat templates
+demand it: one that starts with the assistant, or has two turns of one role in a row, is a fault. Between two turns of
+the assistant may stand the answers of tools. What follows the last answer that is trained has no influence on it, so it
+is cut off. An empty system turn is left out, as if it were absent.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 from raytune_lora.config.data import Format
 from raytune_lora.data.json_stream import decode_json
+from raytune_lora.data.messages import (
+    FaultError,
+    checked_text,
+    conversation,
+    definitions,
+    filled,
+    kind_of,
+    listed,
+    messages,
+    reasoning,
+    wrong,
+)
 from raytune_lora.data.rows import ASSISTANT, SYSTEM, USER, Fault, Row, Turn
 
-ROLES = {
-    "system": SYSTEM,
-    "developer": SYSTEM,
-    "user": USER,
-    "human": USER,
-    "assistant": ASSISTANT,
-    "gpt": ASSISTANT,
-    "model": ASSISTANT,
-    "chatgpt": ASSISTANT,
-}
-TOOL_ROLES = {"tool", "function", "function_call", "observation", "ipython"}
 # What makes a record one of a format; the first whose fields are all there is taken.
 FIELDS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("chat", ("messages",)),
@@ -48,27 +55,21 @@ FIELDS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("completion", ("question", "answer")),
     ("text", ("text",)),
 )
-OPTIONAL = {"alpaca": ("input", "system"), "chat": ("system",), "sharegpt": ("system",), "completion": ("system",)}
-_NAMES = {
-    "dict": "an object",
-    "list": "a list",
-    "str": "text",
-    "bytes": "bytes",
-    "int": "a number",
-    "float": "a number",
-    "bool": "true or false",
-    "NoneType": "null",
+_COMMON = ("system", "tools", "functions", "reasoning", "label")
+OPTIONAL = {
+    "alpaca": ("input", "history", *_COMMON),
+    "chat": _COMMON,
+    "sharegpt": _COMMON,
+    "completion": ("history", *_COMMON),
+    "text": (),
 }
-
-Parsed = tuple[tuple[Turn, ...], str]
-
-
-class _FaultError(Exception):
-    """A record is no row."""
-
-    def __init__(self, kind: str, reason: str) -> None:
-        super().__init__(reason)
-        self.fault = Fault(kind, reason)
+_MAPPED = (
+    "reasoning",
+    "label",
+)  # of OPTIONAL: other data has columns of that name, so that data.columns must name them
+_VERDICTS = {"true": True, "1": True, "1.0": True, "false": False, "0": False, "0.0": False}
+# Fields that say, by true or false, whether an answer is a good one.
+_LABELS = ("label", "kto_tag", "preferred", "is_preferred", "desirable", "is_chosen")
 
 
 def parse(
@@ -87,12 +88,20 @@ def parse(
         unreadable (of a list in the form of JSON text).
     """
     if not isinstance(value, dict):
-        return value if isinstance(value, Fault) else Fault("wrong_types", f"a row is an object, not {_kind(value)}")
+        return value if isinstance(value, Fault) else Fault("wrong_types", f"a row is an object, not {kind_of(value)}")
     try:
         fields = _renamed(value, columns) if columns else value
         name, names = _recognize(fields, format, columns)
-        row = Row(_TURNS[name](fields, names), _stratum(value, stratify) if stratify else "")
-    except _FaultError as error:
+        if name != "text":
+            _refuse_bad(fields, columns)
+        unused = _unused(fields, name, names, columns, stratify)
+        turns = _TURNS[name](fields, names, unused)
+        if name != "text" and "reasoning" in columns:
+            thought = reasoning(fields["reasoning"], "reasoning")
+            turns = (*turns[:-1], replace(turns[-1], thought=thought or turns[-1].thought))
+        tools = () if name == "text" else _tools(fields)
+        row = Row(turns, _stratum(value, stratify) if stratify else "", tools, tuple(sorted(unused)))
+    except FaultError as error:
         return error.fault
     return row, name
 
@@ -101,7 +110,7 @@ def _renamed(value: dict[str, Any], columns: Mapping[str, str]) -> dict[str, Any
     """The record by the format's names."""
     absent = [f"{column!r} (for {field})" for field, column in columns.items() if column not in value]
     if absent:
-        raise _FaultError("missing_fields", f"no column {', '.join(absent)}; there are {_list(value)}")
+        raise FaultError("missing_fields", f"no column {', '.join(absent)}; there are {listed(value)}")
     used = set(columns.values())
     fields = {name: content for name, content in value.items() if name not in used}
     fields.update((field, value[column]) for field, column in columns.items())
@@ -112,7 +121,7 @@ def _recognize(fields: dict[str, Any], format: Format, columns: Mapping[str, str
     """The record's format, and those of its fields that make it one."""
     forms = _FORMS[format]
     if columns and format is Format.auto:  # what is mapped is what is meant
-        forms = tuple(form for form in forms if columns.keys() <= {*form[1], *OPTIONAL.get(form[0], ())}) or forms
+        forms = tuple(form for form in forms if columns.keys() <= {*form[1], *OPTIONAL[form[0]]}) or forms
     get = fields.get
     for form in forms:
         for field in form[1]:
@@ -126,57 +135,107 @@ def _recognize(fields: dict[str, Any], format: Format, columns: Mapping[str, str
 _FORMS = {form: tuple(f for f in FIELDS if form is Format.auto or f[0] == form.value) for form in Format}
 
 
-def _unrecognized(fields: dict[str, Any], forms: tuple[tuple[str, tuple[str, ...]], ...]) -> _FaultError:
-    if len(forms) > 1 and fields.get("chosen") is not None and fields.get("rejected") is not None:
-        return _FaultError("wrong_types", "chosen and rejected answers (preference data) are not supported")
+def _unrecognized(fields: dict[str, Any], forms: tuple[tuple[str, tuple[str, ...]], ...]) -> FaultError:
+    if len(forms) > 1:
+        _refuse_preferences(fields)
     begun = [names for _, names in forms if any(fields.get(name) is not None for name in names)]
     absent = [[name for name in names if fields.get(name) is None] for names in begun or [names for _, names in forms]]
     wanted = " or ".join(dict.fromkeys("+".join(names) for names in absent))
-    return _FaultError("missing_fields", f"no {wanted}; there are {_list(fields)}")
+    return FaultError("missing_fields", f"no {wanted}; there are {listed(fields)}")
+
+
+def _unused(
+    fields: dict[str, Any], name: str, names: tuple[str, ...], columns: Mapping[str, str], stratify: str | None
+) -> set[str]:
+    """Fields that hold something and have no place in the format."""
+    used = {*names, *(field for field in OPTIONAL[name] if field not in _MAPPED), *columns, stratify}
+    return {str(field) for field, content in fields.items() if field not in used and filled(content)}
 
 
 def _stratum(value: dict[str, Any], column: str) -> str:
     if column not in value:
-        raise _FaultError("missing_fields", f"no column {column!r} (data.stratify); there are {_list(value)}")
+        raise FaultError("missing_fields", f"no column {column!r} (data.stratify); there are {listed(value)}")
     content = value[column]
     if isinstance(content, (dict, list)):
-        raise _FaultError("wrong_types", f"{column} (data.stratify) must be text or a number (found {_kind(content)})")
+        raise FaultError("wrong_types", f"{column} (data.stratify) must be text or a number (found {kind_of(content)})")
     return "" if content is None else str(content)
+
+
+# --------------------------------------------------------------------------------------------------------- preferences
+
+
+def _refuse_preferences(fields: dict[str, Any]) -> None:
+    """Raise for a record that holds answers to be told apart and none that is simply the answer."""
+    pairs = [name for name, content in fields.items() if str(name).startswith(("chosen", "rejected")) and content]
+    if any(name.startswith("rejected") for name in pairs):
+        raise FaultError(
+            "wrong_types",
+            f"{' and '.join(pairs)} answers (preference data) are not supported; to train the good ones name their "
+            "field, such as data.columns.messages=chosen or data.columns.completion=chosen",
+        )
+    lists = [name for name in ("completions", "responses") if isinstance(fields.get(name), list)]
+    verdicts = [name for name in ("labels", "scores", "ranks", "rewards") if isinstance(fields.get(name), list)]
+    if lists and verdicts:
+        raise FaultError("wrong_types", f"{lists[0]} with {verdicts[0]} (preference data) are not supported")
+
+
+def _refuse_bad(fields: dict[str, Any], columns: Mapping[str, str]) -> None:
+    """Raise for an answer that is labelled as a bad one, and for a label that ``data.columns`` does not name."""
+    if "label" in columns:
+        good = _VERDICTS.get(str(fields["label"]).strip().lower())
+        if good is None:
+            raise FaultError("wrong_types", f"label must be true or false (found {fields['label']!r:.40})")
+        if not good:
+            raise FaultError("wrong_types", "label is false: a bad answer (preference data), which is not trained")
+        return
+    for name in _LABELS:
+        content = fields.get(name)
+        if isinstance(content, bool) or (isinstance(content, str) and content.strip().lower() in ("true", "false")):
+            raise FaultError(
+                "wrong_types",
+                f"{name} says whether the answer is a good one (preference data): data.columns.label={name} trains the "
+                "rows where it is true and leaves the others out; if it says something else, rename the column",
+            )
 
 
 # --------------------------------------------------------------------------------------------------------- the formats
 
 
-def _alpaca(fields: dict[str, Any], names: tuple[str, ...]) -> tuple[Turn, ...]:
+def _alpaca(fields: dict[str, Any], names: tuple[str, ...], unused: set[str]) -> tuple[Turn, ...]:
     about = fields.get("input")
     if about is None:
         about = ""
     elif not isinstance(about, str):
-        raise _wrong("input", "text", about)
+        raise wrong("input", "text", about)
     turns = (
-        Turn(USER, _text(fields["instruction"], "instruction"), about),
-        Turn(ASSISTANT, _text(fields["output"], "output")),
+        *_history(fields, unused),
+        Turn(USER, checked_text(fields["instruction"], "instruction"), about),
+        Turn(ASSISTANT, checked_text(fields["output"], "output")),
     )
     return (*_system(fields), *turns) if "system" in fields else turns
 
 
-def _chat(fields: dict[str, Any], names: tuple[str, ...]) -> tuple[Turn, ...]:
-    return _conversation(fields, _messages(fields[names[0]], names[0]))
-
-
-def _completion(fields: dict[str, Any], names: tuple[str, ...]) -> tuple[Turn, ...]:
-    turns: list[Turn] = []
-    for name, role in zip(names, (USER, ASSISTANT), strict=True):
-        content = fields[name]
-        turns += _messages(content, name) if isinstance(content, list) else [Turn(role, _text(content, name))]
+def _chat(fields: dict[str, Any], names: tuple[str, ...], unused: set[str]) -> tuple[Turn, ...]:
+    turns = messages(fields[names[0]], names[0], unused)
+    if turns and turns[-1].role == USER:
+        _refuse_preferences(fields)
     return _conversation(fields, turns)
 
 
-def _plain(fields: dict[str, Any], names: tuple[str, ...]) -> tuple[Turn, ...]:
-    return (Turn(ASSISTANT, _text(fields["text"], "text")),)
+def _completion(fields: dict[str, Any], names: tuple[str, ...], unused: set[str]) -> tuple[Turn, ...]:
+    turns: list[Turn] = []
+    for name, role in zip(names, (USER, ASSISTANT), strict=True):
+        content = fields[name]
+        is_list = isinstance(content, list)
+        turns += messages(content, name, unused) if is_list else [Turn(role, checked_text(content, name))]
+    return _conversation(fields, [*_history(fields, unused), *turns])
 
 
-_TURNS: dict[str, Callable[[dict[str, Any], tuple[str, ...]], tuple[Turn, ...]]] = {
+def _plain(fields: dict[str, Any], names: tuple[str, ...], unused: set[str]) -> tuple[Turn, ...]:
+    return (Turn(ASSISTANT, checked_text(fields["text"], "text")),)
+
+
+_TURNS: dict[str, Callable[[dict[str, Any], tuple[str, ...], set[str]], tuple[Turn, ...]]] = {
     "alpaca": _alpaca,
     "chat": _chat,
     "sharegpt": _chat,
@@ -185,12 +244,10 @@ _TURNS: dict[str, Callable[[dict[str, Any], tuple[str, ...]], tuple[Turn, ...]]]
 }
 
 
-def _text(content: Any, name: str) -> str:
-    if not isinstance(content, str):
-        raise _wrong(name, "text", content)
-    if not content or content.isspace():
-        raise _FaultError("empty_fields", f"{name} is empty")
-    return content
+def _conversation(fields: dict[str, Any], turns: list[Turn]) -> tuple[Turn, ...]:
+    if "system" in fields and not (turns and turns[0].role == SYSTEM):
+        turns = [*_system(fields), *turns]
+    return conversation(turns)
 
 
 def _system(fields: dict[str, Any]) -> tuple[Turn, ...]:
@@ -199,99 +256,24 @@ def _system(fields: dict[str, Any]) -> tuple[Turn, ...]:
     if content is None:
         return ()
     if not isinstance(content, str):
-        raise _wrong("system", "text", content)
+        raise wrong("system", "text", content)
     return (Turn(SYSTEM, content),) if content.strip() else ()
 
 
-def _wrong(name: str, wanted: str, content: Any) -> _FaultError:
-    return _FaultError("wrong_types", f"{name} must be {wanted} (found {_kind(content)})")
+def _history(fields: dict[str, Any], unused: set[str]) -> list[Turn]:
+    """Earlier turns, from a list of [question, answer]; a field of that name that holds something else is not used."""
+    content = fields.get("history")
+    if not filled(content):
+        return []
+    pairs = decode_json(content) if isinstance(content, str) and content.lstrip().startswith("[") else content
+    if not isinstance(pairs, list) or not all(isinstance(pair, list | tuple) and len(pair) == 2 for pair in pairs):
+        unused.add("history")
+        return []
+    texts = [checked_text(text, f"history[{number}]") for number, pair in enumerate(pairs) for text in pair]
+    return [Turn(ASSISTANT if number % 2 else USER, text) for number, text in enumerate(texts)]
 
 
-def _kind(content: Any) -> str:
-    return _NAMES.get(type(content).__name__, type(content).__name__)
-
-
-def _list(names: Any) -> str:
-    return ", ".join(map(str, names)) or "none"
-
-
-# ------------------------------------------------------------------------------------------------------- conversations
-
-
-def _conversation(fields: dict[str, Any], turns: list[Turn]) -> tuple[Turn, ...]:
-    """The turns up to the assistant's last one, if they are in the order that chat templates demand."""
-    if "system" in fields and not (turns and turns[0].role == SYSTEM):
-        turns = [*_system(fields), *turns]
-    while turns and turns[-1].role != ASSISTANT:
-        turns.pop()
-    if not turns:
-        raise _FaultError("missing_fields", "no turn of the assistant")
-    start = int(turns[0].role == SYSTEM)
-    expected = USER
-    for number, turn in enumerate(turns[start:], start + 1):
-        if turn.role != expected:
-            where = f"turn {number} of {len(turns)} is the {turn.role}'s where the {expected}'s was expected"
-            raise _FaultError(
-                "wrong_types", f"user and assistant must alternate after an optional system turn: {where}"
-            )
-        expected = ASSISTANT if expected == USER else USER
-    return tuple(turns)
-
-
-def _messages(content: Any, name: str) -> list[Turn]:
-    """The turns of a list of messages, which may have the form of JSON text."""
-    if isinstance(content, str):
-        content = _decoded(content, name)
-    if not isinstance(content, list):
-        raise _wrong(name, "a list of messages", content)
-    if not content:
-        raise _FaultError("empty_fields", f"{name} is empty")
-    turns = [_turn(message, f"{name}[{index}]") for index, message in enumerate(content)]
-    return [turn for turn in turns if turn.text]
-
-
-def _decoded(text: str, name: str) -> Any:
-    if not text.strip():
-        raise _FaultError("empty_fields", f"{name} is empty")
-    content = decode_json(text)
-    if isinstance(content, Fault):
-        raise _FaultError("unreadable", f"{name} is text and must then be a list in JSON: {content.reason}")
-    return content
-
-
-def _turn(message: Any, where: str) -> Turn:
-    """A message's turn; of an empty system message, one without text."""
-    if not isinstance(message, dict):
-        raise _wrong(where, "a message (an object with role and content)", message)
-    keys = ("from", "value") if message.get("role") is None and "from" in message else ("role", "content")
-    said, content = message.get(keys[0]), message.get(keys[1])
-    if said in TOOL_ROLES or message.get("tool_calls") or message.get("function_call"):
-        raise _FaultError("wrong_types", f"{where}: tool calls are not supported")
-    absent = [key for key in keys if message.get(key) is None]
-    if absent:
-        raise _FaultError("missing_fields", f"{where} has no {' and no '.join(absent)}; there are {_list(message)}")
-    if not isinstance(said, str):
-        raise _wrong(f"{where}.{keys[0]}", "text", said)
-    role = ROLES.get(said) or ROLES.get(said.strip().lower())
-    if role is None:
-        raise _FaultError("wrong_types", f"{where}.{keys[0]} is {said!r}; known are {_list(ROLES)}")
-    text = _joined(content, f"{where}.{keys[1]}") if isinstance(content, list) else content
-    if role == SYSTEM and isinstance(text, str) and not text.strip():
-        return Turn(SYSTEM, "")
-    return Turn(role, _text(text, f"{where}.{keys[1]}"))
-
-
-def _joined(parts: list[Any], where: str) -> str:
-    """The text of a content that is given in parts."""
-    texts = []
-    for index, part in enumerate(parts):
-        if not isinstance(part, (dict, str)):
-            raise _wrong(f"{where}[{index}]", "a part with type and text", part)
-        if isinstance(part, dict) and part.get("type") != "text":
-            kind = f"of the type {part['type']!r}" if part.get("type") else "without a type"
-            raise _FaultError("wrong_types", f"{where}[{index}] is a part {kind}; only text is supported")
-        text = part if isinstance(part, str) else part.get("text")
-        if not isinstance(text, str):
-            raise _wrong(f"{where}[{index}].text", "text", text)
-        texts.append(text)
-    return "".join(texts)
+def _tools(fields: dict[str, Any]) -> tuple[dict[str, Any], ...]:
+    """The tools' definitions: of the first of the fields that may hold them."""
+    name = next((name for name in ("tools", "functions") if filled(fields.get(name))), None)
+    return definitions(fields[name], name) if name else ()

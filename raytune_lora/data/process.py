@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +20,10 @@ from raytune_lora.data import duplicates, formats, pii, quality
 from raytune_lora.data.encode import Encoded, encode, spell
 from raytune_lora.data.findings import Findings
 from raytune_lora.data.harmful import Words, load_words
-from raytune_lora.data.rows import Fault, Record, Row, Turn
+from raytune_lora.data.rows import Fault, Record, Row, leaves
 from raytune_lora.data.sources import BENCHMARK, MIX, Source
 from raytune_lora.data.statistics import Statistics
-from raytune_lora.errors import UserError
+from raytune_lora.data.templates import RowRefused
 
 
 @dataclass(frozen=True)
@@ -118,7 +118,7 @@ class Processor:
             cut=sum(one.cut for one in ids),
             source=np.array([usable.source for usable in kept], np.uint8),
             row=np.array([duplicates.row_digest(usable.row) for usable in kept], np.uint64),
-            prompt=np.array([duplicates.prompt_digest(usable.row.prompt) for usable in kept], np.uint64),
+            prompt=np.array([duplicates.prompt_digest(usable.row) for usable in kept], np.uint64),
             signature=duplicates.signatures(texts if self._alike else []),
             tokens=np.array([len(one.input_ids) for one in ids] if ids else list(map(len, texts)), np.int32),
             trained=np.array(trained if ids else [0] * len(kept), np.int32),
@@ -130,21 +130,24 @@ class Processor:
         return part, findings, statistics
 
     def _encoded(self, rows: list[_Usable], findings: Findings) -> tuple[list[_Usable], list[Encoded | None]]:
-        """The rows and their tokens, without those that a chat template refuses; to refuse all of them is an error."""
-        cfg, tokenizer = self._settings.cfg, self._settings.tokenizer
-        try:
-            return rows, encode([usable.row for usable in rows], cfg, tokenizer)
-        except UserError:
-            taken, encoded = [], []
-            for usable in rows:
-                try:
-                    encoded += encode([usable.row], cfg, tokenizer)
-                    taken.append(usable)
-                except UserError as error:
-                    findings.add("wrong_types", usable.where, "\n".join(usable.row.texts()), str(error))
-            if not taken:
-                raise
-            return taken, encoded
+        """The rows and their tokens, without those that the template cannot write."""
+        refused: dict[int, RowRefused] = {}
+        encoded = encode([usable.row for usable in rows], self._settings.cfg, self._settings.tokenizer, refused)
+        taken: list[tuple[_Usable, Encoded | None]] = []
+        for number, (usable, ids) in enumerate(zip(rows, encoded, strict=True)):
+            text = "\n".join(usable.row.texts())
+            if error := refused.get(number):
+                findings.add("wrong_types", usable.where, text, str(error), [error.reason])
+                continue
+            said: dict[str, list[str]] = {}
+            for note in ids.notes if ids and self._settings.sources[usable.source].role != BENCHMARK else ():
+                if self._actions[note.finding] is not Action.off:
+                    said.setdefault(note.finding, []).append(note.detail)
+            for finding, details in said.items():
+                findings.add(finding, usable.where, text, "; ".join(dict.fromkeys(details)), details)
+            if not any(self._actions[finding] is Action.drop for finding in said):
+                taken.append((usable, ids))
+        return [usable for usable, _ in taken], [ids for _, ids in taken]
 
     def _usable(self, source: int, record: Record, findings: Findings) -> _Usable | None:
         """A row that can be trained on, with personal data masked where asked for; None where it is left out."""
@@ -153,11 +156,15 @@ class Processor:
         if not isinstance(parsed, Fault):
             parsed = formats.parse(parsed, of.format, of.columns, None if of.role.startswith(MIX) else stratify)
         if isinstance(parsed, Fault):
-            findings.add(parsed.kind, record.where, _shown(record.value), parsed.reason)
+            findings.add(parsed.kind, record.where, _shown(record.value), parsed.reason, [parsed.reason])
             return None
         row, name = parsed
         if of.role == BENCHMARK:
             return _Usable(source, record.where, row, name)
+        if row.unused and self._actions["unused_fields"] is not Action.off:
+            findings.add("unused_fields", record.where, _shown(record.value), ", ".join(row.unused), row.unused)
+            if self._actions["unused_fields"] is Action.drop:
+                return None
         dropped = False
         for finding, detail in quality.check(row, self._checks):
             findings.add(finding, record.where, "\n".join(row.texts()), detail)
@@ -171,7 +178,7 @@ class Processor:
     def _without_pii(self, row: Row, where: str, findings: Findings) -> Row | None:
         if not self._kinds:
             return row
-        found = {text: pii.find(text, self._kinds) for text in row.texts()}
+        found = {text: pii.find(text, self._kinds) for text in (*row.texts(), *leaves(list(row.tools)))}
         kinds = {match.kind for matches in found.values() for match in matches}
         for kind in (kind for kind in pii.KINDS if kind in kinds):
             text, matches = next((t, m) for t, m in found.items() if any(match.kind == kind for match in m))
@@ -185,8 +192,7 @@ class Processor:
         def masked(text: str) -> str:
             return pii.mask(text, [m for m in found.get(text, ()) if self._pii[m.kind] is Action.mask])
 
-        turns = tuple(Turn(turn.role, masked(turn.text), masked(turn.input)) for turn in row.turns)
-        return replace(row, turns=turns)
+        return row.mapped(masked)
 
     def _write(self, path: Path, rows: list[_Usable], texts: list[str], ids: list[Encoded]) -> None:
         columns: dict[str, Any] = {

@@ -170,7 +170,7 @@ def leftovers(row: Row) -> str | None:
     (for ``Human:`` and ``Assistant:``) about a dialogue are let be.
     """
     for turn in row.turns:
-        for text in (turn.text, turn.input) if turn.input else (turn.text,):
+        for text in turn.texts():
             suspect = "<" in text or "&" in text or "###" in text or "INST]" in text or "Below is an instr" in text
             if suspect and (found := _template_mark(text, row) or _html_mark(text, row)):
                 return f"{found!r} in the text of the {turn.role}"

@@ -98,16 +98,17 @@ class Statistics:
         self.formats[formats] += 1
         self.turns[min(len(row.turns), MOST_TURNS)] += 1
         answer, instruction, before = row.answer, "", 0
+        answered = sum(map(len, row.turns[-1].texts()))
         for turn in row.turns:
-            before += len(turn.text) + len(turn.input)
+            before += sum(map(len, turn.texts()))
             if turn.role == ASSISTANT:
-                self.answered.add(turn.text)
+                self.answered.add(" ".join(turn.texts()))
             elif turn.role == USER:
                 instruction = instruction or turn.text
                 self.asked.add(f"{turn.text} {turn.input}" if turn.input else turn.text)
         self.characters.add(before)
-        self.prompt_characters.add(before - len(answer))
-        self.answer_characters.add(len(answer))
+        self.prompt_characters.add(before - answered)
+        self.answer_characters.add(answered)
         if tokens is not None:
             self.tokens.add(tokens)
             if trained is not None:

@@ -12,10 +12,19 @@ from pathlib import Path
 from typing import Any
 
 from raytune_lora.config.data import TemplateConfig, TemplateKind
-from raytune_lora.data.rows import ASSISTANT, SYSTEM, Row
+from raytune_lora.data.rows import ASSISTANT, SYSTEM, TOOL, Row
 from raytune_lora.errors import UserError
 
 Tokenizer = Any  # of transformers; untyped there
+
+
+class RowRefused(UserError):
+    """A template cannot write a row; ``reason`` says why without the row's own text."""
+
+    def __init__(self, reason: str, said: str | None = None) -> None:
+        super().__init__(f"data.template: {said or reason}")
+        self.reason = reason
+
 
 _PATTERNS = {
     "system": {"text"},
@@ -37,11 +46,21 @@ class Segment:
 
 
 @dataclass(frozen=True)
+class Note:
+    """What a template makes of a row otherwise than one would think."""
+
+    finding: str  # its name: unwritten or generation_prompt
+    detail: str
+    turn: int  # of the row: the answer that it is about
+
+
+@dataclass(frozen=True)
 class Rendered:
     """A row as text."""
 
     segments: tuple[Segment, ...]
     whole: bool  # tokenized in one piece, without special tokens but those that it spells out; else segment by segment
+    notes: tuple[Note, ...] = ()
 
     @property
     def text(self) -> str:
@@ -73,8 +92,8 @@ def writer(cfg: TemplateConfig, tokenizer: Tokenizer) -> Callable[[Row], Rendere
     """The function that writes rows; it keeps what it learns about a chat template, so take one for many rows.
 
     Raises:
-        UserError: the template is wrong, or the tokenizer has no chat template; from the function: a chat template
-            refuses a row, or its answers cannot be told from the rest.
+        UserError: the template is wrong, or the tokenizer has no chat template; from the function, RowRefused: the
+            template cannot write a row, or its answers cannot be told from the rest.
     """
     found = problems(cfg)
     if found:
@@ -98,6 +117,8 @@ class TextWriter:
         self._parts = {name: _PLACEHOLDER.split(getattr(cfg, name)) for name in _PATTERNS}
 
     def __call__(self, row: Row) -> Rendered:
+        if row.tools or any(turn.role == TOOL or turn.calls for turn in row.turns):
+            raise RowRefused("patterns of text cannot write tools and their calls; use data/template=chat")
         segments: list[Segment] = []
         prompt = ""
         for number, turn in enumerate(row.turns):
@@ -110,7 +131,12 @@ class TextWriter:
                 prompt += self._fill("system", turn.text, "")
             else:
                 prompt += self._fill("with_input" if turn.input else "without_input", turn.text, turn.input)
-        return Rendered(tuple(segments), whole=False)
+        notes = (
+            Note("unwritten", "a thought: patterns of text have no place for it", number)
+            for number, turn in enumerate(row.turns)
+            if turn.thought
+        )
+        return Rendered(tuple(segments), whole=False, notes=tuple(notes))
 
     def _fill(self, name: str, text: str, about: str) -> str:
         """The pattern, with the values in; a value is never searched for placeholders."""

@@ -9,7 +9,8 @@ Schema of ``data_report.json``, version 1. Null stands for what is not known; a 
 - ``max_length`` (tokens of a row; null without a tokenizer), ``truncation`` (``drop``, ``right`` or ``left``);
   ``tokens`` and ``trained_tokens`` by split, ``stop_ids`` (tokens that rows train as the end of an answer) and
   ``largest_id`` (of all tokens), null without a tokenizer
-- ``findings``: by name ``count`` (rows), ``examples`` (the first few: ``where``, ``text``, ``detail``) and ``action``
+- ``findings``: by name ``count`` (rows), ``examples`` (the first few, and one of each reason: ``where``, ``text``,
+  ``detail``), ``reasons`` (rows by reason, or by field; empty where there is nothing to tell apart) and ``action``
   (``stop``, ``drop``, ``mask`` or ``report``); under ``pii`` one such object per kind
 - ``mixed``: by name ``asked`` and ``share`` (of the training rows), ``rows`` and ``available``
 - ``statistics``, of the rows that can be encoded, before duplicates and the like are left out: ``rows``; ``languages``:
@@ -67,6 +68,10 @@ _EXPLAINED = {  # finding: what its rows are
     "missing_fields": "without a field that their form needs, such as the answer",
     "wrong_types": "a field holds a number, a list or the like where text belongs",
     "empty_fields": "a question or an answer of nothing but space",
+    "nothing_trained": "every answer is marked as one that is not to be trained",
+    "unused_fields": "fields that have no place in a row's form: the model never sees them",
+    "unwritten": "thoughts, or text beside calls of tools, that the template leaves out",
+    "generation_prompt": "prompted otherwise than the template writes a whole conversation; trained as prompted",
     "mixed_formats": "in another form than most rows of the data",
     "encoding": "characters that a wrong decoding left, such as Ã© for é",
     "control_characters": "invisible characters, which a model learns like any other",
@@ -137,6 +142,7 @@ class Finding:
     action: str  # as it reads
     colour: str  # CSS class
     examples: list[dict[str, str]]  # where, text, detail
+    reasons: list[tuple[str, int]]  # with their rows
 
 
 def render_data(report: dict[str, Any]) -> str:
@@ -258,7 +264,8 @@ def _findings(r: dict[str, Any]) -> list[Finding]:
             {key: e.get(key) or "" for key in ("where", "text", "detail")} for e in finding.get("examples") or []
         ]
         share = count / read if 0 < count <= read else None
-        line = Finding(name, _spelled(name), clause, count, share, reads, colour, examples)
+        reasons = list((finding.get("reasons") or {}).items())
+        line = Finding(name, _spelled(name), clause, count, share, reads, colour, examples, reasons)
         ranked.append((order.index(action) if action in order else len(order), -count, line))
     return [line for *_, line in sorted(ranked, key=lambda item: item[:2])]
 

@@ -149,4 +149,7 @@ def _print_findings(console: Console, report: dict[str, Any]) -> None:
     for name, finding in seen.items():
         example = finding["examples"][0] if finding["examples"] else {"where": "", "detail": ""}
         table.add_row(name, str(finding["count"]), finding["action"], Text(f"{example['where']} {example['detail']}"))
+        reasons = finding.get("reasons") or {}
+        for reason, count in reasons.items() if len(reasons) > 1 else ():
+            table.add_row("", f"({count})", "", Text(reason))
     console.print(table)

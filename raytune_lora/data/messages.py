@@ -1,0 +1,324 @@
+"""Messages of a conversation as data sets spell them, and the order that they must be in.
+
+=====================================================  ==============================================================
+Field of a message                                      What it is
+=====================================================  ==============================================================
+``role`` and ``content``, or ``from`` and ``value``     who speaks, and the text, or a list of parts with texts
+``weight``, ``loss_weight``, ``loss_scale``, ``train``, whether an answer is trained: 0 or 1, true or false (OpenAI,
+``training``, ``loss``, ``loss_mask``; ``masked``       Axolotl, ms-swift, verl; torchtune's ``masked`` is the opposite)
+``reasoning_content``, ``reasoning``, ``thinking``      the thought before an answer
+``tool_calls``, ``function_call``                       calls of tools; a role ``function_call`` or ``tool_call`` has
+                                                        them as its text, in JSON
+``name``, ``tool_call_id``                              of a tool's message: which tool, and which call it answers
+=====================================================  ==============================================================
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+from raytune_lora.data.json_stream import decode_json
+from raytune_lora.data.rows import ASSISTANT, SYSTEM, TOOL, USER, Call, Fault, Turn
+
+ROLES = {
+    "system": SYSTEM,
+    "developer": SYSTEM,
+    "user": USER,
+    "human": USER,
+    "assistant": ASSISTANT,
+    "gpt": ASSISTANT,
+    "model": ASSISTANT,
+    "chatgpt": ASSISTANT,
+    "tool": TOOL,
+    "function": TOOL,
+    "observation": TOOL,
+    "ipython": TOOL,
+    "tool_response": TOOL,
+    "tool_result": TOOL,
+}
+_CALLING = ("function_call", "tool_call")  # roles of the assistant whose text is calls
+_FLAGS = {  # field of a message: the value that has it trained
+    **dict.fromkeys(("weight", "loss_weight", "loss_scale", "train", "training", "loss", "loss_mask"), True),
+    "masked": False,
+}
+_PARTIAL = ("train_detail", "training_detail")  # Axolotl's: parts of a message
+_THOUGHTS = ("reasoning_content", "reasoning", "thinking")
+_NAMES = {
+    "dict": "an object",
+    "list": "a list",
+    "str": "text",
+    "bytes": "bytes",
+    "int": "a number",
+    "float": "a number",
+    "bool": "true or false",
+    "NoneType": "null",
+}
+
+
+class FaultError(Exception):
+    """A record is no row."""
+
+    def __init__(self, kind: str, reason: str) -> None:
+        super().__init__(reason)
+        self.fault = Fault(kind, reason)
+
+
+def wrong(name: str, wanted: str, content: Any) -> FaultError:
+    """A field that holds something else than it must."""
+    return FaultError("wrong_types", f"{name} must be {wanted} (found {kind_of(content)})")
+
+
+def kind_of(content: Any) -> str:
+    """What a value is, in words."""
+    return _NAMES.get(type(content).__name__, type(content).__name__)
+
+
+def listed(names: Any) -> str:
+    """Names in one line."""
+    return ", ".join(map(str, names)) or "none"
+
+
+def filled(content: Any) -> bool:
+    """Whether a field holds anything."""
+    return content is not None and content != "" and content != [] and content != {}
+
+
+def checked_text(content: Any, name: str) -> str:
+    """A field's text, which must not be empty."""
+    if not isinstance(content, str):
+        raise wrong(name, "text", content)
+    if not content or content.isspace():
+        raise FaultError("empty_fields", f"{name} is empty")
+    return content
+
+
+def decoded(text: str, name: str) -> Any:
+    """The value of a field that holds JSON text."""
+    if not text.strip():
+        raise FaultError("empty_fields", f"{name} is empty")
+    content = decode_json(text)
+    if isinstance(content, Fault):
+        raise FaultError("unreadable", f"{name} is text and must then be a list in JSON: {content.reason}")
+    return content
+
+
+# ------------------------------------------------------------------------------------------------------- conversations
+
+
+def conversation(turns: Sequence[Turn]) -> tuple[Turn, ...]:
+    """The turns up to the last answer that is trained, if they are in the order that chat templates demand."""
+    turns = list(turns)
+    if not any(turn.role == ASSISTANT for turn in turns):
+        raise FaultError("missing_fields", "no turn of the assistant")
+    while turns and not (turns[-1].role == ASSISTANT and turns[-1].trained):
+        turns.pop()
+    if not turns:
+        raise FaultError("nothing_trained", "every answer is marked as one that is not to be trained")
+    before = ""
+    for number, turn in enumerate(turns[turns[0].role == SYSTEM :], 1 + (turns[0].role == SYSTEM)):
+        allowed = {"": (USER,), USER: (ASSISTANT,), TOOL: (ASSISTANT, TOOL), ASSISTANT: (USER, TOOL)}[before]
+        if turn.role not in allowed:
+            where = f"turn {number} of {len(turns)} is the {turn.role}'s where the {allowed[0]}'s was expected"
+            raise FaultError("wrong_types", f"user and assistant must alternate after an optional system turn: {where}")
+        before = turn.role
+    return tuple(turns)
+
+
+def messages(content: Any, name: str, unused: set[str]) -> list[Turn]:
+    """The turns of a list of messages, which may have the form of JSON text.
+
+    Args:
+        content: of the field.
+        name: of the field.
+        unused: gets the names of the messages' fields that are in no turn.
+    """
+    if isinstance(content, str):
+        content = decoded(content, name)
+    if not isinstance(content, list):
+        raise wrong(name, "a list of messages", content)
+    if not content:
+        raise FaultError("empty_fields", f"{name} is empty")
+    turns: list[Turn] = []
+    for index, message in enumerate(content):
+        turn = _turn(message, f"{name}[{index}]", name, unused)
+        if turn.role == SYSTEM and not turn.text:
+            continue
+        if turns and turn.calls and not turn.text and message.get("from", message.get("role")) in _CALLING:
+            before = turns[-1]
+            if before.role == ASSISTANT and before.trained == turn.trained:  # one message, written as several
+                turns[-1] = replace(before, calls=before.calls + turn.calls)
+                continue
+        turns.append(turn)
+    return turns
+
+
+def _turn(message: Any, where: str, name: str, unused: set[str]) -> Turn:
+    """A message's turn; of an empty system message, one without text."""
+    if not isinstance(message, dict):
+        raise wrong(where, "a message (an object with role and content)", message)
+    keys = ("from", "value") if message.get("role") is None and "from" in message else ("role", "content")
+    said, content = message.get(keys[0]), message.get(keys[1])
+    place = f"{where}.{keys[1]}"
+    calling = said in _CALLING
+    calls = _message_calls(message, where) + (_calls(content, place) if calling and content is not None else ())
+    absent = [key for key in keys if message.get(key) is None and not (key == keys[1] and calls)]
+    if absent:
+        raise FaultError("missing_fields", f"{where} has no {' and no '.join(absent)}; there are {listed(message)}")
+    if not isinstance(said, str):
+        raise wrong(f"{where}.{keys[0]}", "text", said)
+    role = ASSISTANT if calling else ROLES.get(said) or ROLES.get(said.strip().lower())
+    if role is None:
+        raise FaultError("wrong_types", f"{where}.{keys[0]} is {said!r}; known are {listed((*ROLES, *_CALLING))}")
+    if calls and role != ASSISTANT:
+        raise FaultError("wrong_types", f"{where}: only the assistant calls tools, and this message is the {role}'s")
+    own = {ASSISTANT: (*_THOUGHTS, "tool_calls", "function_call"), TOOL: ("name", "tool_call_id")}.get(role, ())
+    used = {*keys, *_FLAGS, *own}
+    unused.update(f"{name}.{key}" for key, value in message.items() if key not in used and filled(value))
+    text, thought = ("", "") if calling else _content(content, role, place, bool(calls))
+    turn = Turn(role, text, trained=_trained(message, role, where), calls=calls)
+    if role == ASSISTANT:
+        return replace(turn, thought=_thought(message, where) or thought)
+    if role == TOOL:
+        name, call_id = (_label(message.get(key), f"{where}.{key}") for key in ("name", "tool_call_id"))
+        return replace(turn, name=name, call_id=call_id)
+    return turn
+
+
+def _content(content: Any, role: str, where: str, calls: bool) -> tuple[str, str]:
+    """A message's text and, where it is given in parts, the thought among them."""
+    thought = ""
+    if isinstance(content, list):
+        content, thought = _joined(content, role, where)
+    if role == TOOL and isinstance(content, dict):
+        content = json.dumps(content, ensure_ascii=False)
+    may_be_empty = role in (SYSTEM, TOOL) or calls
+    if may_be_empty and (content is None or (isinstance(content, str) and not content.strip())):
+        return "", thought
+    return checked_text(content, where), thought
+
+
+def _joined(parts: list[Any], role: str, where: str) -> tuple[str, str]:
+    """The text of a content that is given in parts, and the thought."""
+    texts: list[str] = []
+    thoughts: list[str] = []
+    for index, part in enumerate(parts):
+        if not isinstance(part, (dict, str)):
+            raise wrong(f"{where}[{index}]", "a part with type and text", part)
+        kind = part.get("type") if isinstance(part, dict) else "text"
+        thinks = role == ASSISTANT and kind in ("thinking", "reasoning")
+        if kind != "text" and not thinks:
+            named = f"of the type {kind!r}" if kind else "without a type"
+            raise FaultError("wrong_types", f"{where}[{index}] is a part {named}; only text is supported")
+        text = part if isinstance(part, str) else part.get("text") if not thinks else part.get(kind, part.get("text"))
+        if not isinstance(text, str):
+            raise wrong(f"{where}[{index}].{kind}", "text", text)
+        (thoughts if thinks else texts).append(text)
+    return "".join(texts), "".join(thoughts)
+
+
+def _trained(message: dict[str, Any], role: str, where: str) -> bool:
+    """Whether the flags of a message, if it has any, have it trained."""
+    for key in _PARTIAL:
+        if filled(message.get(key)):
+            raise FaultError("wrong_types", f"{where}.{key}: parts of a message cannot be trained, only whole answers")
+    found = {key: message[key] for key in _FLAGS if message.get(key) is not None}
+    for key, value in found.items():
+        if not isinstance(value, (bool, int, float)) or value not in (0, 1):
+            raise FaultError("wrong_types", f"{where}.{key} must be 0 or 1, true or false (found {value!r})")
+    wanted = {bool(value) == _FLAGS[key] for key, value in found.items()}
+    if len(wanted) > 1:
+        raise FaultError("wrong_types", f"{where}: {' and '.join(found)} say opposite things")
+    if role != ASSISTANT and True in wanted:
+        raise FaultError(
+            "wrong_types",
+            f"{where}.{next(iter(found))} asks to train the {role}'s message, and only answers are trained: leave it "
+            "out there (data.train_on=all trains every token)",
+        )
+    return wanted != {False} if role == ASSISTANT else True
+
+
+def _thought(message: dict[str, Any], where: str) -> str:
+    """The first of the fields that may hold an answer's thought."""
+    for key in _THOUGHTS:
+        if filled(thought := message.get(key)):
+            return reasoning(thought, f"{where}.{key}")
+    return ""
+
+
+def reasoning(content: Any, name: str) -> str:
+    """A thought; none where it is blank."""
+    if content is not None and not isinstance(content, str):
+        raise wrong(name, "text", content)
+    return content if content and content.strip() else ""
+
+
+def _label(content: Any, name: str) -> str:
+    if content is not None and not isinstance(content, str):
+        raise wrong(name, "text", content)
+    return content or ""
+
+
+# --------------------------------------------------------------------------------------------------------------- tools
+
+
+def _message_calls(message: dict[str, Any], where: str) -> tuple[Call, ...]:
+    found: tuple[Call, ...] = ()
+    for key in ("tool_calls", "function_call"):
+        if filled(message.get(key)):
+            found += _calls(message[key], f"{where}.{key}")
+    return found
+
+
+def _calls(content: Any, where: str) -> tuple[Call, ...]:
+    """Calls: one or a list of them, as objects or as JSON text."""
+    if isinstance(content, str):
+        content = decoded(content, where)
+    return tuple(_call(each, where) for each in (content if isinstance(content, list) else [content]))
+
+
+def _call(call: Any, where: str) -> Call:
+    outer = call if isinstance(call, dict) else {}
+    function = outer.get("function")
+    inner = function if isinstance(function, dict) else outer
+    name, arguments = inner.get("name"), inner.get("arguments", inner.get("parameters"))
+    if not isinstance(name, str) or not name.strip():
+        raise FaultError("wrong_types", f"{where} must hold calls, each with name and arguments (found {call!r:.80})")
+    if isinstance(arguments, str):
+        arguments = decode_json(arguments) if arguments.strip() else {}
+    if arguments is not None and not isinstance(arguments, dict):
+        raise FaultError("wrong_types", f"{where}: the arguments of {name} must be an object, or an object in JSON")
+    identity = outer.get("id")
+    return Call(name, _json(arguments or {}, where), identity if isinstance(identity, str) else "")
+
+
+def definitions(content: Any, name: str) -> tuple[dict[str, Any], ...]:
+    """Definitions of tools, each in the form ``{"type": "function", "function": …}`` that chat templates read."""
+    if isinstance(content, str):
+        content = decoded(content, name) if content.strip() else []
+    content = [content] if isinstance(content, dict) else content
+    if content is not None and not isinstance(content, list):
+        raise wrong(name, "a list of tools' definitions", content)
+    found = []
+    for index, tool in enumerate(content or ()):
+        if isinstance(tool, str) and tool.lstrip().startswith("{"):
+            tool = decoded(tool, f"{name}[{index}]")
+        if not isinstance(tool, dict):
+            raise wrong(f"{name}[{index}]", "a tool's definition (an object with name and parameters)", tool)
+        if not isinstance(tool.get("function"), dict):
+            tool = {"type": "function", "function": {key: value for key, value in tool.items() if key != "type"}}
+        if not isinstance(tool["function"].get("name"), str):
+            raise FaultError("wrong_types", f"{name}[{index}] is the definition of a tool without a name")
+        found.append(_json(tool, f"{name}[{index}]"))
+    return tuple(found)
+
+
+def _json(value: dict[str, Any], where: str) -> dict[str, Any]:
+    """The value, if JSON can hold it."""
+    try:
+        json.dumps(value)
+    except (TypeError, ValueError) as error:
+        raise FaultError("wrong_types", f"{where} holds what JSON cannot: {error}") from None
+    return value
