@@ -242,11 +242,11 @@ def _experts_per_token(config: Any) -> int:
 
 
 def _block(skeleton: Skeleton, config: Any, leaves: set[str]) -> Block:
-    heads = getattr(config, "num_attention_heads", None) or 1
+    heads = getattr(config, "num_attention_heads", None) or 0  # none: no layer attends
     heads = heads if isinstance(heads, int) else max(heads)
     kv_heads = getattr(config, "num_key_value_heads", None) or heads
     kv_heads = kv_heads if isinstance(kv_heads, int) else max(kv_heads)
-    size = getattr(config, "head_dim", None) or config.hidden_size // heads
+    size = getattr(config, "head_dim", None) or config.hidden_size // max(1, heads)
     experts = _experts_per_token(config)
     gated = bool(leaves & _GATES) or experts > 0
     activation = str(getattr(config, "hidden_act", None) or getattr(config, "activation_function", ""))
