@@ -42,6 +42,7 @@ class LoraMethodConfig(TargetedMethodConfig):
     r: int = 16
     alpha: float = 32.0  # the update is scaled by alpha / r
     dropout: float = 0.05  # on the adapter's input
+    experts: bool = False  # a mixture's experts too, each with an adapter of its own; needs dropout=0
 
 
 @dataclass

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 from raytune_lora.config.data import Action, FileDataConfig
-from raytune_lora.config.methods import AdaloraMethodConfig, TargetedMethodConfig
+from raytune_lora.config.methods import AdaloraMethodConfig, LoraMethodConfig, TargetedMethodConfig
 from raytune_lora.config.schema import (
     Attention,
     Offload,
@@ -221,6 +221,11 @@ def _model_problems(cfg: RunConfig) -> list[str]:
 
 def _method_problems(cfg: RunConfig) -> list[str]:
     method = cfg.method
+    if isinstance(method, LoraMethodConfig) and method.experts and method.dropout:
+        return [
+            f"method.experts=true needs method.dropout=0 (got {method.dropout:g}): PEFT adds an adapter to the weights "
+            "of experts, where there is no input to leave something out of"
+        ]
     if not isinstance(method, AdaloraMethodConfig):
         return []
     found = []

@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
+from transformers import AutoConfig, BitsAndBytesConfig
 
 from raytune_lora.config.schema import Attention, ModelConfig, Precision, Quantization, QuantizationConfig
+from raytune_lora.models.shape import auto_class
 from raytune_lora.models.stored import read_config, resolved, stored_as
 from raytune_lora.models.tokenizer import trusted
 
@@ -43,7 +44,7 @@ def load_model(
     if (quantized or where_it_computes) and torch.cuda.is_available():  # weights are quantized where they go
         settings["device_map"] = {"": torch.cuda.current_device()}
     with _quantizing_in_slices() if quantized and own is None else contextlib.nullcontext():
-        model = AutoModelForCausalLM.from_pretrained(
+        model = auto_class(config).from_pretrained(
             folder, dtype=precision(cfg.precision), trust_remote_code=trusted(cfg), use_safetensors=True, **settings
         )
     if quantized:

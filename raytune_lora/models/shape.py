@@ -2,21 +2,34 @@
 
 from __future__ import annotations
 
+import contextlib
+import inspect
+import re
+from collections.abc import Iterator
 from dataclasses import asdict
+from functools import cache
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from raytune_lora.artifacts import fingerprint, read_manifest
 from raytune_lora.cache import Cache
 from raytune_lora.config.schema import ModelConfig
+from raytune_lora.errors import UserError
 from raytune_lora.models.tokenizer import trusted
 from raytune_lora.models.weights import is_transposed
-from raytune_lora.planning.shape import Block, Linear, Shape
+from raytune_lora.planning.shape import BYPASSED, ROUTER, UNMET, Block, Experts, Linear, Shape
+
+if TYPE_CHECKING:
+    from raytune_lora.models.skeleton import Skeleton
 
 # linear layers that are fed what their sublayer has computed, rather than the sublayer's input
 _LAST = {"o_proj", "out_proj", "c_proj", "dense", "dense_4h_to_h", "down_proj", "fc2", "wo", "w2"}
 _FUSED = {"query_key_value", "qkv_proj", "c_attn", "Wqkv"}
+_ROUTERS = {"router", "gate", "shared_expert_gate"}
+_FUSED_DIMENSIONS = 3
+_WEIGHT_READ = re.compile(r"self\.(\w+)\.weight\b(?!\[|\.(?:dtype|device|shape|ndim|dim|size|numel)\b)")
+_SHAPES: dict[Skeleton, Shape] = {}
 _GATES = {"gate_proj", "gate_up_proj", "w3"}
 _KEPT = {"gelu_new": 4, "gelu_fast": 4, "quick_gelu": 2}  # tensors that activations of several operations keep
 
@@ -25,48 +38,95 @@ def known_shape(folder: Path, cfg: ModelConfig, cache: Cache) -> Shape:
     """The shape of the model in a folder, from the cache if it was asked for before: torch is not needed then.
 
     Importing torch and transformers takes seconds, and more than half of a driver's memory.
+
+    Raises:
+        UserError: the model cannot be fine-tuned on text.
     """
-    said = [folder / "config.json", *sorted(folder.glob("*.py")), Path(__file__)]
-    name = fingerprint(metadata.version("transformers"), trusted(cfg), [f.read_text() for f in said if f.is_file()])
+    said = [folder / "config.json", *sorted(folder.glob("*.py")), *sorted(Path(__file__).parent.glob("s*.py"))]
+    versions = [metadata.version(name) for name in ("transformers", "peft")]
+    name = fingerprint(*versions, trusted(cfg), [f.read_text() for f in said if f.is_file()])
     try:
         kept = cache.build_once(f"shapes/{name}", lambda _work: {"shape": asdict(shape_of_folder(folder, cfg))})
         found = (read_manifest(kept) or {})["shape"]
     except OSError:  # that the cache cannot be written is told by who needs it to be
         return shape_of_folder(folder, cfg)
-    linears = tuple(Linear(**linear) for linear in found["linears"])
-    own = {"block": Block(**found["block"]), "linears": linears, "sublayers": tuple(found["sublayers"])}
-    return Shape(**{**found, **own})
+    parts = {
+        "block": Block(**found["block"]),
+        "linears": tuple(Linear(**linear) for linear in found["linears"]),
+        "experts": tuple(Experts(**experts) for experts in found["experts"]),
+        "claimed": tuple(found["claimed"]),
+        "sublayers": tuple(found["sublayers"]),
+    }
+    return Shape(**{**found, **parts})
 
 
 def shape_of_folder(folder: Path, cfg: ModelConfig) -> Shape:
-    """The shape of the model in a folder; no weight is read or made."""
+    """The shape of the model in a folder; no weight is read or made.
+
+    Raises:
+        UserError: the model cannot be fine-tuned on text.
+    """
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig
 
     config = AutoConfig.from_pretrained(folder, trust_remote_code=trusted(cfg))
     with torch.device("meta"):
-        return shape_of(AutoModelForCausalLM.from_config(config, trust_remote_code=trusted(cfg)))
+        return shape_of(auto_class(config).from_config(config, trust_remote_code=trusted(cfg)))
+
+
+def auto_class(config: Any) -> Any:
+    """The class of transformers that loads a model of a config: that of text alone where there is one.
+
+    Raises:
+        UserError: neither that nor the one of models that see images too knows the architecture.
+    """
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+
+    for cls in (AutoModelForCausalLM, AutoModelForImageTextToText):
+        own_code = cls.__name__ in (getattr(config, "auto_map", None) or {})
+        if own_code or type(config) in cls._model_mapping:  # type: ignore[attr-defined]  # made by a decorator
+            return cls
+    raise UserError(
+        f"model: transformers has no language model of the architecture {config.model_type!r}; name a decoder that "
+        "AutoModelForCausalLM or AutoModelForImageTextToText loads"
+    )
 
 
 def shape_of(model: Any) -> Shape:
-    """The shape of a base model without adapters."""
+    """The shape of a base model without adapters, quantized or not; of a known config it is kept."""
+    from raytune_lora.models.skeleton import skeleton_of
+
+    skeleton = skeleton_of(model)
+    if skeleton not in _SHAPES:
+        _SHAPES[skeleton] = _shape(skeleton)
+    return _SHAPES[skeleton]
+
+
+def _shape(skeleton: Skeleton) -> Shape:
+    model = skeleton.model
     head = model.get_output_embeddings()
     names = {id(module): name for name, module in model.named_modules()}
     config = model.config.get_text_config()
-    linears = tuple(_linears(model))
+    experts = tuple(_experts(model))
+    linears = tuple(_linears(skeleton, mixture=bool(experts) or _experts_per_token(config) > 0))
+    met = [linear for linear in linears if linear.apart != UNMET]
     return Shape(
         hidden=config.hidden_size,
         layers=config.num_hidden_layers,
-        block=_block(model, config, {linear.name.rpartition(".")[2] for linear in linears}),
+        block=_block(skeleton, config, {linear.name.rpartition(".")[2] for linear in met}),
         vocab=config.vocab_size,
         head=names.get(id(head)),
         linears=linears,
         norms=sum(p.numel() for _, norm in norms(model) for p in norm.parameters()),
-        biases=sum(p.numel() for name, p in model.named_parameters() if name.rpartition(".")[2] == "bias"),
+        biases=sum(p.numel() for _, p in biases(model)),
         parameters=sum(p.numel() for p in model.parameters()),
         softcap=getattr(config, "final_logit_softcapping", None) is not None,
         sublayers=_sublayers(model),
         prefixable=_prefixable(config),
+        experts=experts,
+        claimed=_claimed(model.config),
+        unmet=sum(p.numel() for name, p in model.named_parameters() if name not in skeleton.trains),
+        approximate=_unlike_attention(config),
     )
 
 
@@ -95,35 +155,103 @@ def _prefixable(config: Any) -> bool:
 
 
 def norms(model: Any) -> list[tuple[str, Any]]:
-    """Normalization layers by name."""
-    return [(name, m) for name, m in model.named_modules() if "norm" in type(m).__name__.lower()]
+    """Normalization layers that text passes through, by name."""
+    from raytune_lora.models.skeleton import skeleton_of
+
+    called = skeleton_of(model).called
+    return [(name, m) for name, m in model.named_modules() if "norm" in type(m).__name__.lower() and name in called]
 
 
-def _linears(model: Any) -> list[Linear]:
+def biases(model: Any) -> list[tuple[str, Any]]:
+    """Parameters called bias that text meets, by name."""
+    from raytune_lora.models.skeleton import skeleton_of
+
+    trains = skeleton_of(model).trains
+    return [(name, p) for name, p in model.named_parameters() if name.rpartition(".")[2] == "bias" and name in trains]
+
+
+def _linears(skeleton: Skeleton, *, mixture: bool) -> list[Linear]:
     import torch
     from transformers.pytorch_utils import Conv1D
 
     found = []
-    for name, module in model.named_modules():
+    for name, module in skeleton.model.named_modules():
         if not isinstance(module, (torch.nn.Linear, Conv1D)):
             continue
         parent, _, leaf = name.rpartition(".")
         source = f"{parent}.{'inside' if leaf in _LAST else 'input'}"
         transposed = is_transposed(module)
         d_in, d_out = module.weight.shape if isinstance(module, Conv1D) else module.weight.shape[::-1]
-        found.append(Linear(name, d_in, d_out, source, transposed))
+        apart = ""
+        if leaf in _weights_read(type(skeleton.model.get_submodule(parent))):
+            apart = BYPASSED
+        elif name not in skeleton.called:
+            apart = UNMET if f"{name}.weight" not in skeleton.trains else BYPASSED
+        elif mixture and _ROUTERS & set(name.split(".")[-2:]):
+            apart = ROUTER
+        found.append(Linear(name, d_in, d_out, source, transposed, apart))
     return found
 
 
-def _block(model: Any, config: Any, leaves: set[str]) -> Block:
-    heads = config.num_attention_heads
+@cache
+def _weights_read(cls: type) -> set[str]:
+    """Layers of a module whose weights its own code reads, as it hands them to a kernel: Mamba's on a GPU alone."""
+    found: set[str] = set()
+    for owner in cls.__mro__:
+        if owner.__module__.startswith("torch"):
+            continue
+        for name, method in vars(owner).items():
+            if inspect.isfunction(method) and "init" not in name:
+                with contextlib.suppress(OSError, TypeError):  # code without a source
+                    found |= set(_WEIGHT_READ.findall(inspect.getsource(inspect.unwrap(method))))
+    return found
+
+
+def _experts(model: Any) -> Iterator[Experts]:
+    """Weights of all experts together: three dimensions, the outputs before the inputs or behind them."""
+    for name, module in model.named_modules():
+        if "experts" not in f"{name.rpartition('.')[2]} {type(module).__name__}".lower():
+            continue
+        for leaf, weight in module.named_parameters(recurse=False):
+            if weight.dim() == _FUSED_DIMENSIONS:
+                count, first, second = weight.shape
+                d_in, d_out = (first, second) if getattr(module, "is_transposed", False) else (second, first)
+                yield Experts(f"{name}.{leaf}", count, d_in, d_out)
+
+
+def _claimed(config: Any) -> tuple[str, ...]:
+    """Names that PEFT's LoRA takes for experts that were linear layers once, whatever layer else has them."""
+    from peft.utils import transformers_weight_conversion as conversion
+
+    pattern = conversion._MODEL_TO_CONVERSION_PATTERN.get(config.model_type)
+    return tuple(conversion._MOE_TARGET_MODULE_MAPPING.get(pattern, ()) if pattern else ())
+
+
+def _unlike_attention(config: Any) -> bool:
+    """Whether some layers, or all of them, do not attend: convolutions, state spaces, recurrences."""
+    kinds = getattr(config, "layer_types", None) or getattr(config, "layers_block_type", None) or []
+    others = [kind for kind in kinds if "attention" not in str(kind) or "linear" in str(kind)]
+    return bool(others) or not isinstance(getattr(config, "num_attention_heads", None), int)
+
+
+def _experts_per_token(config: Any) -> int:
+    for name in ("num_experts_per_tok", "num_experts_per_token", "top_k_experts", "moe_top_k"):
+        if isinstance(count := getattr(config, name, None), int):
+            return count
+    return 0
+
+
+def _block(skeleton: Skeleton, config: Any, leaves: set[str]) -> Block:
+    heads = getattr(config, "num_attention_heads", None) or 0  # none: no layer attends
+    heads = heads if isinstance(heads, int) else max(heads)
     kv_heads = getattr(config, "num_key_value_heads", None) or heads
-    size = getattr(config, "head_dim", None) or config.hidden_size // heads
-    experts = getattr(config, "num_experts_per_tok", None) or 0
+    kv_heads = kv_heads if isinstance(kv_heads, int) else max(kv_heads)
+    size = getattr(config, "head_dim", None) or config.hidden_size // max(1, heads)
+    experts = _experts_per_token(config)
     gated = bool(leaves & _GATES) or experts > 0
     activation = str(getattr(config, "hidden_act", None) or getattr(config, "activation_function", ""))
     normed, rms = 0, False
-    for name, norm in norms(model):
+    for name, norm in norms(skeleton.model):
         if any(part.isdigit() for part in name.split(".")):
             width = sum(p.numel() for p in norm.parameters(recurse=False)) // max(1, len(list(norm.parameters())))
             of_heads = {"q_norm": heads, "k_norm": kv_heads}.get(name.rpartition(".")[2], 1) if width == size else 1

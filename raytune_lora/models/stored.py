@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -72,10 +73,8 @@ def resolved(own: QuantizationConfig | None, asked: QuantizationConfig) -> Quant
 
 def as_stored(cfg: SweepConfig) -> SweepConfig:
     """The config with the quantization that the checkpoint has; as it was where that cannot be read or contradicts."""
-    try:
+    with contextlib.suppress(UserError):  # ``problems`` says so
         cfg.quantization = resolved(_own(cfg.model), cfg.quantization)
-    except UserError:  # ``problems`` says so
-        pass
     return cfg
 
 

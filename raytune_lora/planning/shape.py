@@ -16,6 +16,26 @@ class Linear:
     d_out: int
     source: str = ""  # layers with the same one are fed the same tensor
     transposed: bool = False  # stored d_in x d_out, as GPT-2's Conv1D is, and not d_out x d_in
+    apart: str = ""  # why no adapter goes there, one of the words below; empty where one may
+
+
+UNMET = "text does not pass through them"  # a vision tower
+BYPASSED = "their weights are read past the layers themselves, where an adapter has no effect"  # Mamba's dt_proj
+ROUTER = "they route tokens to experts"
+
+
+@dataclass(frozen=True)
+class Experts:
+    """A weight of all experts of a layer in one parameter."""
+
+    name: str  # dotted path in the model
+    count: int
+    d_in: int
+    d_out: int
+
+    @property
+    def numel(self) -> int:
+        return self.count * self.d_in * self.d_out
 
 
 @dataclass(frozen=True)
@@ -50,6 +70,10 @@ class Shape:
     softcap: bool = False  # whether the logits are capped
     sublayers: tuple[str, ...] = ()  # names of the modules that every decoder layer has
     prefixable: bool = True  # whether every layer attends, with keys and values of one width
+    experts: tuple[Experts, ...] = ()
+    claimed: tuple[str, ...] = ()  # names of linear layers that PEFT's LoRA takes for those of experts
+    unmet: int = 0  # parameters that a row of text does not meet
+    approximate: bool = False  # whether some layers are of a kind whose activations are not reckoned
 
     @property
     def kv_width(self) -> int:
@@ -57,6 +81,10 @@ class Shape:
         return self.block.kv_width
 
     def targets(self, names: list[str]) -> list[Linear]:
+        """The linear layers that these ``target_modules`` name and that adapters can go to."""
+        return [linear for linear in self.named(names) if not linear.apart]
+
+    def named(self, names: list[str]) -> list[Linear]:
         """The linear layers that PEFT takes for these ``target_modules``."""
         if names == [ALL_LINEAR]:
             return [linear for linear in self.linears if linear.name != self.head]

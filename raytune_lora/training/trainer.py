@@ -24,6 +24,7 @@ from raytune_lora.models.methods import Method
 from raytune_lora.training.batches import training_loader
 from raytune_lora.training.checkpoint import Checkpoint, commit, write_parts
 from raytune_lora.training.delivery import Delivery
+from raytune_lora.training.gradients import FirstGradients
 from raytune_lora.training.metrics import validation_loss
 from raytune_lora.training.place import GO_ON, SAVE_AND_STOP, Place
 from raytune_lora.training.plan import Plan, stream
@@ -69,6 +70,7 @@ class PlannedTrainer(Trainer):
         self._checkpoint = checkpoint
         self._first = checkpoint.step if checkpoint else 0  # steps done before
         self._micro = self._first * plan.accumulation  # forward passes done by this worker
+        self._gradients: FirstGradients | None = None
 
     def get_train_dataloader(self) -> DataLoader[Any]:
         """This worker's part alone; accelerate must not divide it again."""
@@ -100,7 +102,12 @@ class PlannedTrainer(Trainer):
         position = next(self._plan.positions(self.args.process_index, self._micro))[0]
         torch.manual_seed(stream(self._cfg.training.seed, "dropout", position))
         self._micro += 1
-        return super().training_step(model, inputs, *args, **kwargs)
+        if self._gradients is None:
+            self._gradients = FirstGradients(self.model)
+        loss = super().training_step(model, inputs, *args, **kwargs)
+        if self._micro == (self._first + 1) * self._plan.accumulation:
+            self._gradients.check(self._cfg.method.kind)
+        return loss
 
     def _init_training_state(self, *args: Any, **kwargs: Any) -> tuple[int, int]:
         super()._init_training_state(*args, **kwargs)

@@ -30,6 +30,7 @@ from raytune_lora.evaluation.figures import disagreement
 from raytune_lora.models.export import ADAPTER, export_adapter
 from raytune_lora.models.methods import method_for
 from raytune_lora.models.methods.fit import model_problems
+from raytune_lora.models.methods.fit import notes as model_notes
 from raytune_lora.models.shape import known_shape
 from raytune_lora.models.sources import display_name, materialize
 from raytune_lora.models.stored import as_stored
@@ -268,6 +269,8 @@ def open_job(kind: str, cfg: SweepConfig, moved: Sequence[str], run: Callable[[J
             return job.write_results()
         shutil.copyfile(inputs.store.folder / REPORT, folder.path / REPORT)
         folder.copy.send(folder.path / REPORT)
+        for words in model_notes(cfg, inputs.shape):
+            progress.note(words)
         progress.note(in_short(json.loads((folder.path / REPORT).read_text())))
         journal.append("phase", name=PREPARE, seconds=round(time.monotonic() - began, 3), **data)
         return _work(job, run)

@@ -125,6 +125,10 @@ class Method(ABC, Generic[C]):
         """Why the method does not fit a model of that shape; empty where it does."""
         return []
 
+    def left_out(self, shape: Shape) -> list[str]:
+        """Parts of such a model that one might think are trained and are not, each with the reason."""
+        return []
+
     def parameter_groups(self, model: Any, learning_rate: float) -> list[dict[str, Any]] | None:
         """The optimizer's groups with ``params`` and ``lr`` each; None leaves one learning rate for all."""
         return None

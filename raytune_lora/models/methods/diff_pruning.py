@@ -8,7 +8,7 @@ from typing import Any
 from raytune_lora.config.methods import DiffPruningMethodConfig
 from raytune_lora.models.methods.base import Start
 from raytune_lora.models.methods.own import OwnMethod, load_state, save_state, untouched
-from raytune_lora.models.methods.peft_method import target_problems
+from raytune_lora.models.methods.peft_method import experts_apart, layers_apart, target_problems
 from raytune_lora.models.shape import shape_of
 from raytune_lora.planning.added import Added
 from raytune_lora.planning.shape import Linear, Shape
@@ -85,7 +85,10 @@ class DiffPruning(OwnMethod[DiffPruningMethodConfig]):
         return Added(trained=self.count(shape), inputs=targets, weights=_KEPT * whole)
 
     def problems(self, shape: Shape) -> list[str]:
-        return target_problems(self.cfg, shape)
+        return target_problems(list(self.cfg.target_modules), self._targets(shape), shape)
+
+    def left_out(self, shape: Shape) -> list[str]:
+        return layers_apart(list(self.cfg.target_modules), shape) + experts_apart(shape)
 
     def _targets(self, shape: Shape) -> list[Linear]:
         return shape.targets(list(self.cfg.target_modules))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from raytune_lora.config.schema import RunConfig
+from raytune_lora.config.schema import Quantization, RunConfig
 from raytune_lora.models.methods import method_for
 from raytune_lora.planning.shape import Shape
 
@@ -46,3 +46,17 @@ def problems(cfg: RunConfig) -> list[str]:
 def model_problems(cfg: RunConfig, shape: Shape) -> list[str]:
     """Why the method does not fit the model; empty where it does."""
     return method_for(cfg.method).problems(shape)
+
+
+def notes(cfg: RunConfig, shape: Shape) -> list[str]:
+    """What people should know of how the method and the memory plan take the model."""
+    left, experts = method_for(cfg.method).left_out(shape), sum(e.numel for e in shape.experts)
+    found = [f"method={cfg.method.kind} leaves out {'; '.join(left)}"] if left else []
+    if experts and cfg.quantization.kind is not Quantization.none:
+        found.append(
+            f"quantization={cfg.quantization.kind.value} leaves the weights of experts, {experts:,} parameters, "
+            "unquantized: bitsandbytes quantizes linear layers alone"
+        )
+    if shape.approximate:
+        found.append("the planned memory is approximate: some layers of this model do not attend")
+    return found

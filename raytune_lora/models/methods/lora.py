@@ -3,20 +3,26 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 from raytune_lora.config.methods import DoraMethodConfig, LoraMethodConfig, LoraPlusMethodConfig, RsloraMethodConfig
 from raytune_lora.config.schema import Quantization
 from raytune_lora.models.methods.base import ANY, FOUR_BITS, Start
-from raytune_lora.models.methods.peft_method import TargetedMethod
+from raytune_lora.models.methods.peft_method import TargetedMethod, anywhere, experts_apart, few, layers_apart
 from raytune_lora.planning.added import Added
-from raytune_lora.planning.shape import Shape
+from raytune_lora.planning.shape import Experts, Linear, Shape
 
 L = TypeVar("L", bound=LoraMethodConfig)
 
 
 class LoraFamily(TargetedMethod[L]):
-    """Trains B, d_out x r, and A, r x d_in, beside each layer's W, d_out x d_in: W + alpha / r * B A."""
+    """Trains B, d_out x r, and A, r x d_in, beside each layer's W, d_out x d_in: W + alpha / r * B A.
+
+    Where experts lie in one parameter, each has such a pair of its own. PEFT gives the names of layers that experts
+    once were to their parameters, so that other layers of those names (a shared expert's) are out of its reach.
+    """
+
+    adapts_experts: ClassVar[bool] = False
 
     def peft_config(self, model: Any, start: Start) -> Any:
         from peft import LoraConfig, TaskType
@@ -35,12 +41,57 @@ class LoraFamily(TargetedMethod[L]):
         """What sets it apart, in PEFT's config."""
         return {}
 
+    def targets(self, shape: Shape) -> list[Linear]:
+        return [linear for linear in super().targets(shape) if linear.name.rpartition(".")[2] not in shape.claimed]
+
+    def experts(self, shape: Shape) -> tuple[Experts, ...]:
+        """The experts' parameters it works on."""
+        return shape.experts if self.cfg.experts else ()
+
+    def left_out(self, shape: Shape) -> list[str]:
+        names = list(self.cfg.target_modules)
+        reach = {linear.name for linear in self.targets(shape)}
+        claimed = [linear for linear in shape.targets(names) if linear.name not in reach]
+        found = layers_apart(names, shape)
+        if claimed:
+            where = few(dict.fromkeys(anywhere(linear.name) for linear in claimed))
+            found.append(f"{where} (PEFT takes these names for the experts')")
+        remedy = "method.experts=true adapts them" if self.adapts_experts else "method=lora can adapt them"
+        return found + (experts_apart(shape, remedy) if not self.cfg.experts else [])
+
+    def narrowed(self, config: Any, model: Any) -> Any:
+        from raytune_lora.models.shape import shape_of
+
+        shape = shape_of(model)
+        config = super().narrowed(config, model)
+        if shape.claimed:  # left to itself, PEFT would add experts and router to all-linear
+            config.target_modules = {linear.name for linear in self.targets(shape)}
+        if named := [experts.name for experts in self.experts(shape)]:
+            config.target_parameters = named
+        return config
+
+    def problems(self, shape: Shape) -> list[str]:
+        found = super().problems(shape)
+        if self.cfg.experts and not shape.experts:
+            found.append(
+                "method.experts=true: the model has no experts whose weights lie in one parameter; leave it out"
+            )
+        elif self.cfg.experts and not self.adapts_experts:
+            found.append(
+                f"method.experts=true does not work with method={self.cfg.kind}: PEFT has it for linear layers alone; "
+                "take method=lora, rslora or lora_plus, or leave it out"
+            )
+        return found
+
     def count(self, shape: Shape) -> int:
-        return sum(self.cfg.r * (linear.d_in + linear.d_out) for linear in self.targets(shape))
+        linear = sum(self.cfg.r * (linear.d_in + linear.d_out) for linear in self.targets(shape))
+        return linear + sum(self.cfg.r * e.count * (e.d_in + e.d_out) for e in self.experts(shape))
 
     def added(self, shape: Shape) -> Added:
+        """PEFT adds each expert's product to its weight, so that the sum is there as long as its input."""
         targets = tuple(self.targets(shape))
-        return Added.low_rank(targets, self.cfg.r, self.cfg.dropout, trained=self.count(shape))
+        summed = sum(experts.numel for experts in self.experts(shape))
+        return Added.low_rank(targets, self.cfg.r, self.cfg.dropout, trained=self.count(shape), weights=summed)
 
     def too_many_ranks(self, shape: Shape) -> list[str]:
         """Of a start by decomposition: a matrix has no more singular vectors than the smaller of its sides."""
@@ -55,12 +106,14 @@ class LoraFamily(TargetedMethod[L]):
 
 class Lora(LoraFamily[LoraMethodConfig]):
     config_class = LoraMethodConfig
+    adapts_experts = True
 
 
 class Rslora(LoraFamily[RsloraMethodConfig]):
     """Rank-stabilized: scaled by alpha / sqrt(r) (arXiv:2312.03732)."""
 
     config_class = RsloraMethodConfig
+    adapts_experts = True
 
     def variant(self) -> dict[str, Any]:
         return {"use_rslora": True}
@@ -90,6 +143,7 @@ class LoraPlus(LoraFamily[LoraPlusMethodConfig]):
     """B learns ``ratio`` times as fast as A (arXiv:2402.12354)."""
 
     config_class = LoraPlusMethodConfig
+    adapts_experts = True
 
     def parameter_groups(self, model: Any, learning_rate: float) -> list[dict[str, Any]]:
         trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import re
 from abc import abstractmethod
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
 from raytune_lora.config.methods import ALL_LINEAR, TargetedMethodConfig
 from raytune_lora.errors import UserError
 from raytune_lora.models.methods.base import C, Method, Start
-from raytune_lora.planning.shape import Linear, Shape
+from raytune_lora.planning.shape import UNMET, Linear, Shape
 
 T = TypeVar("T", bound=TargetedMethodConfig)
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"  # PEFT's own names
+_SHOWN = 4  # names in a message
 _ADAPTER = "default"  # PEFT's name of a model's only adapter
 
 
@@ -28,9 +31,13 @@ class PeftMethod(Method[C]):
         from peft import get_peft_model
 
         try:
-            return get_peft_model(model, self.peft_config(model, start))
+            return get_peft_model(model, self.narrowed(self.peft_config(model, start), model))
         except ValueError as error:
             raise UserError(f"method={self.cfg.kind} does not fit the model: {error}") from error
+
+    def narrowed(self, config: Any, model: Any) -> Any:
+        """PEFT's config, so that it goes where it should in this model and nowhere else."""
+        return config
 
     def save(self, model: Any, state: dict[str, Any], folder: Path) -> None:
         from peft import get_peft_model_state_dict
@@ -89,7 +96,7 @@ class TargetedMethod(PeftMethod[T]):
         return ALL_LINEAR if modules == [ALL_LINEAR] else modules
 
     def problems(self, shape: Shape) -> list[str]:
-        found = target_problems(self.cfg, shape)
+        found = target_problems(list(self.cfg.target_modules), self.targets(shape), shape)
         transposed = [linear.name for linear in self.targets(shape) if linear.transposed]
         if transposed and not self.on_transposed:
             found.append(
@@ -102,15 +109,69 @@ class TargetedMethod(PeftMethod[T]):
         """The layers it works on."""
         return shape.targets(list(self.cfg.target_modules))
 
+    def left_out(self, shape: Shape) -> list[str]:
+        return layers_apart(list(self.cfg.target_modules), shape) + experts_apart(shape)
 
-def target_problems(cfg: TargetedMethodConfig, shape: Shape) -> list[str]:
-    """Names among ``target_modules`` that no linear layer of the model has."""
-    names = list(cfg.target_modules)
-    missing = [name for name in names if name != ALL_LINEAR and not shape.targets([name])]
+    def narrowed(self, config: Any, model: Any) -> Any:
+        """The layers are named in full where the names as typed would take others too: a vision tower's, a router."""
+        from raytune_lora.models.shape import shape_of
+
+        shape = shape_of(model)
+        targets = self.targets(shape)
+        if len(targets) < len(shape.named(list(self.cfg.target_modules))):
+            config.target_modules = {linear.name for linear in targets}
+        return config
+
+
+def layers_apart(names: list[str], shape: Shape) -> list[str]:
+    """The linear layers among ``target_modules`` that no adapter goes to, by reason."""
+    found: dict[str, dict[str, None]] = {}
+    for linear in shape.named(names):
+        if linear.apart:
+            parts = linear.name.split(".")
+            place = ".".join(parts[:2]) if linear.apart == UNMET else anywhere(linear.name)
+            found.setdefault(linear.apart, {})[place] = None
+    return [f"{few(places)} ({why})" for why, places in found.items()]
+
+
+def experts_apart(shape: Shape, remedy: str = "they are no linear layers") -> list[str]:
+    """The weights of experts, where they are left as they are."""
+    if not shape.experts:
+        return []
+    share = sum(experts.numel for experts in shape.experts) / shape.parameters
+    places = dict.fromkeys(anywhere(experts.name) for experts in shape.experts)
+    return [f"{few(places)}, {share:.0%} of the parameters ({remedy})"]
+
+
+def anywhere(name: str) -> str:
+    """A name with a star for the number of the layer."""
+    return re.sub(r"\.\d+(?=\.)", ".*", name)
+
+
+def few(places: Iterable[str]) -> str:
+    """The first of several names, and how many more there are."""
+    shown = list(places)
+    return ", ".join(shown[:_SHOWN]) + (f" and {len(shown) - _SHOWN} more" if len(shown) > _SHOWN else "")
+
+
+def target_problems(names: list[str], targets: list[Linear], shape: Shape) -> list[str]:
+    """Names among ``target_modules`` that no layer has which the method can work on.
+
+    Args:
+        names: ``target_modules``.
+        targets: what the method works on.
+        shape: of the model.
+    """
+    wanted = {linear.name for linear in targets}
+    missing = [name for name in names if not wanted & {linear.name for linear in shape.named([name])}]
     if not missing:
         return []
-    known = sorted({linear.name.rpartition(".")[2] for linear in shape.linears})
-    return [
-        f"method.target_modules: the model has no linear layer called {', '.join(missing)}; "
-        f"it has {', '.join(known)}, and {ALL_LINEAR} takes all but the head"
-    ]
+    known = sorted({linear.name.rpartition(".")[2] for linear in shape.targets([ALL_LINEAR])} - set(shape.claimed))
+    found = (
+        f"method.target_modules: the model has no linear layer called {', '.join(missing)} that an adapter can go to; "
+        f"it has {', '.join(known)}, and {ALL_LINEAR} takes all of these"
+    )
+    why = {linear.apart for name in missing for linear in shape.named([name]) if linear.apart}
+    if set(missing) & {*shape.claimed, *(experts.name.rpartition(".")[2] for experts in shape.experts)}:
+        why.add("the weights of experts are no linear layers: method.experts=true adapts those")
+    return ["; ".join([found, *sorted(why)])]

@@ -27,6 +27,11 @@ class PromptMethod(PeftMethod[C]):
     packable = False
     starts_as_base = False
 
+    def problems(self, shape: Shape) -> list[str]:
+        if shape.block.heads:
+            return []
+        return [f"method={self.cfg.kind} needs a model whose layers attend, and this one has none; take method=lora"]
+
     def save(self, model: Any, state: dict[str, Any], folder: Path) -> None:
         """A network is built anew from the state: the model's own may lie in parts on other workers."""
         import torch
@@ -58,6 +63,14 @@ class PrefixTuning(PromptMethod[PrefixTuningMethodConfig]):
             prefix_projection=self.cfg.projection is not None,
             encoder_hidden_size=self.cfg.projection,  # type: ignore[arg-type]  # unused without projection
         )
+
+    def problems(self, shape: Shape) -> list[str]:
+        """PEFT hands keys and values of one shape to all layers."""
+        latent = any(linear.name.endswith(".kv_b_proj") for linear in shape.linears)
+        if shape.block.heads and (latent or shape.approximate):
+            why = "keys and values are compressed (latent attention)" if latent else "not all layers attend"
+            return [f"method=prefix_tuning does not fit this model: {why}; take method=prompt_tuning or method=lora"]
+        return super().problems(shape)
 
     def count(self, shape: Shape) -> int:
         tokens, width, out = self.cfg.virtual_tokens, self.cfg.projection, 2 * shape.layers * shape.kv_width

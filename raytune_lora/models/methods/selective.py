@@ -10,7 +10,7 @@ from raytune_lora.models.methods.base import UNQUANTIZED, Method, Start
 from raytune_lora.models.methods.own import OwnMethod
 from raytune_lora.models.methods.peft_method import PeftMethod
 from raytune_lora.planning.added import Added
-from raytune_lora.planning.shape import Shape
+from raytune_lora.planning.shape import UNMET, Shape
 
 _WITH_BIASES = "GPT-2, GPT-NeoX and Pythia, OPT, BLOOM, Phi, StarCoder2, and the attention of Qwen2 and Qwen2.5"
 
@@ -23,14 +23,23 @@ class Full(Method[FullMethodConfig]):
     because = "quantized weights cannot train: set quantization=none"
 
     def apply(self, model: Any, start: Start) -> Any:
-        return model.requires_grad_(True)
+        """All that text meets trains: a vision tower would have no gradient."""
+        from raytune_lora.models.skeleton import skeleton_of
+
+        trains = skeleton_of(model).trains
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(name in trains)
+        return model
 
     def count(self, shape: Shape) -> int:
-        return shape.parameters
+        return shape.parameters - shape.unmet
+
+    def left_out(self, shape: Shape) -> list[str]:
+        return [f"{shape.unmet:,} parameters ({UNMET})"] if shape.unmet else []
 
     def added(self, shape: Shape) -> Added:
         normed = shape.layers * shape.block.norm_width + shape.hidden
-        return Added(shape.parameters, own=True, inputs=shape.linears, per_token=normed, from_start=True)
+        return Added(self.count(shape), own=True, inputs=shape.linears, per_token=normed, from_start=True)
 
     def save(self, model: Any, state: dict[str, Any], folder: Path) -> None:
         weights = {name: tensor.to(model.dtype) for name, tensor in state.items()}
@@ -51,8 +60,11 @@ class Bitfit(OwnMethod[BitfitMethodConfig]):
     config_class = BitfitMethodConfig
 
     def apply(self, model: Any, start: Start) -> Any:
-        for name, parameter in model.named_parameters():
-            parameter.requires_grad_(name.rpartition(".")[2] == "bias")
+        from raytune_lora.models.shape import biases
+
+        model.requires_grad_(False)
+        for _, parameter in biases(model):
+            parameter.requires_grad_(True)
         return model
 
     def count(self, shape: Shape) -> int:
