@@ -137,7 +137,11 @@ class DataConfig:
 
 @dataclass
 class FileDataConfig(DataConfig):
-    """The user's own files: JSONL, JSON, CSV or Parquet, also gzipped or zstandard, or a data set of the hub."""
+    """The user's own files: JSONL, JSON, CSV, Parquet or Arrow, also gzipped or zstandard, or a data set of the hub.
+
+    Where names of files or folders, keys of a JSON object, or splits on the hub say train, validation or test, they are
+    what the rows are for.
+    """
 
     kind: str = "file"
     path: str | None = None  # file, folder, pattern with *, URI (s3://…), or `owner/name` on the hub

@@ -198,7 +198,7 @@ def _report(
             example["text"] = pii.hidden(example["text"], pii.find(example["text"]))
     return {
         "schema_version": 1,
-        "sources": [{"role": source.role, "name": source.name} for source in sources],
+        "sources": [{"role": source.role, "name": source.name, "files": list(source.files)} for source in sources],
         "rows": {
             "read": {source.name: read[i] for i, source in enumerate(sources)},
             "left_out": sum(read[i] for i in own) - int((np.isin(split.source, own) & (split.of != OUT)).sum()),

@@ -21,14 +21,15 @@ from raytune_lora import storage
 from raytune_lora.data.rows import Fault
 from raytune_lora.errors import UserError
 
-SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
-PACKED = (".gz", ".zst")  # may follow each suffix but .parquet, which is packed within
+SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".arrow")
+_WITHIN = (".parquet", ".arrow")  # packed within
+PACKED = (".gz", ".zst")  # may follow each other suffix
 METADATA = {"dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json"}  # of the datasets library
 LONGEST = 64 * 2**20  # bytes of a line, characters of a field or value; beyond, something is not closed
 BLOCK = 2**18  # bytes read at once
 _REQUEST = 8 * 2**20  # bytes asked of an object store at once
 _HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
-REMEDY = f"known are {', '.join(SUFFIXES)}, and with {' or '.join(PACKED)} after it each but .parquet"
+REMEDY = f"known are {', '.join(SUFFIXES)}, and with {' or '.join(PACKED)} after it each but {' and '.join(_WITHIN)}"
 
 
 # ---------------------------------------------------------------------------------------------------------------- paths
@@ -53,11 +54,16 @@ def expand(path: str) -> list[str]:
     if not found:
         what = "matches no file" if "*" in path else "does not exist" + " or cannot be reached" * ("://" in path)
         raise UserError(f"data: {path} {what}; name a file, a folder, a pattern or a URI of rows")
-    files = [file for file in found if known(file) and (is_file or PurePosixPath(file).name not in METADATA)]
+    files = [file for file in found if known(file) and (is_file or not _beside(PurePosixPath(file).name))]
     if not files:
         what = "has no suffix that is known" if is_file else "holds no file of a known suffix"
         raise UserError(f"data: {path} {what}; {REMEDY}")
     return sorted(files)
+
+
+def _beside(name: str) -> bool:
+    """Whether a file of that name holds no rows of the data set that it lies in."""
+    return name in METADATA or (name.startswith(("cache-", "tmp")) and name.endswith(".arrow"))
 
 
 def identity(files: list[str]) -> list[list[Any]]:
@@ -72,7 +78,7 @@ def identity(files: list[str]) -> list[list[Any]]:
 def known(file: str) -> bool:
     """Whether a file's name says a form that can be read."""
     suffix, packed = suffixes(file)
-    return suffix in SUFFIXES and not (packed and suffix == ".parquet")
+    return suffix in SUFFIXES and not (packed and suffix in _WITHIN)
 
 
 def suffixes(file: str) -> tuple[str, str]:

@@ -9,7 +9,7 @@ import io
 import json
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, BinaryIO, NoReturn
 
 from raytune_lora.data import files
@@ -17,6 +17,8 @@ from raytune_lora.data.rows import Fault, Record
 from raytune_lora.errors import UserError
 
 LISTS = ("data", "rows", "train", "examples", "records", "samples")  # keys whose list is a JSON file's records
+_OTHER = object()  # in place of a record that is in another list than is meant
+_STRAY = "no name of a split or of rows, beside lists that have one"
 
 
 # ------------------------------------------------------------------------------------------------------------ one value
@@ -196,28 +198,59 @@ def _checked(part: str, value: Any) -> Any:
     return value
 
 
-def read_json(file: str, content: BinaryIO, stream: files.Stream) -> Iterator[Record]:
+def read_json(
+    file: str, content: BinaryIO, stream: files.Stream, keys: Sequence[str] | None = None, stray: Sequence[str] = ()
+) -> Iterator[Record]:
     """The records of a JSON file (see ``readers.read_file``).
 
     Args:
         file: its name.
         content: its bytes, unpacked, of ``stream``, which knows whether they are damaged.
+        keys: whose lists are meant, of an object with several; None: the one of ``LISTS``.
+        stray: whose lists are told as faults, item by item.
 
     Raises:
         UserError: two of its keys hold lists of records.
     """
     window = _Window(content)
     number = 0
-    for number, value in enumerate(_values(file, window), 1):
+    for number, value in enumerate(_values(file, window, keys, stray), 1):
+        if value is _OTHER:
+            continue
         yield Record(f"{file}#{number}", stream.damage if window.lost and stream.damage else value)
     if stream.damage and not window.lost:
         yield Record(f"{file}#{number + 1}", stream.damage)
 
 
-def _values(file: str, window: _Window) -> Iterator[Any]:
-    """The records among the values of a text."""
+def list_keys(file: str) -> list[str]:
+    """The keys of a JSON file's first object that hold lists of objects, in order; the rest of the file is not read.
+
+    Raises:
+        UserError: the file cannot be read.
+    """
+    found: list[str] = []
+    with files.opened(file) as raw:
+        window = _Window(io.BufferedReader(files.unpacked(raw, files.suffixes(file)[1]), files.BLOCK))
+        if window.take("{"):
+            try:
+                for key in _fields(window):
+                    if _holds_rows(window):
+                        found.append(key)
+                        for _ in _items(window):
+                            pass
+                        if window.lost:
+                            break
+                    else:
+                        window.value()
+            except _NoEndError:  # which is told where the rows are read
+                pass
+    return found
+
+
+def _values(file: str, window: _Window, keys: Sequence[str] | None, stray: Sequence[str]) -> Iterator[Any]:
+    """The records among the values of a text, and ``_OTHER`` for each that is in another list than is meant."""
     if window.peek() == "{":
-        yield from _object(file, window)
+        yield from _object(file, window, keys, stray)
         window.take(",")
     while not window.lost and (sign := window.peek()):
         if sign == "[":
@@ -240,27 +273,45 @@ def _items(window: _Window) -> Iterator[Any]:
             window.take(",")
 
 
-def _object(file: str, window: _Window) -> Iterator[Any]:
-    """The first object of a text: the items of its list, if it holds one under a key of ``LISTS``, or itself."""
+def _fields(window: _Window) -> Iterator[str]:
+    """The keys of an object behind its brace; whoever takes them takes each value from the window.
+
+    Raises:
+        _NoEndError: it is no JSON.
+    """
+    while not window.take("}"):
+        key = window.value()
+        if not isinstance(key, str) or not window.take(":"):
+            raise _NoEndError("not JSON: no key and colon in an object")
+        yield key
+        if not window.take(",") and window.peek() != "}":
+            raise _NoEndError("not JSON: no comma after a value")
+
+
+def _holds_rows(window: _Window) -> bool:
+    return window.peek() == "[" and window.peek(after=1) == "{"
+
+
+def _object(file: str, window: _Window, keys: Sequence[str] | None, stray: Sequence[str]) -> Iterator[Any]:
+    """The first object of a text: the items of the lists that are meant, or itself if it holds no list of rows."""
     fields: dict[str, Any] = {}
     listed: str | None = None
     window.take("{")
     try:
-        while not window.take("}"):
-            key = window.value()
-            if not isinstance(key, str) or not window.take(":"):
-                raise _NoEndError("not JSON: no key and colon in an object")
-            if key in LISTS and window.peek() == "[" and window.peek(after=1) == "{":
-                if listed:
-                    raise UserError(f"data: {file} has two lists of rows ({listed}, {key}); write each to its own file")
-                listed = key
-                yield from _items(window)
-                if window.lost:
-                    return
-            else:
+        for key in _fields(window):
+            if not _holds_rows(window) or (keys is None and key not in LISTS):
                 fields[key] = window.value()
-            if not window.take(",") and window.peek() != "}":
-                raise _NoEndError("not JSON: no comma after a value")
+                continue
+            if keys is None and listed:
+                raise UserError(two_lists(file, [listed, key]))
+            listed = key
+            for item in _items(window):
+                if keys is None or key in keys:
+                    yield item
+                else:
+                    yield Fault("unreadable", f"in the list {key!r}: {_STRAY}") if key in stray else _OTHER
+            if window.lost:
+                return
         if window.peek() not in _AFTER_ITEM:
             raise _NoEndError("not JSON: something follows the object")
     except _NoEndError as error:
@@ -268,3 +319,8 @@ def _object(file: str, window: _Window) -> Iterator[Any]:
     else:
         if not listed:
             yield next((value for value in fields.values() if isinstance(value, Fault)), fields)
+
+
+def two_lists(file: str, keys: Sequence[str]) -> str:
+    """What is said of a file with several lists of rows that are not of different splits."""
+    return f"data: {file} has two lists of rows ({', '.join(keys)}); write each to its own file"

@@ -1,4 +1,4 @@
-"""From a file to a stream of records: JSONL, JSON, CSV and Parquet, also compressed; and from a data set of the hub.
+"""From a file to a stream of records: JSONL, JSON, CSV, Parquet and Arrow, also packed; and from a data set of the hub.
 
 No reader holds more than a window of a file. A record that cannot be read becomes a ``Fault`` in its place and reading
 goes on behind it; only what concerns a file as a whole (it is not there, its table is damaged) is a ``UserError``.
@@ -10,7 +10,7 @@ import csv
 import io
 import itertools
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any, BinaryIO
 
@@ -20,12 +20,13 @@ from raytune_lora.data.rows import Fault, Record
 from raytune_lora.errors import UserError
 
 PARQUET_ROWS = 512  # made into Python objects at once
+_ARROW_FILE = b"ARROW1"
 _NUL = "holds a NUL byte"
 _COMMIT = re.compile("[0-9a-f]{40}")
 _HUB_SECONDS = 10  # that the hub has to answer in
 
 
-def read_file(file: str) -> Iterator[Record]:
+def read_file(file: str, keys: Sequence[str] | None = None, stray: Sequence[str] = ()) -> Iterator[Record]:
     """The records of one file, by its suffix (see ``files.SUFFIXES`` and ``files.PACKED``).
 
     A JSON file is an array of objects, one object, objects one after the other, or one object in which a key of
@@ -34,6 +35,8 @@ def read_file(file: str) -> Iterator[Record]:
 
     Args:
         file: as ``files.expand`` returns it; ``Record.where`` starts with it.
+        keys: of a JSON object whose lists are meant.
+        stray: of a JSON object whose lists are told as faults.
 
     Raises:
         UserError: the suffix is unknown, the file cannot be read, is UTF-16 or a damaged Parquet file, or has two
@@ -43,8 +46,8 @@ def read_file(file: str) -> Iterator[Record]:
     if not files.known(file):
         raise UserError(f"data: {file} has no suffix that is known; {files.REMEDY}")
     with files.opened(file) as raw:
-        if suffix == ".parquet":
-            yield from _parquet(file, raw)
+        if suffix in (".parquet", ".arrow"):
+            yield from (_parquet if suffix == ".parquet" else _arrow)(file, raw)
             return
         stream = files.unpacked(raw, packed)
         content = io.BufferedReader(stream, files.BLOCK)
@@ -52,8 +55,10 @@ def read_file(file: str) -> Iterator[Record]:
             raise UserError(f"data: {file} is UTF-16 text; write it as UTF-8 (iconv -f UTF-16 -t UTF-8)")
         if suffix in (".csv", ".tsv"):
             yield from _csv(file, content, stream, "\t" if suffix == ".tsv" else ",")
+        elif suffix == ".json":
+            yield from read_json(file, content, stream, keys, stray)
         else:
-            yield from (read_json if suffix == ".json" else _jsonl)(file, content, stream)
+            yield from _jsonl(file, content, stream)
 
 
 # ---------------------------------------------------------------------------------------------------------------- lines
@@ -160,15 +165,44 @@ def _fields_value(names: list[str], fields: list[str]) -> Any:
 
 
 def _parquet(file: str, raw: BinaryIO) -> Iterator[Record]:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
+    def batches() -> Iterator[Any]:
+        import pyarrow.parquet as pq
 
-    number = 0
-    try:
         # With a buffer, pages are read one by one: a row group may be all of a large file.
         source = pq.ParquetFile(raw if "://" in file else file, pre_buffer=False, buffer_size=files.BLOCK)
         _check_names(file, source.schema_arrow.names)
-        for batch in source.iter_batches(batch_size=PARQUET_ROWS, use_threads=False):
+        yield from source.iter_batches(batch_size=PARQUET_ROWS, use_threads=False)
+
+    return _batch_records(file, batches())
+
+
+def _arrow(file: str, raw: BinaryIO) -> Iterator[Record]:
+    """A stream, as ``Dataset.save_to_disk`` writes it, or a file of Arrow's."""
+
+    def batches() -> Iterator[Any]:
+        import pyarrow as pa
+
+        start = raw.read(len(_ARROW_FILE))
+        raw.seek(0)
+        if start == _ARROW_FILE:
+            whole = pa.ipc.open_file(pa.PythonFile(raw, mode="r"))
+            found, names = map(whole.get_batch, range(whole.num_record_batches)), whole.schema.names
+        else:
+            stream = pa.ipc.open_stream(pa.PythonFile(raw, mode="r"))
+            found, names = iter(stream), stream.schema.names
+        _check_names(file, names)
+        for batch in found:
+            yield from (batch.slice(at, PARQUET_ROWS) for at in range(0, batch.num_rows, PARQUET_ROWS))
+
+    return _batch_records(file, batches())
+
+
+def _batch_records(file: str, batches: Iterator[Any]) -> Iterator[Record]:
+    import pyarrow as pa
+
+    number = 0
+    try:
+        for batch in batches:
             for value in _batch_values(batch):
                 number += 1
                 yield Record(f"{file}#{number}", value)
@@ -180,19 +214,19 @@ def _parquet(file: str, raw: BinaryIO) -> Iterator[Record]:
 
 
 def _batch_values(batch: Any) -> list[Any]:
-    """A batch's rows as objects."""
+    """A batch's rows as objects; a map, as Spark writes a dictionary, is an object too."""
     try:
-        return list(batch.to_pylist())
-    except ValueError:  # text that is not UTF-8, a time that Python cannot hold: in one row or more
+        return list(batch.to_pylist(maps_as_pydicts="strict"))
+    except (ValueError, KeyError):  # text that is not UTF-8, a time that Python cannot hold: in one row or more
         return [_row_value(batch.slice(index, 1)) for index in range(batch.num_rows)]
 
 
 def _row_value(row: Any) -> Any:
     try:
-        return row.to_pylist()[0]
+        return row.to_pylist(maps_as_pydicts="strict")[0]
     except UnicodeDecodeError:
         return Fault("unreadable", "not UTF-8")
-    except ValueError as error:
+    except (ValueError, KeyError) as error:
         return Fault("unreadable", f"a value that cannot be read ({error})")
 
 
@@ -226,6 +260,16 @@ def read_hub(name: str, *, subset: str | None, split: str, revision: str | None)
         known = _hub_choices(name, subset, split, revision) if isinstance(error, ValueError) else None
         reason = known or f"data: {name} cannot be read from the hub ({type(error).__name__}: {_first_line(error)})"
         raise UserError(reason) from error
+
+
+def hub_splits(name: str, subset: str | None, revision: str | None) -> list[str]:
+    """The splits that a hub data set has; none where the hub does not say, which is told when rows are read."""
+    from datasets import get_dataset_split_names
+
+    try:
+        return list(get_dataset_split_names(name, subset, revision=revision))
+    except Exception:
+        return []
 
 
 def hub_commit(name: str, revision: str | None) -> str:

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import os
 import random
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import islice
-from typing import Any
+from typing import Any, TypeVar
 
 from raytune_lora.config.data import DataConfig, ExtractionDataConfig, FakeDataConfig, FileDataConfig, Format
+from raytune_lora.data import given
 from raytune_lora.data.extraction import extraction_records, version
 from raytune_lora.data.files import expand, identity, is_hub_name
 from raytune_lora.data.formats import FIELDS, OPTIONAL, parse
-from raytune_lora.data.readers import hub_commit, read_file, read_hub
+from raytune_lora.data.given import split_named
+from raytune_lora.data.readers import hub_commit, hub_splits, read_file, read_hub
 from raytune_lora.data.rows import Fault, Record
 from raytune_lora.errors import UserError
 
@@ -20,6 +24,7 @@ MAIN, VALIDATION, TEST, BENCHMARK = "data", "validation", "test", "benchmark"  #
 MIX = "mix."  # and the name of the one that is mixed in
 _TRIED = 100  # records looked at before anything starts
 _SHOWN = 5  # of their faults
+Found = TypeVar("Found")
 
 
 @dataclass(frozen=True)
@@ -32,6 +37,7 @@ class Source:
     identity: Callable[[], Any]  # what the records are a function of
     format: Format = Format.auto
     columns: Mapping[str, str] = field(default_factory=dict)
+    files: tuple[str, ...] = ()  # the first few names and how many more, where it is made of files
 
 
 def sources(cfg: DataConfig) -> list[Source]:
@@ -48,10 +54,7 @@ def sources(cfg: DataConfig) -> list[Source]:
             "or try data=extraction or data=fake"
         )
     else:
-        found = [_files(MAIN, "data.path", cfg.path, cfg.format, cfg.columns, cfg)]
-        for role, path in ((VALIDATION, cfg.validation_path), (TEST, cfg.test_path)):
-            if path is not None:
-                found.append(_files(role, f"data.{role}_path", path, cfg.format, cfg.columns))
+        found = _own(cfg, cfg.path)
     for name, mix in cfg.mix.items():
         if mix.path is None:
             raise UserError(
@@ -103,28 +106,101 @@ def _parsed(source: Source, record: Record) -> Any:
     return record.value if isinstance(record.value, Fault) else parse(record.value, source.format, source.columns)
 
 
+def _own(cfg: FileDataConfig, path: str) -> list[Source]:
+    """The data set's own rows: those to train on, and the validation and test rows that the config or its files give.
+
+    Raises:
+        UserError: a file is missing, or which split it is for cannot be told.
+    """
+    asked = {VALIDATION: cfg.validation_path, TEST: cfg.test_path}
+    found = [_hub(role, path, splits, cfg) for role, splits in _hub_splits(cfg, path).items()]
+    if not is_hub_name(path):
+        others = {role: own for role, own in asked.items() if own is not None and not is_hub_name(own)}
+        named = {
+            os.path.realpath(file)
+            for role, own in others.items()
+            for file in _of_user(f"data.{role}_path", partial(expand, own))
+        }
+        parts = _of_user("data.path", lambda: given.divided("data.path", path, named))
+        if twice := [role for role, own in asked.items() if own is not None and role in parts]:
+            rows = ", ".join(name for role in twice for name in given.names(parts[role]))
+            keys = " and ".join(f"data.{role}_path" for role in twice)
+            raise UserError(
+                f"data.path: {path} holds {' and '.join(twice)} rows ({rows}) beside those of {keys}; leave {keys} "
+                "out to take these, or name only the files to train on in data.path"
+            )
+        main = parts.pop(given.TRAIN)
+        found = [_pieces(MAIN, path, main, cfg.format, cfg.columns)]
+        found += [_pieces(role, f"{path} ({role})", some, cfg.format, cfg.columns) for role, some in parts.items()]
+    for role, own in asked.items():
+        if own is not None:
+            found = [source for source in found if source.role != role]
+            found.append(_files(role, f"data.{role}_path", own, cfg.format, cfg.columns, cfg))
+    return found
+
+
 def _files(
     role: str, key: str, path: str, form: Format, columns: Mapping[str, str], hub: FileDataConfig | None = None
 ) -> Source:
-    name = path if role == MAIN else f"{path} ({role})"
+    """What a path of one purpose gives."""
     if is_hub_name(path):
-        of = hub or FileDataConfig()
-        where = [of.subset, of.split, of.revision]
+        same = hub is not None and path == hub.path  # and then its subset and revision
+        of = FileDataConfig(path=path, subset=hub.subset, revision=hub.revision) if hub and same else FileDataConfig()
+        held = role in (VALIDATION, TEST)
+        splits = (
+            [name for name in hub_splits(path, of.subset, of.revision) if split_named(name) == role] if held else []
+        )
+        return replace(_hub(role, path, splits or [role if held else of.split], of), format=form, columns=columns)
+    pieces = _of_user(key, lambda: given.undivided(key, path, any_split=role == BENCHMARK))
+    return _pieces(role, f"{path} ({role})", pieces, form, columns)
 
-        def hub_records() -> Iterator[Record]:
-            return read_hub(path, subset=of.subset, split=of.split, revision=of.revision)
 
-        return Source(role, name, hub_records, lambda: [path, where, hub_commit(path, of.revision)], form, columns)
-    try:
-        files = expand(path)
-    except UserError as error:
-        raise UserError([f"{key}: {problem.removeprefix('data: ')}" for problem in error.problems]) from error
-
+def _pieces(role: str, name: str, pieces: list[given.Piece], form: Format, columns: Mapping[str, str]) -> Source:
     def records() -> Iterator[Record]:
-        for file in files:
-            yield from read_file(file)
+        for piece in pieces:
+            yield from read_file(piece.file, piece.keys, piece.stray)
 
-    return Source(role, name, records, lambda: identity(files), form, columns)
+    def content() -> Any:
+        return [identity([piece.file for piece in pieces]), [[piece.keys, piece.stray] for piece in pieces]]
+
+    return Source(role, name, records, content, form, columns, tuple(given.names(pieces)))
+
+
+def _hub_splits(cfg: FileDataConfig, path: str) -> dict[str, list[str]]:
+    """The splits of a hub data set by purpose: the one to train on, and those that are there for the rest."""
+    if not is_hub_name(path):
+        return {}
+    splits = {MAIN: [cfg.split]}
+    if cfg.split == FileDataConfig.split:
+        for name in hub_splits(path, cfg.subset, cfg.revision):
+            if (role := split_named(name)) in (VALIDATION, TEST):
+                splits.setdefault(role, []).append(name)
+    return splits
+
+
+def _hub(role: str, path: str, splits: list[str], of: FileDataConfig) -> Source:
+    def records() -> Iterator[Record]:
+        for split in splits:
+            yield from read_hub(path, subset=of.subset, split=split, revision=of.revision)
+
+    def content() -> Any:
+        return [path, of.subset, splits, hub_commit(path, of.revision)]
+
+    name = path if role == MAIN else f"{path} ({role})"
+    return Source(role, name, records, content, of.format, of.columns, tuple(splits))
+
+
+def _of_user(key: str, find: Callable[[], Found]) -> Found:
+    """What is found for a key, which a refusal then names."""
+    try:
+        return find()
+    except UserError as error:
+        raise UserError(
+            [
+                problem if problem.startswith(f"{key}: ") else f"{key}: {problem.removeprefix('data: ')}"
+                for problem in error.problems
+            ]
+        ) from error
 
 
 def _generated(cfg: DataConfig) -> Source:
@@ -137,7 +213,7 @@ def _generated(cfg: DataConfig) -> Source:
         for number, value in enumerate(make(cfg), 1):
             yield Record(f"{cfg.kind}#{number}", value)
 
-    settings = {name: vars(cfg)[name] for name in ("rows", "korean", "seed") if name in vars(cfg)}
+    settings: dict[str, Any] = {name: vars(cfg)[name] for name in ("rows", "korean", "seed") if name in vars(cfg)}
     if isinstance(cfg, ExtractionDataConfig):
         settings["version"] = version()
     return Source(MAIN, cfg.kind, records, lambda: [cfg.kind, settings], Format.alpaca)

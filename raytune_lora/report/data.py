@@ -3,7 +3,7 @@
 Schema of ``data_report.json``, version 1. Null stands for what is not known; a check that is off is absent.
 
 - ``schema_version``; ``sources``: ``role`` (``data``, ``validation``, ``test``, ``benchmark``, or ``mix.`` and a name),
-  ``name``
+  ``name``, ``files`` (the first few names and how many more; of a hub data set, its splits)
 - ``rows``: ``read`` by the source's name, ``left_out`` (of the data's own, mixed-in sources and benchmarks aside),
   ``splits`` (``train``, ``validation``, ``test``), ``too_long`` (among those left out), ``cut`` (shortened)
 - ``max_length`` (tokens of a row; null without a tokenizer), ``truncation`` (``drop``, ``right`` or ``left``);
@@ -372,6 +372,8 @@ def _sources(r: dict[str, Any]) -> list[dict[str, Any]]:
         name, role = source.get("name") or "", source.get("role") or ""
         mixed = r["mixed"].get(role.removeprefix("mix.")) if role.startswith("mix.") else None
         line = {"name": name, "role": _ROLES.get(role, role), "read": r["rows"]["read"].get(name), "mixed": ""}
+        files = source.get("files") or []
+        line["files"] = "" if name.endswith(tuple(files)) else ", ".join(files)
         if mixed:
             asked, share = _percent(mixed.get("asked") or 0), _percent(mixed.get("share") or 0)
             line["role"] = f"mixed in as {role.removeprefix('mix.')}"

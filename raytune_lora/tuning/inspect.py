@@ -116,8 +116,9 @@ def _write(folder: Path, report: dict[str, Any]) -> None:
 
 def _print(console: Console, report: dict[str, Any], store: TokenStore | None) -> None:
     rows, tokens = report["rows"], report["tokens"]
-    for name, read in rows["read"].items():
-        console.print(f"read       {read} rows from {name}")
+    for source in report["sources"]:
+        files = "" if source["name"].endswith(tuple(source["files"])) else f": {', '.join(source['files'])}"
+        console.print(Text(f"read       {rows['read'][source['name']]} rows from {source['name']}{files}"))
     for split in SPLITS:
         count = rows["splits"][split]
         of = f", {tokens[split]} tokens, {tokens[split] / count:.0f} a row" if tokens and count else ""
