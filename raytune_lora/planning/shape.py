@@ -50,6 +50,9 @@ class Shape:
     softcap: bool = False  # whether the logits are capped
     sublayers: tuple[str, ...] = ()  # names of the modules that every decoder layer has
     prefixable: bool = True  # whether every layer attends, with keys and values of one width
+    embeddings: int | None = None  # rows of the input embedding; None: not known
+    positions: int | None = None  # tokens of a row that its table of positions has room for; None: it has no table
+    context: int | None = None  # tokens of a row that it was made for, as its config says; None: it does not say
 
     @property
     def kv_width(self) -> int:
