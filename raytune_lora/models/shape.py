@@ -31,6 +31,8 @@ _FUSED_DIMENSIONS = 3
 _WEIGHT_READ = re.compile(r"self\.(\w+)\.weight\b(?!\[|\.(?:dtype|device|shape|ndim|dim|size|numel)\b)")
 _SHAPES: dict[Skeleton, Shape] = {}
 _GATES = {"gate_proj", "gate_up_proj", "w3"}
+_TABLE = re.compile(r"(^|\.)(wpe|\w*position\w*)(\.|$)")  # names of embeddings that are looked up by position
+_COMPUTED = re.compile(r"(^|\.)(embed_positions|pos_encoding)$")  # names of buffers that are
 _KEPT = {"gelu_new": 4, "gelu_fast": 4, "quick_gelu": 2}  # tensors that activations of several operations keep
 
 
@@ -127,6 +129,9 @@ def _shape(skeleton: Skeleton) -> Shape:
         claimed=_claimed(model.config),
         unmet=sum(p.numel() for name, p in model.named_parameters() if name not in skeleton.trains),
         approximate=_unlike_attention(config),
+        embeddings=model.get_input_embeddings().weight.shape[0],
+        positions=_positions(model, config),
+        context=_context(config),
     )
 
 
@@ -279,3 +284,28 @@ def _feed_forward(config: Any, experts: int) -> int:
         return int(dense)
     one = getattr(config, "moe_intermediate_size", None) or dense
     return int(experts * one + (getattr(config, "shared_expert_intermediate_size", None) or 0))
+
+
+def _positions(model: Any, config: Any) -> int | None:
+    """Tokens of a row that the smallest table of positions has room for, be it learned or computed beforehand.
+
+    Some tables have rows in front that no position uses: OPT's ``offset``, RoBERTa's up to its padding token. MPT has
+    no table, but cuts its distances off at as many.
+    """
+    import torch
+
+    found = []
+    for name, module in model.named_modules():
+        if hasattr(module, "build_mpt_alibi_tensor"):
+            found.append(config.max_seq_len)
+        if isinstance(module, torch.nn.Embedding) and _TABLE.search(name):
+            padding = -1 if module.padding_idx is None else module.padding_idx
+            found.append(module.num_embeddings - getattr(module, "offset", padding + 1))
+    found += [table.shape[0] for name, table in model.named_buffers() if _COMPUTED.search(name)]
+    return min(found, default=None)
+
+
+def _context(config: Any) -> int | None:
+    """What the config says; -1 and the like stand for no limit."""
+    said = getattr(config, "max_position_embeddings", None)
+    return said if isinstance(said, int) and said > 0 else None

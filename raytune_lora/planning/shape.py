@@ -74,6 +74,9 @@ class Shape:
     claimed: tuple[str, ...] = ()  # names of linear layers that PEFT's LoRA takes for those of experts
     unmet: int = 0  # parameters that a row of text does not meet
     approximate: bool = False  # whether some layers are of a kind whose activations are not reckoned
+    embeddings: int | None = None  # rows of the input embedding; None: not known
+    positions: int | None = None  # tokens of a row that its table of positions has room for; None: it has no table
+    context: int | None = None  # tokens of a row that it was made for, as its config says; None: it does not say
 
     @property
     def kv_width(self) -> int:
