@@ -32,6 +32,7 @@ _RESULTS: dict[str, Any] = {
     "baseline": {},
     "best": None,
     "ended_by": None,
+    "remarks": [],
     "confirmation": None,
     "trials": [],
     "importance": {},
@@ -46,6 +47,7 @@ _BEST: dict[str, Any] = {"trial_id": "", "params": {}, "eval_loss": None, "exact
 
 _STAGES = {
     "prepare": "data and model",
+    "packing": "packing",
     "baseline": "baseline",
     "trials": "trials",
     "confirm": "confirmation",

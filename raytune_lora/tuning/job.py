@@ -49,7 +49,7 @@ from raytune_lora.tuning.isolated import attempts
 from raytune_lora.tuning.parts import Parts
 from raytune_lora.tuning.preflight import check
 from raytune_lora.tuning.progress import Progress
-from raytune_lora.tuning.results import BASELINE, BEST, write_results
+from raytune_lora.tuning.results import BASELINE, BEST, remarks, write_results
 from raytune_lora.tuning.space import apply, extremes, lookup
 from raytune_lora.tuning.study import STUDY_FILE
 from raytune_lora.tuning.trials import PACKING, Journal, Trial
@@ -244,6 +244,8 @@ def open_job(kind: str, cfg: SweepConfig, moved: Sequence[str], run: Callable[[J
         shutil.copyfile(inputs.store.folder / REPORT, folder.path / REPORT)
         folder.copy.send(folder.path / REPORT)
         progress.note(in_short(json.loads((folder.path / REPORT).read_text())))
+        for remark in remarks(cfg, inputs.store.rows["train"], searching=searching):
+            progress.note(remark)
         journal.append("phase", name="prepare", seconds=round(time.monotonic() - began, 3))
         return _work(job, run)
 
