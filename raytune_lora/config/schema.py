@@ -131,7 +131,7 @@ class TrainingConfig:
     epochs: float = 3.0
     max_steps: int | None = None  # optimizer steps; overrides epochs
     lr_scheduler: str = "cosine"  # a name transformers knows
-    warmup: float = 0.03  # share of the steps
+    warmup: float = 0.03  # share of the steps; of n steps, the first has 1 / (n + 1) of the peak
     weight_decay: float = 0.01
     max_grad_norm: float = 1.0
     gradient_checkpointing: bool = False

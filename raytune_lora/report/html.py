@@ -33,6 +33,7 @@ _RESULTS: dict[str, Any] = {
     "baseline": {},
     "best": None,
     "ended_by": None,
+    "remarks": [],
     "confirmation": None,
     "trials": [],
     "importance": {},
@@ -48,6 +49,7 @@ _BEST |= dict.fromkeys(("eval_loss", "trial_loss", "exact_match", "adapter"))
 
 _STAGES = {
     "prepare": "data and model",
+    "packing": "packing",
     "baseline": "baseline",
     "trials": "trials",
     "confirm": "confirmation",

@@ -98,14 +98,14 @@ def _side_by_side(model: Any, rows: Sequence[list[int]], pad_id: int) -> Iterato
 def _logits(model: Any, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
     device = next(model.parameters()).device
     inputs = {name: tensor.to(device) for name, tensor in inputs.items() if name != "labels"}
-    return model(**inputs).logits.float()  # type: ignore[no-any-return]
+    return model(**inputs).logits.float()
 
 
 def _computes_in(model: Any) -> torch.dtype:
     """Of a quantized model, its layers' format rather than that of the weights beside them."""
     quantized = getattr(model.config, "quantization_config", None)
     if quantized is None:
-        return model.dtype  # type: ignore[no-any-return]
+        return model.dtype
     return quantized.bnb_4bit_compute_dtype if getattr(quantized, "load_in_4bit", False) else torch.float16
 
 

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from raytune_lora.config.schema import RunConfig
 
 _EVALUATIONS = 10  # a run, where the config names no interval
+_FEW = 20  # optimizer steps: fewer leave the schedule no room, and most methods about where they began
 _WINDOW = 64  # steps whose samples are sorted by length together
 
 Rows = NDArray[np.int64]
@@ -146,6 +147,40 @@ def plan_run(cfg: RunConfig, rows: int, lengths: Rows | None = None) -> Plan:
         lengths=lengths,
         capacity=training.micro_batch * cfg.data.max_length if training.packing and lengths is not None else None,
         grouped=training.group_by_length,
+    )
+
+
+def remarks(cfg: RunConfig, rows: int) -> list[str]:
+    """What is unusual about the number of steps, and what to type instead; empty where nothing is.
+
+    Args:
+        cfg: the run.
+        rows: of the training split.
+    """
+    training, plan = cfg.training, plan_run(cfg, rows)
+    found = []
+    if training.max_steps is None and plan.steps < _FEW:
+        more = [_batches(cfg, plan.total // _FEW)] if plan.total >= _FEW * cfg.workers else []
+        more.append(f"training.epochs={math.ceil(_FEW * training.global_batch / rows)}")
+        found.append(
+            f"{rows} training rows x training.epochs={training.epochs:g} in steps of training.global_batch="
+            f"{training.global_batch} are {plan.steps} optimizer step{'s' * (plan.steps > 1)}, too few to move a "
+            f"model much: {' or '.join(more)} makes {_FEW} or more"
+        )
+    if rows < training.global_batch and plan.total > rows:
+        found.append(
+            f"training.global_batch={training.global_batch} is more than the {rows} training rows: a step takes rows "
+            f"more than once, and epochs flow together; {_batches(cfg, rows)} keeps them apart"
+        )
+    return found
+
+
+def _batches(cfg: RunConfig, most: int) -> str:
+    """The largest global batch of at most so many sequences, as it is typed; no less than one a worker."""
+    micro = min(cfg.training.micro_batch, max(1, most // cfg.workers))
+    batch = max(1, most // (micro * cfg.workers)) * micro * cfg.workers
+    return f"training.global_batch={batch}" + (
+        f" training.micro_batch={micro}" if micro != cfg.training.micro_batch else ""
     )
 
 

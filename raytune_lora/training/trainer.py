@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 import resource
 import time
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +27,7 @@ from raytune_lora.training.gradients import FirstGradients
 from raytune_lora.training.metrics import validation_loss
 from raytune_lora.training.place import GO_ON, SAVE_AND_STOP, Place
 from raytune_lora.training.plan import Plan, stream
+from raytune_lora.training.schedule import advance, schedule
 from raytune_lora.training.state import put_optimizer
 
 _OVER_QUOTA = 3  # beside what a place can ask for
@@ -90,6 +90,15 @@ class PlannedTrainer(Trainer):
         self.optimizer = cls([group | {"weight_decay": self.args.weight_decay} for group in groups], **settings)
         return self.optimizer
 
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+        """Ours: no step is trained at a rate of zero."""
+        if self.lr_scheduler is None:
+            kind, warmup = self._cfg.training.lr_scheduler, self.args.get_warmup_steps(num_training_steps)
+            optimizer = self.optimizer if optimizer is None else optimizer
+            self.lr_scheduler = schedule(kind, optimizer, warmup=warmup, steps=num_training_steps)
+            self._created_lr_scheduler = True
+        return self.lr_scheduler
+
     def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
         """The method's penalty has its gradient in the loss and leaves its value alone, so that losses compare."""
         loss = super().compute_loss(model, inputs, *args, **kwargs)
@@ -119,11 +128,7 @@ class PlannedTrainer(Trainer):
         if self._checkpoint is not None:
             saved = self._checkpoint
             put_optimizer(self.model, self.optimizer, saved.weights, saved.optimizer, saved.step)
-            scheduler: Any = self.lr_scheduler
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # torch would have the optimizer step first
-                for _ in range(saved.step):
-                    scheduler.step()
+            advance(self.lr_scheduler, saved.step)
         return prepared
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import math
 import os
 import shutil
 from collections.abc import Iterator
@@ -34,6 +33,7 @@ from raytune_lora.training.checkpoint import Checkpoint, bring_latest, last_repo
 from raytune_lora.training.deepspeed import deepspeed_config, release
 from raytune_lora.training.place import SAVING, Place
 from raytune_lora.training.plan import Plan, plan_run, stream
+from raytune_lora.training.schedule import warmup_steps
 from raytune_lora.training.sharding import divided_loading
 from raytune_lora.training.state import put_weights, trained
 from raytune_lora.training.tracking.watch import AfterSave, watchers
@@ -230,7 +230,7 @@ def _arguments(cfg: RunConfig, plan: Plan, saving: Path) -> TrainingArguments:
         optim=_OPTIMIZERS[training.optimizer],
         learning_rate=training.learning_rate,
         lr_scheduler_type=training.lr_scheduler,
-        warmup_steps=math.ceil(training.warmup * plan.steps),
+        warmup_steps=warmup_steps(training.warmup, plan.steps),
         weight_decay=training.weight_decay,
         max_grad_norm=training.max_grad_norm,
         use_liger_kernel=training.liger,

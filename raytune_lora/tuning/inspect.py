@@ -23,7 +23,7 @@ from raytune_lora.data.splits import SPLITS
 from raytune_lora.data.store import TokenStore
 from raytune_lora.models.tokenizer import load_tokenizer
 from raytune_lora.report.data import render_data
-from raytune_lora.training.plan import plan_run
+from raytune_lora.training.plan import plan_run, remarks
 from raytune_lora.tuning.folder import SweepFolder
 from raytune_lora.tuning.job import prepare_inputs
 from raytune_lora.tuning.preflight import check_inputs
@@ -62,6 +62,7 @@ def show_data(cfg: SweepConfig, console: Console | None = None) -> dict[str, Any
             rows = store.split("train").select(range(min(cfg.evaluation.examples, store.rows["train"])))
             report["preview"] = [list(pieces(row, tokenizer)) for row in rows]
             report["cost"] = _cost(cfg, store)
+            report["advice"] += [f"{remark}." for remark in remarks(cfg, store.rows["train"])]
     except DataRefused as error:
         refused, report = error, error.report
     _print(console, report, store)

@@ -52,7 +52,7 @@ from raytune_lora.tuning.isolated import attempts
 from raytune_lora.tuning.parts import Parts
 from raytune_lora.tuning.preflight import check
 from raytune_lora.tuning.progress import Progress
-from raytune_lora.tuning.results import BASELINE, BEST, write_results
+from raytune_lora.tuning.results import BASELINE, BEST, remarks, write_results
 from raytune_lora.tuning.resume import changed_data
 from raytune_lora.tuning.space import apply, extremes, lookup
 from raytune_lora.tuning.study import STUDY_FILE
@@ -272,6 +272,8 @@ def open_job(kind: str, cfg: SweepConfig, moved: Sequence[str], run: Callable[[J
         for words in model_notes(cfg, inputs.shape):
             progress.note(words)
         progress.note(in_short(json.loads((folder.path / REPORT).read_text())))
+        for remark in remarks(cfg, inputs.store.rows["train"], searching=searching):
+            progress.note(remark)
         journal.append("phase", name=PREPARE, seconds=round(time.monotonic() - began, 3), **data)
         return _work(job, run)
 

@@ -18,6 +18,7 @@ Schema, version 2. Null stands for what was not measured.
 - ``ended_by``: the budget that ended the search: ``budget`` (its key after ``budget.``, or ``space`` where no point
   fulfils the constraints), ``why`` and ``remedy``; null
   where none did
+- ``remarks``: sentences about the number of optimizer steps, where they are few or hold rows twice
 - ``confirmation``: ``winner``, ``runner_up`` (null without one), ``differs`` (whether their means differ by more than
   noise; null where that cannot be said), ``p`` (of Welch's t-test), ``words``, and ``configurations``, the best first:
   ``trial_id``, ``params``, ``mean`` and ``standard_deviation`` of the runs' losses, ``runs`` (``trial_id``, ``seed``,
@@ -50,11 +51,13 @@ from raytune_lora.data.store import TokenStore
 from raytune_lora.evaluation import ANSWERS
 from raytune_lora.models.sources import display_name
 from raytune_lora.report import render
+from raytune_lora.training import plan
 from raytune_lora.training.place import LOGS
 from raytune_lora.tuning.budget import remedy
 from raytune_lora.tuning.confirm import verdict
 from raytune_lora.tuning.folder import SweepFolder
 from raytune_lora.tuning.samplers import chosen
+from raytune_lora.tuning.space import apply, extremes
 from raytune_lora.tuning.trials import BASELINE as BASELINE
 from raytune_lora.tuning.trials import BEST as BEST
 from raytune_lora.tuning.trials import TRIALS as TRIALS
@@ -105,6 +108,7 @@ def _results(
         "baseline": _measured(record.phases.get(BASELINE, {})),
         "best": _best(folder, record),
         "ended_by": record.ended_by and {**record.ended_by, "remedy": remedy(record.ended_by["budget"])},
+        "remarks": remarks(cfg, store.rows["train"], searching=kind == "sweep"),
         "confirmation": verdict(record, cfg.training.seed),
         "trials": [_trial(folder, record.trials[name]) for name in sorted(record.trials)],
         "importance": learned.get("importance", {}),
@@ -113,6 +117,12 @@ def _results(
         "examples": _examples(folder, cfg.evaluation.examples) if BEST in record.phases else [],
         "seconds": {"total": round(record.clock, 3), **phases},
     }
+
+
+def remarks(cfg: SweepConfig, rows: int, *, searching: bool) -> list[str]:
+    """What is unusual about the number of steps, in a search of the trial whose steps are the largest."""
+    trials = [cfg, *(apply(cfg, params) for _, params in extremes(cfg.space, cfg) if searching)]
+    return plan.remarks(max(trials, key=lambda trial: trial.training.global_batch), rows)
 
 
 def _measured(phase: dict[str, Any]) -> dict[str, Any]:

@@ -11,7 +11,7 @@ import pytest
 from raytune_lora.config.data import FakeDataConfig
 from raytune_lora.config.methods import LoraMethodConfig
 from raytune_lora.config.schema import RunConfig, TinyModelConfig
-from raytune_lora.training.plan import Plan, pack_rows, permutation, plan_run, stream
+from raytune_lora.training.plan import Plan, pack_rows, permutation, plan_run, remarks, stream
 
 BATCH = 24
 # workers, micro batch, accumulation
@@ -118,6 +118,37 @@ def test_workers_change_nothing_but_the_share() -> None:
     one, two = (plan_run(config(workers), rows=50) for workers in (1, 2))
     assert (one.accumulation, two.accumulation) == (4, 2)
     assert replace(two, workers=1) == one
+
+
+@pytest.mark.parametrize(("rows", "batch", "workers"), [(10, 32, 1), (10, 32, 2), (60, 32, 2), (300, 64, 4)])
+def test_few_steps_are_said_with_what_makes_more(rows: int, batch: int, workers: int) -> None:
+    cfg = config(workers)
+    cfg.training.global_batch = batch
+    steps = plan_run(cfg, rows).steps
+    said = remarks(cfg, rows)[0]
+    assert f"{rows} training rows x training.epochs=3 in steps of training.global_batch={batch} are {steps} " in said
+    for remedy in said.rpartition(": ")[2].removesuffix(" makes 20 or more").split(" or "):
+        changed = replace(cfg, training=replace(cfg.training))
+        for key, value in (setting.split("=") for setting in remedy.split()):
+            setattr(changed.training, key.removeprefix("training."), int(value))
+        assert plan_run(changed, rows).steps >= 20
+        assert changed.training.global_batch % (changed.training.micro_batch * workers) == 0
+
+
+def test_a_step_that_takes_rows_twice_is_said() -> None:
+    cfg = config()
+    cfg.training.global_batch, cfg.training.epochs = 32, 100
+    assert remarks(cfg, 10) == [
+        "training.global_batch=32 is more than the 10 training rows: a step takes rows more than once, and epochs flow "
+        "together; training.global_batch=10 keeps them apart"
+    ]
+    cfg.training.max_steps = 2
+    assert len(remarks(cfg, 10)) == 1, "who names the steps knows how many they are"
+    assert remarks(cfg, 32) == []
+
+
+def test_nothing_is_said_of_a_run_of_many_steps() -> None:
+    assert remarks(config(), 1000) == []
 
 
 # --------------------------------------------------------------------------------------------- order and random streams

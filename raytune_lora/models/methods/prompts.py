@@ -64,14 +64,6 @@ class PrefixTuning(PromptMethod[PrefixTuningMethodConfig]):
             encoder_hidden_size=self.cfg.projection,  # type: ignore[arg-type]  # unused without projection
         )
 
-    def problems(self, shape: Shape) -> list[str]:
-        """PEFT hands keys and values of one shape to all layers."""
-        latent = any(linear.name.endswith(".kv_b_proj") for linear in shape.linears)
-        if shape.block.heads and (latent or shape.approximate):
-            why = "keys and values are compressed (latent attention)" if latent else "not all layers attend"
-            return [f"method=prefix_tuning does not fit this model: {why}; take method=prompt_tuning or method=lora"]
-        return super().problems(shape)
-
     def count(self, shape: Shape) -> int:
         tokens, width, out = self.cfg.virtual_tokens, self.cfg.projection, 2 * shape.layers * shape.kv_width
         if width is None:
@@ -82,8 +74,8 @@ class PrefixTuning(PromptMethod[PrefixTuningMethodConfig]):
         return Added(trained=self.count(shape), keys=self.cfg.virtual_tokens)
 
     def problems(self, shape: Shape) -> list[str]:
-        if shape.prefixable:
-            return []
+        if shape.prefixable or not shape.block.heads:
+            return super().problems(shape)
         return [
             "method=prefix_tuning puts keys and values before those of every layer, and not every layer of this model "
             "has both, of one width (some convolve, scan, or attend to latent vectors); take method=prompt_tuning"
