@@ -37,4 +37,5 @@ def test_a_method_trains_and_is_measured_as_it_was_trained(
     extra = {"adapter": str(Path(reports[-1]["checkpoint"]) / ADAPTER)}
     (measured,) = single.stream(Task(uuid.uuid4().hex, tasks.measure, cfg, store, tmp_path / "best", extra=extra))
     assert measured["exact_match"] is not None
+    assert measured["trial_loss"] == pytest.approx(reports[-1]["eval_loss"], abs=1e-4)
     assert disagreement(reports[-1]["eval_loss"], measured) is None

@@ -26,6 +26,7 @@ from raytune_lora.models.loading import load_model
 from raytune_lora.training.metrics import mean_loss, row_losses, validation_loss
 from raytune_lora.training.place import Place
 from raytune_lora.tuning.job import plain_run, prepare_inputs
+from tests.unit.zoo import ZOO, build
 
 ROWS = 40  # of the validation split: a tenth asks for something else, at the end of the file
 
@@ -135,6 +136,17 @@ def test_each_row_has_its_own_loss_whatever_the_batch(
         expected = functional.cross_entropy(logits, labels[1:], ignore_index=IGNORED, reduction="sum")
         assert nats == pytest.approx(float(expected), rel=1e-5)
     assert mean_loss(found) == pytest.approx(by_hand(model, split.select(range(5, 12))), abs=1e-6)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("architecture", ZOO)
+def test_it_is_transformers_own_of_every_architecture(
+    architecture: str, configured: Callable[..., tuple[RunConfig, TokenStore]]
+) -> None:
+    _, store = configured()
+    split, model = store.split("validation").select(range(4)), build(architecture)
+    loss = validation_loss(model, split, rows=0, batch=4, pad_id=0, rank=0, workers=1)
+    assert loss == pytest.approx(by_hand(model, split), abs=1e-5)
 
 
 def test_virtual_tokens_shift_nothing(
