@@ -205,7 +205,7 @@ def _measures(r: dict[str, Any]) -> list[Measure]:
     if before is not None or after is not None:
         change = _signed(100 * (after - before), " points") if None not in (before, after) else None
         asked = best.get("exact_match_rows") or r["baseline"].get("exact_match_rows")
-        right = f"{round(after * asked)} right " if asked and after is not None else ""
+        right = f"{round(after * asked)} of {asked} answers right, " if asked and after is not None else ""
         measures.append(
             Measure(
                 "Exact match",
@@ -213,7 +213,8 @@ def _measures(r: dict[str, Any]) -> list[Measure]:
                 (before or 0, after or 0),
                 change,
                 better=change is not None and after >= before,
-                note=_note(f"{right}of", asked, rows.get("test"), "test answers")
+                note=right
+                + _note("on", asked, rows.get("test"), "test rows")
                 + _interval(best, r["baseline"], "exact_match", lambda v: f"{v:.0%}"),
             )
         )
@@ -223,7 +224,8 @@ def _measures(r: dict[str, Any]) -> list[Measure]:
 def _compared(r: dict[str, Any]) -> tuple[str, int | None]:
     """Which loss is shown of both, so that it is on the same rows, and how many these are."""
     best = r["best"]
-    if best and best["eval_loss"] is None and best["trial_loss"] is not None:  # its adapter is not measured yet
+    measured = best and (best["eval_loss"] is not None or best["mismatch"])
+    if best and not measured and best["trial_loss"] is not None:
         return "trial_loss", _trial_rows(r)
     return "eval_loss", (best or r["baseline"]).get("eval_loss_rows")
 

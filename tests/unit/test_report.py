@@ -175,7 +175,14 @@ def test_rendering_leaves_the_results_alone() -> None:
 
 def test_the_headline_compares_the_best_with_the_untouched_model() -> None:
     text = Page(render(sample())).text
-    for part in ("0.082", "2.104", "\N{MINUS SIGN}96%", "88%", "+88 points", "21 right of 24 of 80 test answers"):
+    for part in (
+        "0.082",
+        "2.104",
+        "\N{MINUS SIGN}96%",
+        "88%",
+        "+88 points",
+        "21 of 24 answers right, on 24 of 80 test rows",
+    ):
         assert part in text
     assert "on all 80 validation rows · 95% interval 0.063\N{EN DASH}0.101" in text
     assert "95% interval 69%\N{EN DASH}96%" in text
@@ -194,7 +201,9 @@ def test_a_best_that_is_not_measured_is_compared_on_the_rows_of_its_trial() -> N
 def test_an_adapter_that_is_not_what_was_trained_is_said_to_be_so() -> None:
     why = "the adapter of the best trial, 0003, is not what was trained"
     best = {**SAMPLE["best"], "eval_loss": None, "adapter": None, "mismatch": {"why": why}}
-    assert why in Page(render(sample(best=best, state="interrupted"))).text
+    text = Page(render(sample(best=best, state="interrupted"))).text
+    assert why in text
+    assert "\N{MINUS SIGN}97%" not in text, "its trial's loss is not what it is worth"
 
 
 def test_a_worse_result_does_not_look_good() -> None:
