@@ -20,12 +20,17 @@ from raytune_lora.config.compose import compose
 from raytune_lora.config.schema import RunConfig, TinyModelConfig
 from raytune_lora.data.encode import IGNORED
 from raytune_lora.data.store import TokenStore
+from raytune_lora.errors import JobFailed
+from raytune_lora.evaluation import ANSWERS
 from raytune_lora.evaluation.compare import measure
 from raytune_lora.evaluation.figures import disagreement, loss_interval, wilson
 from raytune_lora.models.loading import load_model
 from raytune_lora.training.metrics import mean_loss, row_losses, validation_loss
 from raytune_lora.training.place import Place
-from raytune_lora.tuning.job import plain_run, prepare_inputs
+from raytune_lora.tuning.folder import SweepFolder
+from raytune_lora.tuning.job import SWEEP, Job, plain_run, prepare_inputs
+from raytune_lora.tuning.results import write_results
+from raytune_lora.tuning.trials import BASELINE, BEST, Journal
 from tests.unit.zoo import ZOO, build
 
 ROWS = 40  # of the validation split: a tenth asks for something else, at the end of the file
@@ -256,3 +261,54 @@ def test_the_coarsest_arithmetic_counts(
         (("quantization=int8",), "int8"),
     ):
         assert measured(*configured(*few, *overrides), tmp_path)["arithmetic"] == arithmetic
+
+
+REPORT = {"samples_seen": 16, "eval_loss": 0.5, "train_loss": 0.6, "training_seconds": 1.0, "trainable_parameters": 1}
+REPORT |= {"peak_memory_bytes": 1, "micro_batch": 1, "checkpoint": "/s/trials/0000/checkpoint-00000002", "last": True}
+MEASURED = {"eval_loss": 8.1, "trial_loss": 8.0, "arithmetic": "float32", "exact_match": 0.0}
+
+
+def ended(folder: SweepFolder) -> Journal:
+    """The journal of a sweep whose one trial has ended."""
+    journal = Journal(folder.journal)
+    journal.append("phase", name=BASELINE, seconds=1.0, eval_loss=9.0, trial_loss=9.1, parameters=5)
+    journal.append("trial_started", trial_id="0000", params={})
+    journal.append("trial_result", trial_id="0000", **REPORT)
+    journal.append("trial_ended", trial_id="0000", status="completed", error=None, seconds=1.0)
+    return journal
+
+
+def test_a_sweep_does_not_export_what_was_not_trained(cache: Path, tmp_path: Path) -> None:
+    folder = SweepFolder(tmp_path)
+    journal = ended(folder)
+    cfg = compose(["model=tiny", "data=fake", f"cache={cache}", f"output={tmp_path}"])
+    store = TokenStore(tmp_path, {"fingerprint": "f", "rows": {"train": 1, "validation": 1, "test": 1}})
+    unused: Any = None
+    job = Job(SWEEP, cfg, folder, journal, unused, store, tmp_path, unused, unused)
+    best = journal.record.best()
+    assert best is not None
+    job._see_that_it_is_what_was_trained(best, {**MEASURED, "trial_loss": 0.5})
+    assert journal.record.mismatch is None
+    with pytest.raises(JobFailed, match=r"is not what was trained: its loss is 8\.00000, .* was 0\.50000 on"):
+        job._see_that_it_is_what_was_trained(best, MEASURED)
+
+    for name in (BASELINE, BEST):
+        folder.phase(name).mkdir()
+        answer = {"prompt": "p", "expected": "e", "answer": "a"}
+        (folder.phase(name) / ANSWERS).write_text(json.dumps(answer))
+    again = Journal(folder.journal).record
+    results = write_results(folder, cfg, store, again, kind=SWEEP, learned={})
+    assert (results["state"], results["best"]["adapter"], results["best"]["eval_loss"]) == ("interrupted", None, None)
+    assert results["best"]["trial_loss"] == 0.5
+    assert results["best"]["mismatch"] | {"why": ""} == {
+        "trial_id": "0000", "trial": 0.5, "measured": 8.0, "tolerance": 2**-13, "why": ""
+    }  # fmt: skip
+    assert results["examples"] == [], "its answers are no one's"
+    assert "is not what was trained" in folder.report.read_text()
+
+    journal.append("phase", name=BEST, seconds=1.0, **MEASURED)
+    results = write_results(folder, cfg, store, journal.record, kind=SWEEP, learned={})
+    assert results["best"]["mismatch"] is None
+    assert (results["best"]["eval_loss"], results["best"]["trial_loss"]) == (8.1, 0.5), "as measured, and as trained"
+    assert results["best"]["adapter"] == "best/adapter"
+    assert len(results["examples"]) == 1
