@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from peft import LoraConfig, PromptTuningConfig, get_peft_model
-from scipy import stats
+from scipy import stats  # type: ignore[import-untyped]
 from torch.nn import functional
 from transformers import AutoModelForCausalLM
 
@@ -63,7 +63,12 @@ def configured(cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Callabl
 
 def measured(cfg: RunConfig, store: TokenStore, folder: Path, adapter: Path | None = None) -> dict[str, Any]:
     reports: list[dict[str, Any]] = []
-    place = Place(0, 1, folder, lambda report: reports.append(report) or True, lambda: 0)
+
+    def report(said: dict[str, Any]) -> bool:
+        reports.append(said)
+        return True
+
+    place = Place(0, 1, folder, report, lambda: 0)
     measure(cfg, store, place, adapter=None if adapter is None else str(adapter))
     return reports[0]
 
@@ -240,12 +245,12 @@ def test_an_adapter_that_was_changed_is_found(
     model = get_peft_model(base, lora).eval()
     split = store.split("validation")
     trial = validation_loss(model, split, rows=10, batch=4, pad_id=0, rank=0, workers=1)
-    model.save_pretrained(tmp_path / "adapter")
+    model.save_pretrained(str(tmp_path / "adapter"))
     assert disagreement(trial, measured(cfg, store, tmp_path, tmp_path / "adapter")) is None
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
             parameter.data *= 1.1
-    model.save_pretrained(tmp_path / "adapter")
+    model.save_pretrained(str(tmp_path / "adapter"))
     found = disagreement(trial, measured(cfg, store, tmp_path, tmp_path / "adapter"))
     assert found is not None
     assert found["trial"] == trial != pytest.approx(found["measured"], abs=found["tolerance"])
@@ -263,7 +268,13 @@ def test_the_coarsest_arithmetic_counts(
         assert measured(*configured(*few, *overrides), tmp_path)["arithmetic"] == arithmetic
 
 
-REPORT = {"samples_seen": 16, "eval_loss": 0.5, "train_loss": 0.6, "training_seconds": 1.0, "trainable_parameters": 1}
+REPORT: dict[str, Any] = {
+    "samples_seen": 16,
+    "eval_loss": 0.5,
+    "train_loss": 0.6,
+    "training_seconds": 1.0,
+    "trainable_parameters": 1,
+}
 REPORT |= {"peak_memory_bytes": 1, "micro_batch": 1, "checkpoint": "/s/trials/0000/checkpoint-00000002", "last": True}
 MEASURED = {"eval_loss": 8.1, "trial_loss": 8.0, "arithmetic": "float32", "exact_match": 0.0}
 
