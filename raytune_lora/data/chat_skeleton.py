@@ -92,10 +92,11 @@ class Ends:
         return len(text) if last else len(common.rstrip())
 
     def after_calls(self, text: str, tail: str, last: bool) -> tuple[int, int]:
-        """The same of a message with calls, whose own text goes on after its last word: where the end token is."""
-        found = list(self.one.finditer(common_start(text, tail)))
-        if not found:
-            end = self.after(text, tail, last)
+        """The same of a message with calls, whose own text goes on after its last word: where the end tokens are."""
+        common = common_start(text, tail)
+        found = list(self.one.finditer(common))
+        if not found or common[found[-1].end() :].strip():
+            end = len(text) if last else len(common.rstrip())
             return end, end
         first = len(found) - 1
         while first and found[first - 1].end() == found[first].start():
