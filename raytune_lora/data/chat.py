@@ -22,6 +22,7 @@ from raytune_lora.config.data import TemplateConfig
 from raytune_lora.data.chat_messages import (
     STYLES,
     TEXT,
+    WORD,
     Message,
     Style,
     calls_written,
@@ -43,6 +44,9 @@ _OPEN_THOUGHT = re.compile(rf"([<\[])({_TAGS})([>\]])(\s*)\Z")
 _CLOSED_THOUGHT = re.compile(rf"{_CLOSE}\s*\Z")
 _SHOWN = 40  # characters of a generation prompt that a finding shows
 _MOST_SHAPES = 2000  # skeletons that are kept
+_UNPROMPTED = (
+    "an earlier answer has no thought, which the model is prompted for: data.train_on=last trains the last alone"
+)
 _THOUGHT = "the thought, for which the template has no place"
 _EARLIER = "the thought of an earlier answer, which the template leaves out: data.train_on=last trains the last alone"
 
@@ -92,6 +96,8 @@ class ChatWriter:
             self._check_tools(tools)
         if any(message.calls for message in messages):
             if chat.shape not in self._styles:
+                if len(self._styles) == _MOST_SHAPES:
+                    self._styles.clear()
                 self._styles[chat.shape] = self._style(chat)
             chat = replace(chat, style=self._styles[chat.shape])
         return chat
@@ -116,10 +122,8 @@ class ChatWriter:
             roles = ", ".join(message.role for message in messages)
             what, remedy = f"the chat template refuses a conversation of {roles}", "leave such rows out"
             remedy += "" if chat.tools or any(m.calls for m in messages) else ", or use data/template=alpaca"
-            about = excerpt(messages[-1].text, 60)
-            raise RowRefused(
-                f"{what} ({error}): {remedy}", f"{what} that ends with {about!r} ({error}): {remedy}"
-            ) from error
+            about = "" if WORD.search(messages[-1].text) else f" that ends with {excerpt(messages[-1].text, 60)!r}"
+            raise RowRefused(f"{what} ({error}): {remedy}", f"{what}{about} ({error}): {remedy}") from error
         (text,), marks = rendered
         return text, [(start, end) for start, end in marks[0] if end > start] if self._marked else []
 
@@ -265,7 +269,7 @@ class ChatWriter:
         said = asked[len(common_start(plain, asked)) :] or asked
         notes = [Note("generation_prompt", f"the model is prompted with {said[-_SHOWN:]!r}, trained as prompted", turn)]
         if lead:
-            notes += [Note("unwritten", _EARLIER, at) for *_, at in earlier]
+            notes += [Note("generation_prompt", _UNPROMPTED, at) for *_, at in earlier]
         whole = asked + lead + body
         return whole + text[end:], [*earlier, (len(asked), len(whole), turn)], tuple(notes)
 
