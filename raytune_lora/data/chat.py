@@ -76,6 +76,7 @@ class ChatWriter:
         self._has_prompt: bool | None = None
         self._styles: dict[str, Style] = {}  # by the shape of a row with calls
         self._skeletons: dict[str, Skeleton] = {}  # by shape
+        self._whole: set[str] = set()  # shapes that a template with marks writes all of
         self._text_writer = TextWriter(cfg)
 
     def __call__(self, row: Row) -> Rendered:
@@ -180,9 +181,25 @@ class ChatWriter:
         """A conversation's text, the trained part of each answer, and whether an end token closes the last."""
         text, marks = self._render(chat, chat.messages)
         if self._marked:
+            self._check_words(chat)
             return text, *self._marked_spans(chat, text, marks)
         skeleton = self._skeleton(chat)
         return text, self._located(chat, text), skeleton.ends
+
+    def _check_words(self, chat: _Chat) -> None:
+        """Raise where a template with marks leaves a message's text out."""
+        if chat.shape in self._whole:
+            return
+        text, _ = self._render(chat, chat.words)
+        missing = [m.role for m in chat.words if m.text and not m.calls and m.text not in text]
+        if missing:
+            raise RowRefused(
+                f"the chat template does not write the text of the {missing[0]} in a conversation of "
+                f"{', '.join(message.role for message in chat.messages)}; name another with data.template.chat_template"
+            )
+        if len(self._whole) == _MOST_SHAPES:
+            self._whole.clear()
+        self._whole.add(chat.shape)
 
     def _skeleton(self, chat: _Chat) -> Skeleton:
         if chat.shape not in self._skeletons:
