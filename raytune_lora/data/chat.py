@@ -22,6 +22,7 @@ from raytune_lora.config.data import TemplateConfig
 from raytune_lora.data.chat_messages import (
     STYLES,
     TEXT,
+    WORD,
     Message,
     Style,
     calls_written,
@@ -37,12 +38,15 @@ from raytune_lora.data.templates import Note, Rendered, RowRefused, Segment, Tex
 from raytune_lora.errors import UserError
 
 _MARK = re.compile(r"\{%-?\s*generation\s*-?%\}")
-_TAGS = r"think|thinking|thought|reasoning|THINK"
+_TAGS = "think|thinking|thought|reasoning|THINK"
+_OPEN, _CLOSE = rf"[<\[](?:{_TAGS})[>\]]", rf"[<\[]/(?:{_TAGS})[>\]]"
 _OPEN_THOUGHT = re.compile(rf"([<\[])({_TAGS})([>\]])(\s*)\Z")
-_CLOSED_THOUGHT = re.compile(rf"[<\[]/(?:{_TAGS})[>\]]\s*\Z")
-_LEADING_THOUGHT = re.compile(rf"\s*(?:[<\[](?:{_TAGS})[>\]].*?)?[<\[]/(?:{_TAGS})[>\]]\s*", re.DOTALL)
+_CLOSED_THOUGHT = re.compile(rf"{_CLOSE}\s*\Z")
 _SHOWN = 40  # characters of a generation prompt that a finding shows
 _MOST_SHAPES = 2000  # skeletons that are kept
+_UNPROMPTED = (
+    "an earlier answer has no thought, which the model is prompted for: data.train_on=last trains the last alone"
+)
 _THOUGHT = "the thought, for which the template has no place"
 _EARLIER = "the thought of an earlier answer, which the template leaves out: data.train_on=last trains the last alone"
 
@@ -69,8 +73,10 @@ class ChatWriter:
         self._special = dict(tokenizer.special_tokens_map)
         self._ends = Ends(_end_tokens(tokenizer))
         self._folds: bool | None = None
+        self._has_prompt: bool | None = None
         self._styles: dict[str, Style] = {}  # by the shape of a row with calls
         self._skeletons: dict[str, Skeleton] = {}  # by shape
+        self._whole: set[str] = set()  # shapes that a template with marks writes all of
         self._text_writer = TextWriter(cfg)
 
     def __call__(self, row: Row) -> Rendered:
@@ -91,12 +97,14 @@ class ChatWriter:
             self._check_tools(tools)
         if any(message.calls for message in messages):
             if chat.shape not in self._styles:
+                if len(self._styles) == _MOST_SHAPES:
+                    self._styles.clear()
                 self._styles[chat.shape] = self._style(chat)
             chat = replace(chat, style=self._styles[chat.shape])
         return chat
 
     def _render(
-        self, chat: _Chat, messages: Sequence[Message], prompt: bool = False
+        self, chat: _Chat, messages: Sequence[Message], prompt: bool = False, **settings: Any
     ) -> tuple[str, list[tuple[int, int]]]:
         """Text and the marked ranges of characters, as ``apply_chat_template`` has them before it tokenizes."""
         from transformers.utils.chat_template_utils import render_jinja_template
@@ -109,15 +117,14 @@ class ChatWriter:
                 return_assistant_tokens_mask=self._marked,
                 add_generation_prompt=prompt,
                 **self._special,
+                **settings,
             )
         except Exception as error:  # whatever a template's own code raises
             roles = ", ".join(message.role for message in messages)
             what, remedy = f"the chat template refuses a conversation of {roles}", "leave such rows out"
             remedy += "" if chat.tools or any(m.calls for m in messages) else ", or use data/template=alpaca"
-            about = excerpt(messages[-1].text, 60)
-            raise RowRefused(
-                f"{what} ({error}): {remedy}", f"{what} that ends with {about!r} ({error}): {remedy}"
-            ) from error
+            about = "" if WORD.search(messages[-1].text) else f" that ends with {excerpt(messages[-1].text, 60)!r}"
+            raise RowRefused(f"{what} ({error}): {remedy}", f"{what}{about} ({error}): {remedy}") from error
         (text,), marks = rendered
         return text, [(start, end) for start, end in marks[0] if end > start] if self._marked else []
 
@@ -130,6 +137,14 @@ class ChatWriter:
             except RowRefused:
                 self._folds = True
         return self._folds
+
+    def _prompts(self) -> bool:
+        """Whether the template has a generation prompt."""
+        if self._has_prompt is None:
+            asked = [Message(USER, word(TEXT, 0), 0)]
+            chat = _Chat(asked)
+            self._has_prompt = self._render(chat, asked) != self._render(chat, asked, prompt=True)
+        return self._has_prompt
 
     def _check_tools(self, tools: list[dict[str, Any]]) -> None:
         """Raise where the template does not write the tools' definitions."""
@@ -144,17 +159,19 @@ class ChatWriter:
 
     def _style(self, chat: _Chat) -> Style:
         """The first spelling of messages in which the template writes every call."""
-        refused: RowRefused | None = None
+        refused: list[RowRefused] = []
         for style in STYLES:
             try:
                 text, _ = self._render(replace(chat, style=style), chat.words)
             except RowRefused as error:
-                refused = refused or error
+                refused.append(error)
                 continue
             if calls_written(chat.words, text):
                 return style
-        raise refused or RowRefused(
-            "the chat template does not write the calls of tools: leave such rows out, or take a template that does "
+        if len(refused) == len(STYLES):
+            raise refused[0]
+        raise RowRefused(
+            "the chat template does not write all calls of tools: leave such rows out, or take a template that does "
             "(data.template.chat_template=…)"
         )
 
@@ -164,9 +181,25 @@ class ChatWriter:
         """A conversation's text, the trained part of each answer, and whether an end token closes the last."""
         text, marks = self._render(chat, chat.messages)
         if self._marked:
+            self._check_words(chat)
             return text, *self._marked_spans(chat, text, marks)
         skeleton = self._skeleton(chat)
         return text, self._located(chat, text), skeleton.ends
+
+    def _check_words(self, chat: _Chat) -> None:
+        """Raise where a template with marks leaves a message's text out."""
+        if chat.shape in self._whole:
+            return
+        text, _ = self._render(chat, chat.words)
+        missing = [m.role for m in chat.words if m.text and not m.calls and m.text not in text]
+        if missing:
+            raise RowRefused(
+                f"the chat template does not write the text of the {missing[0]} in a conversation of "
+                f"{', '.join(message.role for message in chat.messages)}; name another with data.template.chat_template"
+            )
+        if len(self._whole) == _MOST_SHAPES:
+            self._whole.clear()
+        self._whole.add(chat.shape)
 
     def _skeleton(self, chat: _Chat) -> Skeleton:
         if chat.shape not in self._skeletons:
@@ -179,6 +212,10 @@ class ChatWriter:
 
     def _located(self, chat: _Chat, text: str) -> list[Span]:
         spans = locate(chat.messages, text, self._skeleton(chat))
+        if spans is None and any(message.reasoning and not message.thought for message in chat.messages):
+            # The template takes thoughts out of the answers' text and writes them as it writes those given apart.
+            apart = self._chat([message.apart() for message in chat.messages], chat.tools)
+            spans = locate(apart.messages, text, self._skeleton(apart))
         if spans is None:
             what = "the chat template rewrites the messages of a row, so that its answers cannot be told from the rest"
             raise RowRefused(
@@ -226,31 +263,63 @@ class ChatWriter:
         before = replace(chat, messages=messages[:-1])
         (asked, _), (plain, _) = self._render(before, messages[:-1], prompt=True), self._render(before, messages[:-1])
         begin, end, turn = spans[-1]
-        if asked == plain or text.startswith(asked):
-            if not self._marked and asked != plain:
+        if asked == plain and not self._prompts():
+            return text, spans, ()
+        if text.startswith(asked):
+            if not self._marked:
                 begin = len(asked)
             return text, [*spans[:-1], (begin, end, turn)], ()
-        earlier, notes = spans[:-1], list[Note]()
+        if thinking := self._asked_to_think(before, text, asked, messages[-1]):
+            note = Note(
+                "generation_prompt",
+                "the default prompt closes the thought: a row with one is trained after the "
+                "prompt of enable_thinking=true",
+                turn,
+            )
+            return text, [*spans[:-1], (len(thinking), end, turn)], (note,)
+        earlier = spans[:-1]
         if len(common_start(text, asked)) < len(common_start(plain, asked).rstrip()):  # it reads otherwise
-            earlier = self._written(self._chat(messages[:-1], chat.tools))[1] if earlier else []
             if not asked.startswith(plain.rstrip()):
                 raise RowRefused(f"the chat template's generation prompt rewrites what comes before it: {MARKS_REMEDY}")
-        body, thought, opened = text[begin:end], messages[-1].reasoning, _OPEN_THOUGHT.search(asked)
-        if leading := _LEADING_THOUGHT.match(body):
-            body = body[leading.end() :]
-        if thought and not messages[-1].thought:
-            body = body.lstrip("\n")  # what stood between the thought and the answer in the text
-        lead = ""
-        if opened:
-            bracket, tag, end_bracket, space = opened.groups()
-            line = "\n" if "\n" in space else ""
-            lead = f"{thought}{line}{bracket}/{tag}{end_bracket}{2 * line}"
-        said = asked[len(common_start(text, asked)) :]
+            earlier = self._written(self._chat(messages[:-1], chat.tools))[1] if earlier else []
+        lead, body = _after_prompt(asked, text[begin:end], messages[-1])
+        said = asked[len(common_start(plain, asked)) :] or asked
         notes = [Note("generation_prompt", f"the model is prompted with {said[-_SHOWN:]!r}, trained as prompted", turn)]
-        if opened and earlier:
-            notes += [Note("unwritten", _EARLIER, at) for *_, at in earlier]
+        if lead:
+            notes += [Note("generation_prompt", _UNPROMPTED, at) for *_, at in earlier]
         whole = asked + lead + body
         return whole + text[end:], [*earlier, (len(asked), len(whole), turn)], tuple(notes)
+
+    def _asked_to_think(self, before: _Chat, text: str, asked: str, answer: Message) -> str:
+        """The generation prompt for an answer with a thought, where the default one closes it; else nothing."""
+        if not answer.reasoning or not _CLOSED_THOUGHT.search(asked):
+            return ""
+        for setting in ("enable_thinking", "thinking"):
+            thinking, _ = self._render(before, before.messages, prompt=True, **{setting: True})
+            if text.startswith(thinking) and not _CLOSED_THOUGHT.search(thinking):
+                return thinking
+        return ""
+
+
+def _after_prompt(asked: str, body: str, answer: Message) -> tuple[str, str]:
+    """What stands between a generation prompt and an answer, and the answer as the template writes it, thought aside.
+
+    Args:
+        asked: the prompt.
+        body: what the template writes as the answer, which may begin with a thought of its own.
+        answer: the message.
+    """
+    thought = answer.reasoning
+    if leading := re.match(rf"\s*(?:{_OPEN})?\s*{re.escape(thought)}\s*{_CLOSE}\s*", body):
+        body = body[leading.end() :]
+    elif thought and not answer.thought:
+        body = body.lstrip("\n")  # what stood between the thought and the answer in the text
+    opened = _OPEN_THOUGHT.search(asked)
+    if opened is None:
+        return "", body
+    bracket, tag, end_bracket, space = opened.groups()
+    line = "\n" if "\n" in space else ""
+    return f"{thought}{line}{bracket}/{tag}{end_bracket}{2 * line}", body
 
 
 def _lost(messages: Sequence[Message], text: str, spans: Sequence[Span]) -> tuple[Note, ...]:

@@ -15,6 +15,7 @@ from raytune_lora.data.rows import ASSISTANT, SYSTEM, TOOL, USER, Call, Row
 WORD = re.compile(r"qz([xtci])(\d{3,})xzq")
 TEXT, THOUGHT, CALL, ID = "xtci"  # what a word stands for; its number is the message's, or that of the id
 _ARGUMENT = "qza"
+_THOUGHT_START = re.compile(r"^\s*(?:<(?:think|thinking|thought|reasoning)>|\[THINK\])")
 _THOUGHT_END = re.compile(r"</(?:think|thinking|thought|reasoning)>|\[/THINK\]")
 
 
@@ -63,10 +64,15 @@ class Message:
     @property
     def reasoning(self) -> str:
         """The thought, given by itself or at the start of the text."""
+        return self.apart().thought.strip()
+
+    def apart(self) -> Message:
+        """The same with a thought that its text begins with given by itself."""
         end = _THOUGHT_END.search(self.text) if self.role == ASSISTANT and not self.thought else None
         if end is None:
-            return self.thought.strip()
-        return re.sub(r"^\s*(?:<(?:think|thinking|thought|reasoning)>|\[THINK\])", "", self.text[: end.start()]).strip()
+            return self
+        thought = _THOUGHT_START.sub("", self.text[: end.start()]).strip()
+        return replace(self, thought=thought, text=self.text[end.end() :].lstrip("\n"))
 
 
 def _plain_call(call: Call, style: Style) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from itertools import pairwise, product
 
 from raytune_lora.data.chat_messages import CALL, ID, TEXT, THOUGHT, WORD, Message, forms, ids_of, word
-from raytune_lora.data.rows import ASSISTANT
+from raytune_lora.data.rows import ASSISTANT, USER
 from raytune_lora.data.templates import RowRefused
 
 Span = tuple[int, int, int]  # first character, the one after the last, turn
@@ -24,6 +24,7 @@ MARKS_REMEDY = (
     "put {% generation %} and {% endgeneration %} around the assistant's part in a copy of the template, and name that "
     "file with data.template.chat_template"
 )
+_PART_OF_TAG = re.compile(r"[<\[][^<>\[\]\s]*\Z")
 _MOST_FORMS = 64  # of the text between two answers
 
 
@@ -92,10 +93,11 @@ class Ends:
         return len(text) if last else len(common.rstrip())
 
     def after_calls(self, text: str, tail: str, last: bool) -> tuple[int, int]:
-        """The same of a message with calls, whose own text goes on after its last word: where the end token is."""
-        found = list(self.one.finditer(common_start(text, tail)))
-        if not found:
-            end = self.after(text, tail, last)
+        """The same of a message with calls, whose own text goes on after its last word: where the end tokens are."""
+        common = common_start(text, tail)
+        found = list(self.one.finditer(common))
+        if not found or common[found[-1].end() :].strip():
+            end = len(text) if last else len(common.rstrip())
             return end, end
         first = len(found) - 1
         while first and found[first - 1].end() == found[first].start():
@@ -255,10 +257,13 @@ def _begin(before: str, number: int, words: Sequence[Message], render: Render) -
     message = words[number]
     if not message.calls and not message.thought:
         return len(before), False
+    # It begins where it does for an answer of text alone in the same place; two tags may share their first letters.
     text = word(TEXT, number)
-    simple = render((*prompt, replace(message, text=text, thought="", calls=())), False)
+    rest = next((words[at:] for at in range(number, len(words)) if words[at].role == USER), ())
+    simple = render((*prompt, replace(message, text=text, thought="", calls=()), *rest), False)
     usual = _after_last(simple.split(text)[0])
-    return len(common_start(before, usual)), False
+    common = common_start(before, usual)
+    return len(common if common == usual else _PART_OF_TAG.sub("", common)), False
 
 
 def _after_last(text: str) -> str:

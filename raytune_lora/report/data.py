@@ -71,7 +71,7 @@ _EXPLAINED = {  # finding: what its rows are
     "nothing_trained": "every answer is marked as one that is not to be trained",
     "unused_fields": "fields that have no place in a row's form: the model never sees them",
     "unwritten": "thoughts, or text beside calls of tools, that the template leaves out",
-    "generation_prompt": "prompted otherwise than the template writes a whole conversation; trained as prompted",
+    "generation_prompt": "prompted otherwise than a whole conversation is written; trained as prompted",
     "mixed_formats": "in another form than most rows of the data",
     "encoding": "characters that a wrong decoding left, such as Ã© for é",
     "control_characters": "invisible characters, which a model learns like any other",

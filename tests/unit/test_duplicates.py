@@ -53,9 +53,9 @@ def test_scripts_without_spaces_are_compared_by_characters() -> None:
 def test_digests_tell_rows_and_prompts_apart() -> None:
     first = row("i", "n", "o")
     assert row_digest(first) == row_digest(row("i", "n", "o")) != row_digest(row("i", "n", "other"))
-    assert prompt_digest(first.prompt) == prompt_digest(row("i", "n", "other").prompt)
-    assert prompt_digest(first.prompt) != prompt_digest(row("i", "", "n").prompt)
-    assert prompt_digest(()) == 0
+    assert prompt_digest(first) == prompt_digest(row("i", "n", "other"))
+    assert prompt_digest(first) != prompt_digest(row("i", "", "n"))
+    assert prompt_digest(Row((Turn("assistant", "text"),))) == 0
 
 
 def test_one_word_changed_in_a_short_row_is_found() -> None:

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
 from raytune_lora.config.data import Format
 from raytune_lora.data.formats import parse
-from raytune_lora.data.rows import ASSISTANT, SYSTEM, USER, Fault, Row, Turn
+from raytune_lora.data.rows import ASSISTANT, SYSTEM, TOOL, USER, Call, Fault, Row, Turn
 
 ASK, ANSWER = Turn(USER, "ask"), Turn(ASSISTANT, "answer")
 SAID = [{"role": "user", "content": "ask"}, {"role": "assistant", "content": "answer"}]
+CALL = {"name": "tide", "arguments": {"at": "Islet"}}
 SHARED = [{"from": "human", "value": "ask"}, {"from": "gpt", "value": "answer"}]
 
 
@@ -219,12 +221,31 @@ def test_a_field_that_is_not_as_it_must_be_is_named(value: Any, kind: str, reaso
         ([{"role": "user", "content": [{"text": "x"}]}], "wrong_types", "content[0] is a part without a type"),
         ([{"role": "user", "content": [3]}], "wrong_types", "content[0] must be a part with type and text"),
         ([{"role": "user", "content": [{"type": "text"}]}], "wrong_types", "content[0].text must be text (found null)"),
-        ([*SAID, {"role": "tool", "content": "x"}], "wrong_types", "messages[2]: tool calls are not supported"),
-        ([{"role": "function", "content": None}], "wrong_types", "tool calls are not supported"),
+        ([SAID[0], {"role": "tool", "content": "x"}, SAID[1]], "wrong_types", "turn 2 of 3 is the tool's where the"),
+        ([{"role": "function", "content": None}], "missing_fields", "messages[0] has no content"),
+        ([SAID[0], {**SAID[1], "tool_calls": [{"id": 1}]}], "wrong_types", "must hold calls, each with name and"),
         (
-            [SAID[0], {"role": "assistant", "content": None, "tool_calls": [{"id": 1}]}],
+            [SAID[0], {**SAID[1], "tool_calls": [CALL | {"arguments": "[1]"}]}],
             "wrong_types",
-            "messages[1]: tool calls are not supported",
+            "must be an object, or an",
+        ),
+        ([{**SAID[0], "tool_calls": [CALL]}, SAID[1]], "wrong_types", "only the assistant calls tools"),
+        ([{"from": "human", "value": "x"}, {"from": "function_call", "value": "{"}], "unreadable", "[1].value is text"),
+        (
+            [SAID[0], {**SAID[1], "weight": 0.5}],
+            "wrong_types",
+            "messages[1].weight must be 0 or 1, true or false (found",
+        ),
+        ([SAID[0], {**SAID[1], "loss_mask": [0, 1]}], "wrong_types", "messages[1].loss_mask must be 0 or 1"),
+        ([SAID[0], {**SAID[1], "train": "no"}], "wrong_types", "messages[1].train must be 0 or 1"),
+        ([SAID[0], {**SAID[1], "train": True, "masked": True}], "wrong_types", "train and masked say opposite things"),
+        ([{**SAID[0], "train": True}, SAID[1]], "wrong_types", "messages[0].train asks to train the user's message"),
+        ([SAID[0], {**SAID[1], "train_detail": [{"train": False}]}], "wrong_types", "parts of a message cannot be"),
+        ([SAID[0], {**SAID[1], "weight": 0}], "nothing_trained", "every answer is marked"),
+        (
+            [SAID[0], {**SAID[1], "reasoning": ["x"]}],
+            "wrong_types",
+            "messages[1].reasoning must be text (found a list)",
         ),
         (SAID[:1], "missing_fields", "no turn of the assistant"),
         (SAID[1:], "wrong_types", "turn 1 of 1 is the assistant's where the user's was expected"),
@@ -242,6 +263,121 @@ def test_a_conversation_that_is_not_as_it_must_be_is_named(messages: Any, kind: 
     assert found[0] == kind
     assert reason in found[1]
     assert fault({"conversations": messages}) == (kind, found[1].replace("messages", "conversations", 1))
+
+
+@pytest.mark.parametrize(
+    "off",
+    [{name: 0} for name in ("weight", "loss_weight", "loss_scale", "loss_mask")]
+    + [{name: False} for name in ("train", "training", "loss")]
+    + [{"masked": True}],
+)
+def test_an_answer_that_is_not_to_be_trained_stays_in_the_context(off: dict[str, Any]) -> None:
+    first = {**SAID[1], **off}
+    assert turns({"messages": [SAID[0], first, *SAID]}) == (ASK, replace(ANSWER, trained=False), ASK, ANSWER)
+    assert turns({"messages": [*SAID, SAID[0], first]}) == (ASK, ANSWER)  # nothing that is trained comes after
+    on = {name: not value for name, value in off.items()}
+    assert turns({"messages": [{**SAID[0], **off}, {**SAID[1], **on}]}) == (ASK, ANSWER)
+
+
+def test_calls_and_the_answers_of_tools() -> None:
+    called = Turn(ASSISTANT, "", calls=(Call("tide", {"at": "Islet"}, "c1"),))
+    answered = Turn(TOOL, "2 m", name="tide", call_id="c1")
+    openai = [
+        SAID[0],
+        {"role": "assistant", "content": None, "tool_calls": [{"id": "c1", "type": "function", "function": CALL}]},
+        {"role": "tool", "name": "tide", "tool_call_id": "c1", "content": "2 m"},
+        SAID[1],
+    ]
+    assert turns({"messages": openai}) == (ASK, called, answered, ANSWER)
+    bare = Turn(ASSISTANT, "", calls=(Call("tide", {"at": "Islet"}),))
+    shared = [
+        SHARED[0],
+        {"from": "function_call", "value": json.dumps(CALL)},
+        {"from": "function_call", "value": json.dumps([CALL])},
+        {"from": "observation", "value": "2 m"},
+        SHARED[1],
+    ]
+    twice = replace(bare, calls=bare.calls * 2)
+    assert turns({"conversations": shared}) == (ASK, twice, Turn(TOOL, "2 m"), ANSWER)
+    legacy = {"role": "assistant", "content": "", "function_call": CALL | {"arguments": json.dumps(CALL["arguments"])}}
+    assert turns({"messages": [SAID[0], legacy]}) == (ASK, bare)
+
+
+def test_definitions_of_tools() -> None:
+    bare, wrapped = (
+        {"name": "tide", "parameters": {}},
+        {"type": "function", "function": {"name": "tide", "parameters": {}}},
+    )
+    for tools in (
+        {"tools": [bare]},
+        {"tools": json.dumps([wrapped])},
+        {"functions": [bare]},
+        {"tools": [json.dumps(bare)]},
+    ):
+        parsed = parse({"messages": SAID, **tools}, Format.auto, {})
+        assert isinstance(parsed, tuple)
+        assert parsed[0].tools == (wrapped,)
+        assert parsed[0].unused == ()
+    assert parse({"messages": SAID, "tools": "[]"}, Format.auto, {}) == (Row((ASK, ANSWER)), "chat")
+    assert fault({"messages": SAID, "tools": ["tide"]})[1].startswith("tools[0] must be a tool's definition")
+    assert (
+        fault({"messages": SAID, "tools": [{"type": "web"}]})[1]
+        == "tools[0] is the definition of a tool without a name"
+    )
+
+
+def test_a_thought_comes_from_its_field_or_its_part() -> None:
+    thought = replace(ANSWER, thought="hm")
+    for name in ("reasoning_content", "reasoning", "thinking"):
+        assert turns({"messages": [SAID[0], {**SAID[1], name: "hm"}]}) == (ASK, thought)
+    parts = [{"type": "thinking", "thinking": "hm"}, {"type": "text", "text": "answer"}]
+    assert turns(chat(("user", "ask"), ("assistant", parts))) == (ASK, thought)
+    row = {"question": "ask", "answer": "answer", "cot": "hm"}
+    assert turns(row, reasoning="cot") == (ASK, thought)
+
+
+@pytest.mark.parametrize("label", [False, True, "False", "true"])
+def test_rows_with_a_verdict_are_taken_only_where_it_is_named(label: Any) -> None:
+    row = {"prompt": "ask", "completion": "answer", "label": label}
+    assert "data.columns.label=label" in fault(row)[1]
+    good = str(label).lower() == "true"
+    if good:
+        assert turns(row, label="label") == (ASK, ANSWER)
+    else:
+        assert fault(row, label="label") == (
+            "wrong_types",
+            "label is false: a bad answer (preference data), which is not trained",
+        )
+    assert "data.columns.label=kto_tag" in fault({"messages": SAID, "kto_tag": good})[1]
+    assert turns({"text": "answer", "label": good}) == (ANSWER,)  # a text's class
+
+
+def test_preference_data_is_told_from_answers() -> None:
+    pair = {"chosen": SAID[1], "rejected": {"role": "assistant", "content": "bad"}}
+    assert "(preference data)" in fault({"conversations": [*SAID, SAID[0]], **pair})[1]
+    assert turns({"messages": SAID, "chosen": SAID, "rejected": SAID[:1]}) == (ASK, ANSWER)
+    assert turns({"chosen": SAID, "rejected": SAID[:1]}, messages="chosen") == (ASK, ANSWER)
+    many = {"prompt": "p", "completions": ["a", "b"], "labels": [True, False]}
+    assert fault(many) == ("wrong_types", "completions with labels (preference data) are not supported")
+
+
+def test_history_comes_before_the_question() -> None:
+    for history in ([["ask", "answer"]], '[["ask", "answer"]]'):
+        row = {"instruction": "ask", "output": "answer", "history": history}
+        assert turns(row) == (ASK, ANSWER, ASK, ANSWER)
+    parsed = parse({"instruction": "ask", "output": "answer", "history": "born 1900"}, Format.auto, {})
+    assert isinstance(parsed, tuple)
+    assert (parsed[0].turns, parsed[0].unused) == ((ASK, ANSWER), ("history",))
+
+
+def test_fields_without_a_place_are_named() -> None:
+    row = {"messages": [SAID[0] | {"name": "Ann"}, SAID[1] | {"id": 3, "flag": None}], "id": 7, "topic": "t", "x": ""}
+    parsed = parse(row, Format.auto, {}, "topic")
+    assert isinstance(parsed, tuple)
+    assert parsed[0].unused == ("id", "messages.id", "messages.name")
+    parsed = parse({"q": "ask", "output": "answer", "id": 7, "label": 2}, Format.auto, {"instruction": "q"})
+    assert isinstance(parsed, tuple)
+    assert parsed[0].unused == ("id", "label")
 
 
 def test_a_message_without_tool_calls_may_have_the_field() -> None:
