@@ -50,6 +50,7 @@ def prepare(cfg: DataConfig, tokenizer: Callable[[], Any], tokenizer_id: str, ca
     def build(work: Path) -> dict[str, Any]:
         known = tokenizer()
         report = survey(cfg, found, known, work)
+        largest = max(report["largest_id"], known.pad_token_id)  # what fills short rows is looked up as well
         shutil.rmtree(work / "parts")
         write_json(work / REPORT, report)
         return {
@@ -59,7 +60,8 @@ def prepare(cfg: DataConfig, tokenizer: Callable[[], Any], tokenizer_id: str, ca
             "rows": report["rows"]["splits"],
             "tokens": report["tokens"],
             "stop_ids": report["stop_ids"],
-            "largest_id": max(report["largest_id"], known.pad_token_id),  # what fills short rows is looked up as well
+            "largest_id": largest,
+            "largest_token": known.convert_ids_to_tokens(largest),
         }
 
     try:

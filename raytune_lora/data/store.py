@@ -54,6 +54,12 @@ class TokenStore:
 
         return Dataset.from_file(str(self.folder / f"{name}.arrow"))
 
+    def answered(self, rows: int) -> Any:
+        """The first test rows that have an answer to compare, at most ``rows``."""
+        split = self.split("test")
+        comparable: NDArray[np.int64] = np.flatnonzero(split.data.column("answer").is_valid().to_numpy())
+        return split.select(comparable[:rows])
+
     def lengths(self, name: str) -> NDArray[np.int64]:
         """Tokens of each row of a split, (N,)."""
         return row_lengths(self.split(name))

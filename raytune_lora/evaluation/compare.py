@@ -7,7 +7,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from raytune_lora import storage
@@ -116,11 +115,7 @@ def _here(cfg: RunConfig, adapter: str) -> Path:
 
 def _answers(cfg: RunConfig, store: TokenStore, place: Place, model: Any, tokenizer: Any) -> list[dict[str, str]]:
     """Prompt, expected and given answer of test rows, a sample of those that have one to compare, on every worker."""
-    if cfg.evaluation.generate_rows == 0:
-        return []
-    split = store.split("test")
-    comparable = np.flatnonzero(split.data.column("answer").is_valid().to_numpy())
-    rows = split.select(comparable[: cfg.evaluation.generate_rows])
+    rows = store.answered(cfg.evaluation.generate_rows)
     count = len(rows)
     if count == 0:
         return []

@@ -41,6 +41,7 @@ from raytune_lora.training.failures import DISK
 from raytune_lora.training.place import LOGS
 from raytune_lora.training.plan import Plan, plan_run
 from raytune_lora.training.task import Task, TaskFailed
+from raytune_lora.tuning import limits
 from raytune_lora.tuning.budget import reopen as reopen_search
 from raytune_lora.tuning.constraints import Constraints, memory_limit
 from raytune_lora.tuning.disk import explained
@@ -243,6 +244,8 @@ def open_job(kind: str, cfg: SweepConfig, moved: Sequence[str], run: Callable[[J
         cache = Path(cfg.cache).expanduser().absolute()
         with progress.doing("preparing the model and the data"), explained(cache, "start it again"):
             inputs = prepare_inputs(cfg)
+            if found := limits.problems(cfg, inputs.shape, inputs.store):
+                raise UserError(found)
             searching = kind == SWEEP  # a run that does not fit goes on with a smaller micro batch
             constraints = Constraints(cfg, memory_limit(cfg, inputs.shape, inputs.store) if searching else None)
             if searching:
@@ -269,11 +272,12 @@ def open_job(kind: str, cfg: SweepConfig, moved: Sequence[str], run: Callable[[J
             return job.write_results()
         shutil.copyfile(inputs.store.folder / REPORT, folder.path / REPORT)
         folder.copy.send(folder.path / REPORT)
-        for words in model_notes(cfg, inputs.shape):
-            progress.note(words)
+        for note in model_notes(cfg, inputs.shape):
+            progress.note(note)
         progress.note(in_short(json.loads((folder.path / REPORT).read_text())))
-        for remark in remarks(cfg, inputs.store.rows["train"], searching=searching):
-            progress.note(remark)
+        rows = inputs.store.rows["train"]
+        for note in (*limits.notes(cfg, inputs.shape, inputs.store), *remarks(cfg, rows, searching=searching)):
+            progress.note(note)
         journal.append("phase", name=PREPARE, seconds=round(time.monotonic() - began, 3), **data)
         return _work(job, run)
 
@@ -357,7 +361,7 @@ def prepare_inputs(cfg: SweepConfig) -> Inputs:
     cache = Cache.of(cfg.cache, cfg.cluster.node_cache)
     folder = materialize(cfg.model, cache)
     shape = known_shape(folder, cfg.model, cache)
-    if found := model_problems(cfg, shape):
+    if found := model_problems(cfg, shape) + limits.config_problems(cfg, shape):
         raise UserError(found)
     cache.publish(folder)
     store = prepare(cfg.data, partial(load_tokenizer, folder, cfg.model), tokenizer_identity(folder, cfg.model), cache)

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from raytune_lora.config.data import DataConfig, TemplateConfig, TrainOn, Truncation
-from raytune_lora.data.encode import IGNORED, Encoded, encode
+from raytune_lora.data.encode import IGNORED, Encoded, encode, spell
 from raytune_lora.data.rows import ASSISTANT, SYSTEM, USER, Row, Turn
 from raytune_lora.errors import UserError
 from raytune_lora.models.sources import byte_tokenizer
@@ -151,6 +151,46 @@ def test_chat_templates_need_a_tokenizer_that_knows_its_characters() -> None:
     assert encode([ROW], TEXT, slow)[0] is not None
 
 
+@pytest.mark.parametrize(("name", "title"), CASES)
+def test_an_answer_is_what_is_trained_of_the_last_turn_without_its_end(name: str, title: str) -> None:
+    family = FAMILIES[name]
+    row = family.conversations()[title]
+    tokenizer = family.tokenizer()
+    encoded = encode_one(row, CHAT, tokenizer)
+    last = family.expected(Row(row.turns[-2:]))
+    assert encoded.answer is not None
+    assert encoded.end is not None
+    assert tokenizer.convert_ids_to_tokens(encoded.input_ids[encoded.end]) == family.end
+    assert b"".join(spelled(tokenizer, token) for token in encoded.answer).decode() == last.removesuffix(family.end)
+
+
+@pytest.mark.parametrize(
+    ("written", "answer", "end"),
+    [
+        ("{{ m.content }}<|end|>\n", "ok", "<|end|>"),
+        ("{{ m.content }}<|end|>\n\n  ", "ok", "<|end|>"),
+        ("{{ m.content }}", "ok", "<eos>"),
+        ("{{ m.content }} over", "ok over", "<eos>"),
+        ("<|user|>{{ m.content }}<|end|><eos>", "<|user|>ok<|end|>", "<eos>"),
+        ("{{ m.content }}<|user|><|end|>", "ok<|user|>", "<|end|>"),
+    ],
+)
+def test_the_end_is_the_last_special_token_that_is_trained(written: str, answer: str, end: str) -> None:
+    """A tool call, or a label that is a token of its own, ends with such tokens too, and belongs to the answer."""
+    template = (
+        "{% for m in messages %}{{ '<|' + m.role + '|>' }}"
+        "{% if m.role == 'assistant' %}{% generation %}WRITTEN{% endgeneration %}{% else %}{{ m.content }}{% endif %}"
+        "{% endfor %}"
+    ).replace("WRITTEN", written)
+    special = ("<|user|>", "<|assistant|>", "<|end|>", "<eos>")
+    tokenizer = byte_level_tokenizer(special, eos_token="<eos>", chat_template=template)
+    encoded = encode_one(talk((USER, "q"), (ASSISTANT, "ok")), CHAT, tokenizer)
+    assert encoded.answer is not None
+    assert encoded.end is not None
+    assert spell([encoded.answer], tokenizer) == [answer]
+    assert tokenizer.convert_ids_to_tokens(encoded.input_ids[encoded.end]) == end
+
+
 # ------------------------------------------------------------------------------------------------------- text templates
 
 
@@ -274,3 +314,35 @@ def test_a_cut_at_the_start_keeps_the_beginning_of_sequence() -> None:
     assert encoded.input_ids == [tokenizer.bos_token_id, *whole.input_ids[-4:]]
     assert encoded.labels == [IGNORED, *whole.labels[-4:]]
     assert encoded.prompt_length == max(5 - (len(whole.input_ids) - whole.prompt_length), 1)
+
+
+@pytest.mark.parametrize(
+    ("row", "length", "truncation", "answer"),
+    [
+        (ROW, 6, Truncation.right, "abc"),
+        (ROW, 5, Truncation.right, None),  # its end is cut
+        (TWO, 6, Truncation.right, None),  # all of it is
+        (ROW, 5, Truncation.left, "abc"),
+        (ROW, 4, Truncation.left, None),  # the whole prompt is
+        (ROW, 3, Truncation.left, None),
+        (talk((ASSISTANT, "text")), 9, Truncation.drop, None),  # there is none
+    ],
+)
+def test_an_answer_that_cannot_be_compared_is_none(
+    row: Row, length: int, truncation: Truncation, answer: str | None
+) -> None:
+    tokenizer = byte_tokenizer()
+    encoded = cut(row, length, truncation)
+    assert encoded is not None
+    assert encoded.answer == (None if answer is None else ids(answer, tokenizer))
+
+
+def test_the_whole_prompt_is_cut_where_only_the_beginning_of_sequence_is_left() -> None:
+    tokenizer = sentencepiece_tokenizer(("<s>", "</s>"), bos_token="<s>", eos_token="</s>")
+    whole = encode_one(ROW, TEXT, tokenizer)
+    answered = len(whole.input_ids) - whole.prompt_length
+    for kept, comparable in ((answered + 2, True), (answered + 1, False)):
+        encoded = cut(ROW, kept, Truncation.left, tokenizer)
+        assert encoded is not None
+        assert encoded.input_ids[0] == tokenizer.bos_token_id
+        assert (encoded.answer is not None) == comparable
