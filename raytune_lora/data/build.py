@@ -30,10 +30,11 @@ from raytune_lora.data.splits import OUT, SPLITS, Split
 from raytune_lora.data.statistics import Statistics
 from raytune_lora.errors import UserError
 
-VERSION = 3  # of what becomes of a row: a change of that makes older stores stale
+VERSION = 4  # of what becomes of a row: a change of that makes older stores stale
 _STRETCH = 1000  # records a part
 _AT_ONCE = 10_000  # rows of a held-out split that are put in order in memory
 _PARTS = "parts"
+_FEW_ROWS = 3  # that a share gives a split, under which it may well be none by chance
 TOGETHER = "keep together"  # what is done about rows that would leak if each were put into a split by itself
 REPORT = "data_report.json"
 KEPT = ("input_ids", "labels", "prompt_length", "answer", "answer_length")  # columns of the store
@@ -205,6 +206,7 @@ def _report(
             "splits": rows,
             "too_long": sum(part.too_long for part in parts),
             "cut": sum(part.cut for part in parts),
+            "groups": split.groups,
         },
         "max_length": cfg.max_length if tokenized else None,
         "truncation": cfg.truncation.value,
@@ -287,7 +289,19 @@ def _gate(cfg: DataConfig, report: dict[str, Any]) -> list[str]:
     for name, share in (("validation", cfg.validation), ("test", cfg.test)):
         if share > 0 and not rows["splits"][name]:
             found.append(
-                f"data.{name}={share:g} leaves no row in the {name} split (rows: {rows['splits']}): add rows or raise "
-                "the share"
+                f"data.{name}={share:g} leaves no row in the {name} split (rows: {rows['splits']}): "
+                f"{_remedy(cfg, name, share, rows['groups'])}"
             )
     return found
+
+
+def _remedy(cfg: DataConfig, name: str, share: float, groups: dict[str, int]) -> str:
+    """What gives a split rows: where rows that stay together are too few groups to divide, no share does."""
+    if groups["rows"] * share < _FEW_ROWS or groups["count"] * share >= _FEW_ROWS:
+        return "add rows or raise the share"
+    return (
+        f"{groups['rows']} rows make {groups['count']} groups of rows that are nearly the same or ask the same, the "
+        f"largest of {groups['largest']}, and a group stays in one split; name {name} rows by data.{name}_path, add "
+        "rows that differ more, or raise data.quality.similarity (from which rows count as nearly the same; now "
+        f"{cfg.quality.similarity:g})"
+    )

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from raytune_lora.config.data import Action, DataConfig, PiiConfig, QualityConfig
 from raytune_lora.data import duplicates, formats, pii, quality
+from raytune_lora.data.duplicates import Shingles
 from raytune_lora.data.encode import Encoded, encode, spell
 from raytune_lora.data.findings import Findings
 from raytune_lora.data.harmful import Words, load_words
@@ -39,14 +40,13 @@ class Settings:
 class Part:
     """What a stretch of records came to."""
 
-    path: Path  # Arrow file of its usable rows: where, text and, with a tokenizer, what the store keeps of them
+    path: Path  # Arrow file of its usable rows: where, text, said (the answer), shingles, and the store's columns
     read: Counter[int]  # records, by the index of their source
     too_long: int
     cut: int  # rows that were shortened
     source: NDArray[np.uint8]  # (N,) index into the sources
     row: NDArray[np.uint64]  # (N,) digests of the whole rows
     prompt: NDArray[np.uint64]  # (N,) digests of what comes before the last answer; 0 where nothing does
-    signature: NDArray[np.uint32]  # (N, P), or (0, P) where near duplicates are not looked for
     tokens: NDArray[np.int32]  # (N,) of a row; characters, where there is no tokenizer
     trained: NDArray[np.int32]  # (N,) tokens of a row that are trained
     stratum: list[str]  # (N,)
@@ -119,7 +119,6 @@ class Processor:
             source=np.array([usable.source for usable in kept], np.uint8),
             row=np.array([duplicates.row_digest(usable.row) for usable in kept], np.uint64),
             prompt=np.array([duplicates.prompt_digest(usable.row) for usable in kept], np.uint64),
-            signature=duplicates.signatures(texts if self._alike else []),
             tokens=np.array([len(one.input_ids) for one in ids] if ids else list(map(len, texts)), np.int32),
             trained=np.array(trained if ids else [0] * len(kept), np.int32),
             stratum=[usable.row.stratum for usable in kept],
@@ -198,7 +197,10 @@ class Processor:
         columns: dict[str, Any] = {
             "where": pa.array([usable.where for usable in rows], pa.string()),
             "text": pa.array(texts, pa.large_string()),
+            "said": pa.array(["\n".join(usable.row.turns[-1].texts()) for usable in rows], pa.large_string()),
         }
+        if self._alike:
+            columns["shingles"] = Shingles.of(texts).column()
         if self._settings.tokenizer is not None:
             columns["input_ids"] = _lists([one.input_ids for one in ids])
             columns["labels"] = _lists([one.labels for one in ids])

@@ -5,7 +5,8 @@ Schema of ``data_report.json``, version 1. Null stands for what is not known; a 
 - ``schema_version``; ``sources``: ``role`` (``data``, ``validation``, ``test``, ``benchmark``, or ``mix.`` and a name),
   ``name``, ``files`` (the first few names and how many more; of a hub data set, its splits)
 - ``rows``: ``read`` by the source's name, ``left_out`` (of the data's own, mixed-in sources and benchmarks aside),
-  ``splits`` (``train``, ``validation``, ``test``), ``too_long`` (among those left out), ``cut`` (shortened)
+  ``splits`` (``train``, ``validation``, ``test``), ``too_long`` (among those left out), ``cut`` (shortened),
+  ``groups`` (of the main source's rows that stay in one split: ``count``, rows of the ``largest``, ``rows`` in all)
 - ``max_length`` (tokens of a row; null without a tokenizer), ``truncation`` (``drop``, ``right`` or ``left``);
   ``tokens`` and ``trained_tokens`` by split, ``stop_ids`` (tokens that rows train as the end of an answer) and
   ``largest_id`` (of all tokens), null without a tokenizer
