@@ -39,6 +39,7 @@ class Split:
     parts: Sequence[Part]
     outliers: tuple[float, float]  # shortest and longest row that is none, as ``Part.tokens`` counts
     findings: Findings = field(default_factory=Findings)
+    left_out: Counter[tuple[int, str]] = field(default_factory=Counter)  # rows by the source's index and the finding
     groups: dict[str, int] = field(init=False)  # of the main source's rows that stay together: count, largest, rows
 
     def __post_init__(self) -> None:
@@ -242,6 +243,8 @@ class Split:
         self.findings.counts[name] = int(rows.sum())
         if getattr(self.cfg.quality, name) is Action.drop:
             gone = rows if drop is None else drop
+            for source, count in zip(*np.unique(self.source[gone & ~self._dropped], return_counts=True), strict=True):
+                self.left_out[int(source), name] += int(count)
             self._dropped |= gone
             self.of[gone] = OUT
 
