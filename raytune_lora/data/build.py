@@ -9,7 +9,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 from collections import Counter, deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from itertools import chain, islice
@@ -19,10 +19,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from raytune_lora.config.data import Action, DataConfig
+from raytune_lora.config.data import Action, DataConfig, QualityConfig, Truncation
 from raytune_lora.data import pii, statistics
 from raytune_lora.data.findings import Findings
-from raytune_lora.data.process import Part, Processed, Processor, Settings, pii_actions, quality_actions
+from raytune_lora.data.process import TOO_LONG, Part, Processed, Processor, Settings, pii_actions, quality_actions
 from raytune_lora.data.rows import Record
 from raytune_lora.data.sampling import held_out_order
 from raytune_lora.data.sources import MAIN, TEST, VALIDATION, Source
@@ -30,10 +30,12 @@ from raytune_lora.data.splits import OUT, SPLITS, Split
 from raytune_lora.data.statistics import Statistics
 from raytune_lora.errors import UserError
 
-VERSION = 3  # of what becomes of a row: a change of that makes older stores stale
+VERSION = 4  # of what becomes of a row: a change of that makes older stores stale
 _STRETCH = 1000  # records a part
 _AT_ONCE = 10_000  # rows of a held-out split that are put in order in memory
 _PARTS = "parts"
+OWN = (MAIN, VALIDATION, TEST)  # roles of sources whose rows left out are the data set's
+_FEW_ROWS = 3  # that a share gives a split, under which it may well be none by chance
 TOGETHER = "keep together"  # what is done about rows that would leak if each were put into a split by itself
 REPORT = "data_report.json"
 KEPT = ("input_ids", "labels", "prompt_length", "answer", "answer_length")  # columns of the store
@@ -184,7 +186,9 @@ def _report(
     tokenized: bool,
 ) -> dict[str, Any]:
     read = sum((part.read for part in parts), Counter[int]())
-    own = [i for i, source in enumerate(sources) if source.role in (MAIN, VALIDATION, TEST)]
+    left_out = sum((part.left_out for part in parts), split.left_out)
+    reasons = [_ordered({name: n for (i, name), n in left_out.items() if i == of}) for of in range(len(sources))]
+    own = [i for i, source in enumerate(sources) if source.role in OWN]
     tokens = {name: int(split.tokens[split.of == number].sum()) for number, name in enumerate(SPLITS)}
     trained = {name: int(split.trained[split.of == number].sum()) for number, name in enumerate(SPLITS)}
     on = {name: action for name, action in quality_actions(cfg.quality).items() if action is not Action.off}
@@ -198,13 +202,18 @@ def _report(
             example["text"] = pii.hidden(example["text"], pii.find(example["text"]))
     return {
         "schema_version": 1,
-        "sources": [{"role": source.role, "name": source.name, "files": list(source.files)} for source in sources],
+        "sources": [
+            {"role": source.role, "name": source.name, "files": list(source.files), "left_out": why}
+            for source, why in zip(sources, reasons, strict=True)
+        ],
         "rows": {
             "read": {source.name: read[i] for i, source in enumerate(sources)},
             "left_out": sum(read[i] for i in own) - int((np.isin(split.source, own) & (split.of != OUT)).sum()),
             "splits": rows,
-            "too_long": sum(part.too_long for part in parts),
+            "reasons": _ordered(sum((Counter(reasons[i]) for i in own), Counter[str]())),
+            "too_long": sum(reasons[i].get(TOO_LONG, 0) for i in own),
             "cut": sum(part.cut for part in parts),
+            "groups": split.groups,
         },
         "max_length": cfg.max_length if tokenized else None,
         "truncation": cfg.truncation.value,
@@ -223,6 +232,12 @@ def _report(
             sum(mixed["share"] for mixed in split.mixed.values()),
         ),
     }
+
+
+def _ordered(reasons: Mapping[str, int]) -> dict[str, int]:
+    """The most common first, as the checks are listed where they are as common."""
+    order = [*vars(QualityConfig()), *pii.KINDS]
+    return dict(sorted(reasons.items(), key=lambda item: (-item[1], [*order, item[0]].index(item[0]))))
 
 
 def padding(tokens_N: np.typing.NDArray[np.int32], batch: int = 4, seed: int = 0) -> float:
@@ -250,10 +265,18 @@ def in_short(report: dict[str, Any]) -> str:
     """The report in one line."""
     rows, seen = report["rows"], {name: f for name, f in every_finding(report).items() if f["count"]}
     line = "data: " + ", ".join(f"{count} rows to {name}" for name, count in rows["splits"].items() if count)
-    line += f"; {rows['left_out']} left out" if rows["left_out"] else ""
+    line += f"; {rows['left_out']} left out: {why_left_out(report)}" if rows["left_out"] else ""
     if seen:
         line += "; found: " + ", ".join(f"{f['count']} {name} ({f['action']})" for name, f in seen.items())
     return line + f"; see {REPORT}"
+
+
+def why_left_out(report: dict[str, Any], reasons: dict[str, int] | None = None) -> str:
+    """How many rows are left out for which reason, each row once: those of ``reasons``, or the data set's own."""
+    cut = "with nothing to train within" if report["truncation"] != Truncation.drop.value else "longer than"
+    length = f"{cut} data.max_length={report['max_length']} tokens"
+    counts = (report["rows"]["reasons"] if reasons is None else reasons).items()
+    return ", ".join(f"{count} {length if name == TOO_LONG else name}" for name, count in counts)
 
 
 def _gate(cfg: DataConfig, report: dict[str, Any]) -> list[str]:
@@ -267,12 +290,10 @@ def _gate(cfg: DataConfig, report: dict[str, Any]) -> list[str]:
             found.append(f"data: {name} in {finding['count']} rows, the first at {example['where']}{detail}")
     if empty := [name for name, count in rows["read"].items() if not count]:
         return [f"data: there are no rows in {name}; name another file" for name in empty]
-    own = [source["name"] for source in report["sources"] if source["role"] in (MAIN, VALIDATION, TEST)]
+    own = [source["name"] for source in report["sources"] if source["role"] in OWN]
     read = sum(rows["read"][name] for name in own)
     dropped = {name: f for name, f in every.items() if f["action"] == Action.drop.value and f["count"]}
-    why = [f"{finding['count']} {name}" for name, finding in dropped.items()]
-    why += [f"{rows['too_long']} of more than {cfg.max_length} tokens"] if rows["too_long"] else []
-    reasons = ", ".join(why)
+    reasons = why_left_out(report)
     first = next((f["examples"][0] for f in dropped.values() if f["examples"]), None)
     example = f"; the first at {first['where']}: {first['detail']}" if first else ""
     if not rows["splits"]["train"]:
@@ -287,7 +308,19 @@ def _gate(cfg: DataConfig, report: dict[str, Any]) -> list[str]:
     for name, share in (("validation", cfg.validation), ("test", cfg.test)):
         if share > 0 and not rows["splits"][name]:
             found.append(
-                f"data.{name}={share:g} leaves no row in the {name} split (rows: {rows['splits']}): add rows or raise "
-                "the share"
+                f"data.{name}={share:g} leaves no row in the {name} split (rows: {rows['splits']}): "
+                f"{_remedy(cfg, name, share, rows['groups'])}"
             )
     return found
+
+
+def _remedy(cfg: DataConfig, name: str, share: float, groups: dict[str, int]) -> str:
+    """What gives a split rows: where rows that stay together are too few groups to divide, no share does."""
+    if groups["rows"] * share < _FEW_ROWS or groups["count"] * share >= _FEW_ROWS:
+        return "add rows or raise the share"
+    return (
+        f"{groups['rows']} rows make {groups['count']} groups of rows that are nearly the same or ask the same, the "
+        f"largest of {groups['largest']}, and a group stays in one split; name {name} rows by data.{name}_path, add "
+        "rows that differ more, or raise data.quality.similarity (from which rows count as nearly the same; now "
+        f"{cfg.quality.similarity:g})"
+    )

@@ -1,8 +1,11 @@
-"""Rows that say the same: exactly, nearly, or with another answer. N: rows, P: permutations.
+"""Rows that say the same: exactly, nearly, or with another answer. N: rows, P: permutations, H: shingles of all rows.
 
-Near duplicates are found by MinHash over pairs of words and banding (Broder 1997; Leskovec, Rajaraman and Ullman,
-Mining of Massive Datasets, chapter 3), in arrays of a fixed size a row, and each candidate pair is then compared
-exactly.
+Near duplicates are rows whose shingles (pairs of words) have a weighted Jaccard index of a threshold or more. A shingle
+that many rows share, such as those of an instruction that all rows begin with, says nothing about two of them, and
+weighs next to nothing; one that a few share weighs 1. Candidates are found by MinHash and banding (Broder 1997;
+Leskovec, Rajaraman and Ullman, Mining of Massive Datasets, chapter 3), where the shingle of the lowest hash over its
+weight stands for a row (Moulton and Jiang 2018, Maximally consistent sampling and the Jaccard index of probability
+distributions), in arrays of a fixed size a row; each candidate pair is then compared exactly.
 """
 
 from __future__ import annotations
@@ -11,8 +14,8 @@ import hashlib
 import json
 import re
 import zlib
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
@@ -28,6 +31,10 @@ _CHARACTERS = 5  # a shingle of a script that has no spaces between words
 _WORD = re.compile(r"\w+")
 _LONGEST_WORD = 24  # characters; what is longer on average is written without spaces
 MOST_SHINGLES = 20_000  # of one row: a field of megabytes is known by its beginning
+_FEW = 20  # rows, and in small data a quarter of all but 5 at least: shingles of more rows than that weigh less
+_FEWEST = 5
+_CELL = np.uint32(2**22 - 1)
+_CELLS = 2**22
 
 Digests = NDArray[np.uint64]
 
@@ -52,49 +59,134 @@ def _digest(text: str) -> int:
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big")
 
 
-def shingles(text: str) -> set[bytes]:
-    """The pairs of words of a text, case and punctuation aside; groups of characters where words are not set apart."""
-    words = _WORD.findall(text.lower())
-    width, between = _WORDS, " "
-    if not words or sum(map(len, words)) > _LONGEST_WORD * len(words):
-        words, width, between = list("".join(words) or text.strip()), _CHARACTERS, ""
-    del words[MOST_SHINGLES:]
-    return {between.join(words[i : i + width]).encode() for i in range(max(1, len(words) - width + 1))}
+def shingles(text: str, words: int = _WORDS, characters: int = _CHARACTERS) -> set[bytes]:
+    """The runs of words of a text, case and punctuation aside; of characters where words are not set apart.
+
+    Args:
+        text: of a row, or a part of it.
+        words: in a run.
+        characters: in a run, of a script without spaces.
+    """
+    found = _WORD.findall(text.lower())
+    width, between = words, " "
+    if not found or sum(map(len, found)) > _LONGEST_WORD * len(found):
+        found, width, between = list("".join(found) or text.strip()), characters, ""
+    del found[MOST_SHINGLES:]
+    return {between.join(found[i : i + width]).encode() for i in range(max(1, len(found) - width + 1))}
 
 
-def similarity(a: str, b: str) -> float:
-    """The Jaccard index of two texts' shingles."""
-    first, second = shingles(a), shingles(b)
+def overlap(a: str, b: str) -> float:
+    """The Jaccard index of two texts' words (of pairs of characters, where words are not set apart)."""
+    first, second = shingles(a, 1, 2), shingles(b, 1, 2)
     return len(first & second) / len(first | second)
 
 
-def signatures(texts: Sequence[str]) -> NDArray[np.uint32]:
-    """The MinHash signature of each text, (N, P)."""
-    found = np.empty((len(texts), PERMUTATIONS), np.uint32)
-    for number, text in enumerate(texts):
-        sketch = _sketch().copy()
-        sketch.update_batch(list(shingles(text)))
-        found[number] = sketch.hashvalues
-    return found
+@dataclass(frozen=True)
+class Shingles:
+    """The hashes of many rows' shingles, each row's distinct and ascending."""
+
+    hashes: NDArray[np.uint32]  # (H,)
+    starts: NDArray[np.int64]  # (N,) where each row's begin; no row is without
+
+    @classmethod
+    def of(cls, texts: Sequence[str]) -> Shingles:
+        """Those of texts."""
+        rows = [np.unique(np.fromiter(map(zlib.crc32, shingles(text)), np.uint32)) for text in texts]
+        return cls(np.concatenate([np.zeros(0, np.uint32), *rows]), _starts([len(row) for row in rows]))
+
+    def column(self) -> Any:
+        """As a column of a table, (N,) lists."""
+        import pyarrow as pa
+
+        ends = np.append(self.starts, len(self.hashes)).astype(np.int32)
+        return pa.ListArray.from_arrays(pa.array(ends), pa.array(self.hashes))
+
+    @classmethod
+    def from_column(cls, column: Any) -> Shingles:
+        """From such a column."""
+        lists = column.combine_chunks()
+        lengths = lists.value_lengths().to_numpy(zero_copy_only=False)
+        return cls(lists.flatten().to_numpy(zero_copy_only=False), _starts(lengths))
+
+    def row(self, number: int) -> NDArray[np.uint32]:
+        """Of one row."""
+        end = self.starts[number + 1] if number + 1 < len(self.starts) else len(self.hashes)
+        return self.hashes[self.starts[number] : end]
+
+    def digests(self) -> Digests:
+        """64 bits that stand for each row's set, (N,)."""
+        if not len(self.starts):
+            return np.zeros(0, np.uint64)
+        mixed = self.hashes.astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15)
+        mixed ^= mixed >> np.uint64(29)
+        return np.add.reduceat(mixed * np.uint64(0xBF58476D1CE4E5B9), self.starts)
+
+
+def _starts(lengths: Any) -> NDArray[np.int64]:
+    return (
+        (np.cumsum(lengths, dtype=np.int64) - np.asarray(lengths, np.int64)) if len(lengths) else np.zeros(0, np.int64)
+    )
+
+
+class Weights:
+    """How much each shingle says: 1 where a few rows have it, ``(few / rows) ** 4`` where more do."""
+
+    def __init__(self, parts: Iterable[Shingles], counted: NDArray[np.bool_]) -> None:
+        """
+        Args:
+            parts: all rows, part by part.
+            counted: (N,) the rows that count; copies of a row say nothing about how common its shingles are.
+        """
+        rows = np.zeros(_CELLS, np.int64)  # that have a shingle, by its hash; few of so many share a cell
+        at, waiting = 0, list[NDArray[np.uint32]]()
+        for part in parts:
+            mine = counted[at : at + len(part.starts)]
+            at += len(part.starts)
+            lengths = np.diff(np.append(part.starts, len(part.hashes)))
+            waiting.append(part.hashes[np.repeat(mine, lengths)] & _CELL)
+            if sum(map(len, waiting)) >= _CELLS:
+                rows += np.bincount(np.concatenate(waiting), minlength=_CELLS)
+                waiting = []
+        rows += np.bincount(np.concatenate([np.zeros(0, np.uint32), *waiting]), minlength=_CELLS)
+        few = min(max(int(counted.sum()) / 4, _FEWEST), _FEW)
+        beyond = np.maximum(1, rows / few).astype(np.float32)
+        self._inverse = beyond * beyond * beyond * beyond
+
+    def signatures(self, part: Shingles) -> NDArray[np.uint32]:
+        """The MinHash signature of each row, (N, P)."""
+        found = np.empty((PERMUTATIONS, len(part.starts)), np.float32)
+        inverse = self._inverse[part.hashes & _CELL]
+        for number, (factor, shift) in enumerate(zip(*_permutations(), strict=True)):
+            if len(part.starts):
+                found[number] = np.minimum.reduceat((part.hashes * factor + shift) * inverse, part.starts)
+        return found.T.copy().view(np.uint32)
+
+    def similarity(self, first: NDArray[np.uint32], second: NDArray[np.uint32]) -> float:
+        """The weighted Jaccard index of two rows' shingles."""
+        both = self._sum(np.intersect1d(first, second, assume_unique=True))
+        return both / (self._sum(first) + self._sum(second) - both)
+
+    def _sum(self, hashes: NDArray[np.uint32]) -> float:
+        return float((1 / self._inverse[hashes & _CELL].astype(np.float64)).sum())
 
 
 @lru_cache
-def _sketch() -> Any:
-    from datasketch import MinHash
-
-    return MinHash(num_perm=PERMUTATIONS, hashfunc=zlib.crc32, scheme="affine32")
+def _permutations() -> tuple[NDArray[np.uint32], NDArray[np.uint32]]:
+    """Factors and shifts of hash functions modulo 2**32, (P,) each."""
+    draw = np.random.default_rng(1)
+    factors, shifts = draw.integers(0, 2**32, (2, PERMUTATIONS), np.uint32)
+    return factors | np.uint32(1), shifts
 
 
 def near_pairs(
-    signatures: Sequence[NDArray[np.uint32]], rows: NDArray[np.int64], text: Callable[[int], str], threshold: float
+    signatures: Sequence[NDArray[np.uint32]], rows: NDArray[np.int64], near: Callable[[int, int], bool]
 ) -> Iterator[tuple[int, int]]:
-    """Pairs (earlier, later) of rows whose similarity is at least ``threshold``; enough of them to join each cluster.
+    """Pairs (earlier, later) of rows that are near; enough of them to join each cluster.
 
     Args:
         signatures: of all rows, part by part, each (N, P).
         rows: the numbers of those that are compared, (M,), in order.
-        text: of a row, for the exact comparison.
-        threshold: Jaccard index.
+        near: whether two rows are, by exact comparison.
     """
     seen: set[tuple[int, int]] = set()
     width = PERMUTATIONS // _BANDS
@@ -104,7 +196,7 @@ def near_pairs(
         for pair in _meeting(keys[rows], rows):
             if pair not in seen:
                 seen.add(pair)
-                if similarity(text(pair[0]), text(pair[1])) >= threshold:
+                if near(*pair):
                     yield pair
 
 

@@ -33,7 +33,11 @@ class Encoded:
 
 
 def encode(
-    rows: Sequence[Row], cfg: DataConfig, tokenizer: Tokenizer, refused: dict[int, RowRefused] | None = None
+    rows: Sequence[Row],
+    cfg: DataConfig,
+    tokenizer: Tokenizer,
+    refused: dict[int, RowRefused] | None = None,
+    untrained: set[int] | None = None,
 ) -> list[Encoded | None]:
     """Token ids and labels of many rows at once.
 
@@ -48,6 +52,7 @@ def encode(
         cfg: template, ``train_on``, ``max_length`` and ``truncation``.
         tokenizer: a fast one, of the base model.
         refused: gets what the template says of each row that it cannot write, by its number, instead of an error.
+        untrained: gets the numbers of rows that are short enough and of which no token is trained.
 
     Returns:
         One for each row; None where the row is left out: the template cannot write it, it is longer than ``max_length``
@@ -70,8 +75,14 @@ def encode(
     pieces = iter(_pieces([each for each in rendered if each and not each.whole], tokenizer))
     special = _special_ids(tokenizer)
     encoded: list[Encoded | None] = []
-    for row, each in zip(rows, rendered, strict=True):
-        found = _finish(*next(whole if each.whole else pieces), row, cfg, tokenizer, special) if each else None
+    for number, (row, each) in enumerate(zip(rows, rendered, strict=True)):
+        found = None
+        if each is not None:
+            ids, spans = next(whole if each.whole else pieces)
+            short = len(ids) <= cfg.max_length
+            found = _finish(ids, spans, row, cfg, tokenizer, special)
+            if found is None and short and untrained is not None:
+                untrained.add(number)
         encoded.append(replace(found, notes=_notes(each.notes, row, cfg)) if each and found else None)
     return encoded
 

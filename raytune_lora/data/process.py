@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from raytune_lora.config.data import Action, DataConfig, PiiConfig, QualityConfig
 from raytune_lora.data import duplicates, formats, pii, quality
+from raytune_lora.data.duplicates import Shingles
 from raytune_lora.data.encode import Encoded, encode, spell
 from raytune_lora.data.findings import Findings
 from raytune_lora.data.harmful import Words, load_words
@@ -24,6 +25,8 @@ from raytune_lora.data.rows import Fault, Record, Row, leaves
 from raytune_lora.data.sources import BENCHMARK, MIX, Source
 from raytune_lora.data.statistics import Statistics
 from raytune_lora.data.templates import RowRefused
+
+_UNTRAINED = "the template writes nothing of it that is trained"
 
 
 @dataclass(frozen=True)
@@ -39,14 +42,13 @@ class Settings:
 class Part:
     """What a stretch of records came to."""
 
-    path: Path  # Arrow file of its usable rows: where, text and, with a tokenizer, what the store keeps of them
+    path: Path  # Arrow file of its usable rows: where, text, said (the answer), shingles, and the store's columns
     read: Counter[int]  # records, by the index of their source
-    too_long: int
+    left_out: Counter[tuple[int, str]]  # rows, by the index of their source and the reason: a finding or TOO_LONG
     cut: int  # rows that were shortened
     source: NDArray[np.uint8]  # (N,) index into the sources
     row: NDArray[np.uint64]  # (N,) digests of the whole rows
     prompt: NDArray[np.uint64]  # (N,) digests of what comes before the last answer; 0 where nothing does
-    signature: NDArray[np.uint32]  # (N, P), or (0, P) where near duplicates are not looked for
     tokens: NDArray[np.int32]  # (N,) of a row; characters, where there is no tokenizer
     trained: NDArray[np.int32]  # (N,) tokens of a row that are trained
     stratum: list[str]  # (N,)
@@ -60,6 +62,7 @@ class Part:
             return pa.ipc.open_file(source).read_all()
 
 
+TOO_LONG = "too_long"  # why a row is left out: more than ``max_length`` tokens, or nothing trained is left of them
 Processed = tuple[Part, Findings, Statistics]
 
 
@@ -94,14 +97,12 @@ class Processor:
             records: each with the index of its source.
         """
         findings, statistics = Findings(), Statistics()
+        self._left_out: Counter[tuple[int, str]] = Counter()
         found = [self._usable(source, record, findings) for source, record in records]
         rows = [usable for usable in found if usable is not None]
-        encoded: list[Encoded | None] = [None] * len(rows)
-        kept = rows
+        kept, ids = rows, list[Encoded]()
         if self._settings.tokenizer is not None:
-            rows, encoded = self._encoded(rows, findings)
-            kept = [usable for usable, ids in zip(rows, encoded, strict=True) if ids is not None]
-        ids = [one for one in encoded if one is not None]
+            kept, ids = self._encoded(rows, findings)
         trained = [sum(label >= 0 for label in one.labels) for one in ids]
         roles = [self._settings.sources[usable.source].role for usable in kept]
         own = [one for one, role in zip(ids, roles, strict=False) if role != BENCHMARK]  # none without a tokenizer
@@ -114,12 +115,11 @@ class Processor:
         part = Part(
             path=path,
             read=Counter(source for source, _ in records),
-            too_long=len(rows) - len(kept),
+            left_out=self._left_out,
             cut=sum(one.cut for one in ids),
             source=np.array([usable.source for usable in kept], np.uint8),
             row=np.array([duplicates.row_digest(usable.row) for usable in kept], np.uint64),
             prompt=np.array([duplicates.prompt_digest(usable.row) for usable in kept], np.uint64),
-            signature=duplicates.signatures(texts if self._alike else []),
             tokens=np.array([len(one.input_ids) for one in ids] if ids else list(map(len, texts)), np.int32),
             trained=np.array(trained if ids else [0] * len(kept), np.int32),
             stratum=[usable.row.stratum for usable in kept],
@@ -129,23 +129,32 @@ class Processor:
         )
         return part, findings, statistics
 
-    def _encoded(self, rows: list[_Usable], findings: Findings) -> tuple[list[_Usable], list[Encoded | None]]:
-        """The rows and their tokens, without those that the template cannot write."""
-        refused: dict[int, RowRefused] = {}
-        encoded = encode([usable.row for usable in rows], self._settings.cfg, self._settings.tokenizer, refused)
-        taken: list[tuple[_Usable, Encoded | None]] = []
+    def _encoded(self, rows: list[_Usable], findings: Findings) -> tuple[list[_Usable], list[Encoded]]:
+        """The rows and their tokens, without those that the template cannot write or that are left out then."""
+        refused, untrained = dict[int, RowRefused](), set[int]()
+        plain = [usable.row for usable in rows]
+        encoded = encode(plain, self._settings.cfg, self._settings.tokenizer, refused, untrained)
+        taken: list[tuple[_Usable, Encoded]] = []
         for number, (usable, ids) in enumerate(zip(rows, encoded, strict=True)):
             text = "\n".join(usable.row.texts())
             if error := refused.get(number):
                 findings.add("wrong_types", usable.where, text, str(error), [error.reason])
+                self._leave_out(usable.source, "wrong_types")
+                continue
+            if ids is None:
+                if number in untrained:
+                    findings.add("nothing_trained", usable.where, text, _UNTRAINED, [_UNTRAINED])
+                self._leave_out(usable.source, "nothing_trained" if number in untrained else TOO_LONG)
                 continue
             said: dict[str, list[str]] = {}
-            for note in ids.notes if ids and self._settings.sources[usable.source].role != BENCHMARK else ():
+            for note in ids.notes if self._settings.sources[usable.source].role != BENCHMARK else ():
                 if self._actions[note.finding] is not Action.off:
                     said.setdefault(note.finding, []).append(note.detail)
             for finding, details in said.items():
                 findings.add(finding, usable.where, text, "; ".join(dict.fromkeys(details)), details)
-            if not any(self._actions[finding] is Action.drop for finding in said):
+            if dropping := [finding for finding in said if self._actions[finding] is Action.drop]:
+                self._leave_out(usable.source, dropping[0])
+            else:
                 taken.append((usable, ids))
         return [usable for usable, _ in taken], [ids for _, ids in taken]
 
@@ -157,6 +166,7 @@ class Processor:
             parsed = formats.parse(parsed, of.format, of.columns, None if of.role.startswith(MIX) else stratify)
         if isinstance(parsed, Fault):
             findings.add(parsed.kind, record.where, _shown(record.value), parsed.reason, [parsed.reason])
+            self._leave_out(source, parsed.kind)
             return None
         row, name = parsed
         if of.role == BENCHMARK:
@@ -164,41 +174,54 @@ class Processor:
         if row.unused and self._actions["unused_fields"] is not Action.off:
             findings.add("unused_fields", record.where, _shown(record.value), ", ".join(row.unused), row.unused)
             if self._actions["unused_fields"] is Action.drop:
+                self._leave_out(source, "unused_fields")
                 return None
-        dropped = False
+        seen: list[str] = []
         for finding, detail in quality.check(row, self._checks):
             findings.add(finding, record.where, "\n".join(row.texts()), detail)
-            dropped |= self._actions[finding] is Action.drop
+            seen.append(finding)
         if self._words is not None and (words := [word for text in row.texts() for word in self._words.find(text)]):
             findings.add("harmful", record.where, "\n".join(row.texts()), ", ".join(dict.fromkeys(words)))
-            dropped |= self._actions["harmful"] is Action.drop
-        masked = self._without_pii(row, record.where, findings)
-        return None if dropped or masked is None else _Usable(source, record.where, masked, name)
+            seen.append("harmful")
+        masked, reason = self._without_pii(row, record.where, findings)
+        reason = next((finding for finding in seen if self._actions[finding] is Action.drop), reason)
+        if reason is not None:
+            self._leave_out(source, reason)
+            return None
+        return _Usable(source, record.where, masked, name)
 
-    def _without_pii(self, row: Row, where: str, findings: Findings) -> Row | None:
+    def _leave_out(self, source: int, reason: str) -> None:
+        """Count a row that is left out, once, by the first reason."""
+        self._left_out[source, reason] += 1
+
+    def _without_pii(self, row: Row, where: str, findings: Findings) -> tuple[Row, str | None]:
+        """The row with what is to be masked masked, and the finding for which it is left out."""
         if not self._kinds:
-            return row
+            return row, None
         found = {text: pii.find(text, self._kinds) for text in (*row.texts(), *leaves(list(row.tools)))}
         kinds = {match.kind for matches in found.values() for match in matches}
         for kind in (kind for kind in pii.KINDS if kind in kinds):
             text, matches = next((t, m) for t, m in found.items() if any(match.kind == kind for match in m))
             around = pii.hidden(text, matches)
             findings.add(f"pii.{kind}", where, around)
-        if any(self._pii[kind] is Action.drop for kind in kinds):
-            return None
+        if dropping := [kind for kind in pii.KINDS if kind in kinds and self._pii[kind] is Action.drop]:
+            return row, f"pii.{dropping[0]}"
         if not any(self._pii[kind] is Action.mask for kind in kinds):
-            return row
+            return row, None
 
         def masked(text: str) -> str:
             return pii.mask(text, [m for m in found.get(text, ()) if self._pii[m.kind] is Action.mask])
 
-        return row.mapped(masked)
+        return row.mapped(masked), None
 
     def _write(self, path: Path, rows: list[_Usable], texts: list[str], ids: list[Encoded]) -> None:
         columns: dict[str, Any] = {
             "where": pa.array([usable.where for usable in rows], pa.string()),
             "text": pa.array(texts, pa.large_string()),
+            "said": pa.array(["\n".join(usable.row.turns[-1].texts()) for usable in rows], pa.large_string()),
         }
+        if self._alike:
+            columns["shingles"] = Shingles.of(texts).column()
         if self._settings.tokenizer is not None:
             columns["input_ids"] = _lists([one.input_ids for one in ids])
             columns["labels"] = _lists([one.labels for one in ids])

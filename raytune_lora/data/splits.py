@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from raytune_lora.config.data import Action, DataConfig
 from raytune_lora.data import duplicates
+from raytune_lora.data.duplicates import Shingles
 from raytune_lora.data.findings import SHOWN, Findings
 from raytune_lora.data.process import Part
 from raytune_lora.data.sources import BENCHMARK, MAIN, MIX, TEST, VALIDATION, Source
@@ -38,6 +39,8 @@ class Split:
     parts: Sequence[Part]
     outliers: tuple[float, float]  # shortest and longest row that is none, as ``Part.tokens`` counts
     findings: Findings = field(default_factory=Findings)
+    left_out: Counter[tuple[int, str]] = field(default_factory=Counter)  # rows by the source's index and the finding
+    groups: dict[str, int] = field(init=False)  # of the main source's rows that stay together: count, largest, rows
 
     def __post_init__(self) -> None:
         self.source = self._joined("source", np.uint8)
@@ -91,9 +94,7 @@ class Split:
         near_to: dict[int, int] = {}
         alike = [self._on("near_duplicates"), self._on("leakage")]
         if any(alike) and self.parts:
-            signatures = [part.signature for part in self.parts]
-            distinct = np.flatnonzero(~self._again)
-            for earlier, later in duplicates.near_pairs(signatures, distinct, self._text, self.cfg.quality.similarity):
+            for earlier, later in self._near_pairs():
                 self._clusters.join(earlier, later)
                 near_to.setdefault(later, earlier)
         self._asking = self.prompt.copy()
@@ -107,9 +108,31 @@ class Split:
                         self._clusters.join(int(members[0]), int(member))
         near = np.zeros(len(self.row), bool)
         near[[i for i, j in near_to.items() if self._role_of(i) == self._role_of(j)]] = True
-        self._find(
-            "near_duplicates", near & ~self._otherwise & self._mine, lambda i: f"nearly {self._where(near_to[i])}"
-        )
+        self._find("near_duplicates", near & self._mine, lambda i: f"nearly {self._where(near_to[i])}")
+
+    def _near_pairs(self) -> Iterator[tuple[int, int]]:
+        parts = [Shingles.from_column(table["shingles"]) for table in self._tables]
+        digests = np.concatenate([part.digests() for part in parts])
+        distinct = np.flatnonzero(~self._again)
+        counted = np.zeros(len(self.row), bool)
+        counted[distinct[np.unique(digests[distinct], return_index=True)[1]]] = True
+        weights = duplicates.Weights(parts, counted)
+
+        def of(row: int) -> NDArray[np.uint32]:
+            part = int(np.searchsorted(self._starts, row, side="right")) - 1
+            return parts[part].row(row - int(self._starts[part]))
+
+        least = self.cfg.quality.similarity
+
+        def near(earlier: int, later: int) -> bool:
+            alike = weights.similarity(of(earlier), of(later))
+            if not self.prompt[earlier] or self.prompt[earlier] != self.prompt[later]:
+                return alike >= least
+            # Only the answers differ: the same share of their words is enough, of whose changes each takes two pairs.
+            answers = (str(self._cell(row, "said")) for row in (earlier, later))
+            return alike >= (3 * least - 1) / (3 - least) and duplicates.overlap(*answers) >= least
+
+        return duplicates.near_pairs([weights.signatures(part) for part in parts], distinct, near)
 
     # ---------------------------------------------------------------------------------------------- single rows
 
@@ -137,6 +160,8 @@ class Split:
         self._root, self._position = root, key.astype(np.float64) / 2**64
         main = self._role(MAIN)
         shares = self._shares()
+        sizes = np.unique(root[main], return_counts=True)[1]
+        self.groups = {"count": len(sizes), "largest": int(sizes.max(initial=0)), "rows": int(main.sum())}
         self.of[main] = (
             self._stratified(main, shares) if self.cfg.stratify else _at(self._position[root[main]], *shares)
         )
@@ -218,6 +243,8 @@ class Split:
         self.findings.counts[name] = int(rows.sum())
         if getattr(self.cfg.quality, name) is Action.drop:
             gone = rows if drop is None else drop
+            for source, count in zip(*np.unique(self.source[gone & ~self._dropped], return_counts=True), strict=True):
+                self.left_out[int(source), name] += int(count)
             self._dropped |= gone
             self.of[gone] = OUT
 

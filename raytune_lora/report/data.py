@@ -3,9 +3,12 @@
 Schema of ``data_report.json``, version 1. Null stands for what is not known; a check that is off is absent.
 
 - ``schema_version``; ``sources``: ``role`` (``data``, ``validation``, ``test``, ``benchmark``, or ``mix.`` and a name),
-  ``name``, ``files`` (the first few names and how many more; of a hub data set, its splits)
+  ``name``, ``files`` (the first few names and how many more; of a hub data set, its splits), ``left_out`` (rows
+  by reason)
 - ``rows``: ``read`` by the source's name, ``left_out`` (of the data's own, mixed-in sources and benchmarks aside),
-  ``splits`` (``train``, ``validation``, ``test``), ``too_long`` (among those left out), ``cut`` (shortened)
+  ``splits`` (``train``, ``validation``, ``test``), ``reasons`` (those left out, each once by the first
+  finding for which it is, or as ``too_long``; they add up to ``left_out``), ``too_long``, ``cut`` (shortened),
+  ``groups`` (of the main source's rows that stay in one split: ``count``, rows of the ``largest``, ``rows`` in all)
 - ``max_length`` (tokens of a row; null without a tokenizer), ``truncation`` (``drop``, ``right`` or ``left``);
   ``tokens`` and ``trained_tokens`` by split, ``stop_ids`` (tokens that rows train as the end of an answer) and
   ``largest_id`` (of all tokens), null without a tokenizer
@@ -61,7 +64,7 @@ _REPORT: dict[str, Any] = {
     "preview": [],
     "cost": None,
 }
-_ROWS: dict[str, Any] = {"read": {}, "left_out": 0, "splits": {}, "too_long": 0, "cut": 0}
+_ROWS: dict[str, Any] = {"read": {}, "left_out": 0, "reasons": {}, "splits": {}, "too_long": 0, "cut": 0}
 
 _EXPLAINED = {  # finding: what its rows are
     "unreadable": "no record at all: broken JSON, or bytes that are no text",
@@ -166,6 +169,7 @@ def render_data(report: dict[str, Any]) -> str:
         read=_rows_of(known, ("data", "validation", "test")),
         facts=_facts(known),
         divided=_divided(known["rows"]),
+        reasons=_reasons(known),
         found=[finding for finding in found if finding.count],
         absent=[finding.title for finding in found if not finding.count],
         off=_off(known["findings"]),
@@ -244,6 +248,16 @@ def _divided(rows: dict[str, Any]) -> list[tuple[str, str, int, float]]:
     parts.append(("left out", "", rows["left_out"]))
     total = sum(count for *_, count in parts)
     return [(*part, part[-1] / total) for part in parts if part[-1]]
+
+
+def _reasons(r: dict[str, Any]) -> str:
+    """Why rows are left out, each row once."""
+    limit = f" than {number(r['max_length'])} tokens" if r["max_length"] is not None else ""
+    long = "longer" + limit if r["truncation"] == "drop" else "with nothing to train in what the cut leaves"
+    names = {"too_long": long}
+    return ", ".join(
+        f"{amount(count)} {names.get(name) or _spelled(name)}" for name, count in r["rows"]["reasons"].items()
+    )
 
 
 # ------------------------------------------------------------------------------------------------------------- findings

@@ -16,7 +16,7 @@ from rich.text import Text
 
 from raytune_lora.artifacts import write_json
 from raytune_lora.config.schema import HubModelConfig, SweepConfig
-from raytune_lora.data.build import REPORT, DataRefused, every_finding, survey
+from raytune_lora.data.build import OWN, REPORT, DataRefused, every_finding, survey, why_left_out
 from raytune_lora.data.encode import IGNORED
 from raytune_lora.data.sources import sources
 from raytune_lora.data.splits import SPLITS
@@ -124,10 +124,12 @@ def _print(console: Console, report: dict[str, Any], store: TokenStore | None) -
         count = rows["splits"][split]
         of = f", {tokens[split]} tokens, {tokens[split] / count:.0f} a row" if tokens and count else ""
         console.print(f"{split:<11}{count} rows{of}")
-    if report["max_length"] is not None:
-        console.print(
-            f"left out   {rows['too_long']} rows of more than {report['max_length']} tokens; cut: {rows['cut']} rows"
-        )
+    console.print(f"left out   {rows['left_out']} rows{': ' * bool(rows['left_out'])}{why_left_out(report)}")
+    if rows["cut"]:
+        console.print(f"cut        {rows['cut']} rows, to data.max_length={report['max_length']} tokens")
+    for source in report["sources"]:
+        if source["left_out"] and source["role"] not in OWN:
+            console.print(Text(f"left out   of {source['name']}: {why_left_out(report, source['left_out'])}"))
     for name, mixed in report["mixed"].items():
         console.print(f"mixed in   {mixed['rows']} rows of {name}: {mixed['share']:.1%} (asked {mixed['asked']:.1%})")
     _print_findings(console, report)

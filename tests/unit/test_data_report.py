@@ -61,6 +61,7 @@ def full(**changes: Any) -> dict[str, Any]:
             "read": {"my.jsonl": 1000, "general.jsonl": 5000, "bench.jsonl": 50},
             "left_out": 44,
             "splits": {"train": 900, "validation": 100, "test": 80},
+            "reasons": {"exact_duplicates": 30, "too_long": 12, "unreadable": 2},
             "too_long": 12,
             "cut": 3,
         },
@@ -185,6 +186,10 @@ def test_the_headline_says_how_many_rows_there_are_and_that_they_are_fit() -> No
     for part in ("90,000 tokens, 100 a row", "50%", "23%", "29 steps", "of 32 rows; 4 forward passes a step"):
         assert part in text
     assert "3 cut at the end, 12 longer, left out" in text
+    assert (
+        "44 of them left out (30 exact duplicates, 12 with nothing to train in what the cut leaves, 2 unreadable)"
+        in text
+    )
 
 
 def test_what_makes_the_data_unfit_stands_at_the_top() -> None:

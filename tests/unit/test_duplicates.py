@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import random
+from collections import Counter
+from collections.abc import Callable
 
 import numpy as np
 import pytest
 
 from raytune_lora.data.duplicates import (
     Clusters,
+    Shingles,
+    Weights,
     groups,
     near_pairs,
+    overlap,
     prompt_digest,
     row_digest,
     shingles,
-    signatures,
-    similarity,
 )
 from raytune_lora.data.rows import Row, Turn
 
@@ -35,6 +38,22 @@ def changed(line: str, places: int, draw: random.Random) -> str:
     for place in draw.sample(range(len(words)), places):
         words[place] = f"x{draw.randrange(10**6)}"
     return " ".join(words)
+
+
+def similarity(a: str, b: str, weights: Callable[[bytes], float] = lambda _: 1) -> float:
+    """The weighted Jaccard index, by its definition."""
+    first, second = shingles(a), shingles(b)
+    return sum(map(weights, first & second)) / sum(map(weights, first | second))
+
+
+def pairs(lines: list[str], threshold: float) -> set[tuple[int, int]]:
+    """The near pairs that are found among lines, which come in parts of a hundred."""
+    parts = [Shingles.of(lines[start : start + 100]) for start in range(0, len(lines), 100)]
+    weights = Weights(parts, np.ones(len(lines), bool))
+    of = [part.row(number) for part in parts for number in range(len(part.starts))]
+    signatures = [weights.signatures(part) for part in parts]
+    near = near_pairs(signatures, np.arange(len(lines)), lambda i, j: weights.similarity(of[i], of[j]) >= threshold)
+    return set(near)
 
 
 def test_case_space_and_punctuation_aside_the_same_words_are_the_same() -> None:
@@ -67,7 +86,7 @@ def test_one_word_changed_in_a_short_row_is_found() -> None:
         first.replace("brown fox jumps", "brown fox leaps"),
         "Say something else about the weather of today.",
     ]
-    assert list(near_pairs([signatures(lines)], np.arange(len(lines)), lines.__getitem__, 0.7)) == [(0, 1)]
+    assert pairs(lines, 0.7) == {(0, 1)}
 
 
 @pytest.mark.parametrize("threshold", [0.7, 0.8, 0.9])
@@ -77,25 +96,55 @@ def test_every_pair_above_the_threshold_is_joined_and_none_below(threshold: floa
     copies = [changed(line, number % 6, draw) for number, line in enumerate(lines[:300])]
     every = lines + copies
     expected = {(i, 400 + i) for i in range(300) if similarity(every[i], every[400 + i]) >= threshold}
-    found = set(near_pairs([signatures(every)], np.arange(len(every)), every.__getitem__, threshold))
+    found = pairs(every, threshold)
     assert found <= expected, "chance texts share next to nothing"
     assert len(found) >= 0.99 * len(expected)
     assert len(expected) > 50
 
 
-def test_the_exact_comparison_decides() -> None:
-    """Texts that meet in a band by their common frame, and differ in what counts."""
-    frame = " ".join(f"frame{i}" for i in range(20))
-    lines = [f"{frame} {text(random.Random(i), 10)}" for i in range(60)]
-    assert 0.4 < similarity(lines[0], lines[1]) < 0.6
-    assert list(near_pairs([signatures(lines)], np.arange(len(lines)), lines.__getitem__, 0.8)) == []
+def test_what_many_rows_share_says_nothing_about_two_of_them() -> None:
+    """A frame around what is particular to each row, and copies of some rows with one word changed."""
+    draw = random.Random(0)
+    frame = " ".join(f"frame{i}" for i in range(200))
+    lines = [f"{frame} {text(draw, 20)} {frame[::-1]}" for _ in range(300)]
+    copies = [line.replace(line.split()[205], "changed") for line in lines[:30]]
+    assert similarity(lines[0], lines[1]) > 0.8
+    assert pairs([*lines, *copies], 0.7) == {(i, 300 + i) for i in range(30)}
+
+
+@pytest.mark.parametrize("rows", [12, 40, 1000])
+def test_rows_that_differ_in_an_amount_within_a_long_frame_are_distinct(rows: int) -> None:
+    frame = " ".join(f"frame{i}" for i in range(300))
+    assert pairs([f"{frame} {number} euros {frame}" for number in range(rows)], 0.7) == set()
+
+
+def test_weights_are_those_of_the_documented_formula() -> None:
+    lines = [f"all rows begin so {'some of them' if number < 100 else ''} row{number} end" for number in range(200)]
+    rows_of = Counter(shingle for line in lines for shingle in shingles(line))
+    part = Shingles.of(lines)
+    weights = Weights([part], np.ones(200, bool))
+    for a, b in ((0, 1), (0, 150), (150, 151)):
+        expected = similarity(lines[a], lines[b], lambda shingle: min(1.0, (20 / rows_of[shingle]) ** 4))
+        assert weights.similarity(part.row(a), part.row(b)) == pytest.approx(expected, rel=1e-5)
+
+
+def test_copies_do_not_make_a_text_common() -> None:
+    lines = [SENTENCE] * 100 + [SENTENCE.replace("fox", "cat")] + [text(random.Random(n)) for n in range(100)]
+    part = Shingles.of(lines)
+    counted = np.ones(len(lines), bool)
+    counted[1:100] = False
+    assert Weights([part], counted).similarity(part.row(0), part.row(100)) > 0.7
+
+
+def test_the_words_of_answers_are_compared() -> None:
+    assert overlap("It is five o'clock now", "It is six o'clock now") == pytest.approx(5 / 7)
+    chinese = "今天天气很好我们一起去公园散步吧顺便买一点水果和牛奶"
+    assert overlap(chinese, chinese.replace("很", "不")) == pytest.approx(23 / 27)
 
 
 def test_a_field_of_megabytes_takes_no_longer_than_its_beginning() -> None:
-    draw = random.Random(0)
-    huge = text(draw, 300_000)
-    pairs = list(near_pairs([signatures([huge, huge + " end"])], np.arange(2), [huge, huge + " end"].__getitem__, 0.8))
-    assert pairs == [(0, 1)]
+    huge = text(random.Random(0), 300_000)
+    assert pairs([huge, huge + " end"], 0.8) == {(0, 1)}
 
 
 def test_equal_keys_are_grouped_in_order() -> None:

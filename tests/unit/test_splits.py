@@ -210,6 +210,50 @@ def test_rows_that_ask_the_same_stay_together_and_are_told(prepared: Prepare, tm
     assert "answers otherwise than" in found["contradictions"]["examples"][0]["detail"]
 
 
+@pytest.mark.parametrize("asked", ["the same", "each its own"])
+def test_answers_that_differ_in_a_word_are_near_duplicates(asked: str, prepared: Prepare, tmp_path: Path) -> None:
+    draw = random.Random(0)
+    content = [
+        {"instruction": words(draw, 9) if asked != "the same" else "Tell a story.", "output": words(draw, 20)}
+        for _ in range(200)
+    ]
+    copies = [row | {"output": row["output"].replace(row["output"].split()[7], "changed")} for row in content[:9]]
+    cfg = mine(tmp_path, content + copies)
+    found = findings(prepared(cfg))
+    assert found["near_duplicates"]["count"] == 9
+    assert found["contradictions"]["count"] == (208 if asked == "the same" else 9), "they answer otherwise all the same"
+    cfg.quality.near_duplicates = Action.drop
+    assert set(where(prepared(cfg))) == {row["output"] for row in content}
+
+
+def test_a_long_fixed_instruction_makes_no_near_duplicates(prepared: Prepare, tmp_path: Path) -> None:
+    draw = random.Random(0)
+    fixed = {"instruction": words(draw, 80)}
+    content = [fixed | {"input": words(draw, 6), "output": draw.choice("abc") + f"{n}"} for n in range(300)]
+    copies = [nearly(row, row["output"] + "!") for row in content[:5]]
+    store = prepared(mine(tmp_path, content + copies, max_length=1000))
+    assert findings(store)["near_duplicates"]["count"] == 5
+    assert store.rows["validation"] / 305 == pytest.approx(0.2, abs=0.06)
+    split = where(store)
+    assert all(split[row["output"]] == split[row["output"] + "!"] for row in content[:5])
+
+
+def test_too_few_groups_to_divide_are_the_reason_told(prepared: Prepare, tmp_path: Path) -> None:
+    draw = random.Random(1)
+    asked = [words(draw), words(draw)]
+    content = [{"instruction": asked[n % 2], "output": words(draw)} for n in range(40)]
+    cfg = mine(tmp_path, content)
+    cfg.validation = cfg.test = 0.1
+    with pytest.raises(
+        DataRefused, match=r"40 rows make 2 groups .* the largest of 20, .*data\.validation_path"
+    ) as told:
+        prepared(cfg)
+    assert "raise the share" not in str(told.value)
+    cfg.validation_path = write(tmp_path / "v.jsonl", rows(9, seed=3))
+    cfg.test_path = write(tmp_path / "t.jsonl", rows(9, seed=4))
+    assert prepared(cfg).rows == {"train": 40, "validation": 9, "test": 9}
+
+
 def test_rows_that_all_ask_the_same_are_divided_by_their_answers(prepared: Prepare, tmp_path: Path) -> None:
     store = prepared(mine(tmp_path, [{"instruction": "Tell a joke.", "output": row["input"]} for row in rows(500)]))
     assert store.rows["validation"] / 500 == pytest.approx(0.2, abs=0.06)

@@ -17,15 +17,17 @@ import pytest
 
 from raytune_lora.cache import Cache
 from raytune_lora.config.data import (
+    Action,
     DataConfig,
     ExtractionDataConfig,
     FakeDataConfig,
     FileDataConfig,
+    MixConfig,
     TemplateKind,
     Truncation,
 )
 from raytune_lora.config.schema import HubModelConfig
-from raytune_lora.data.build import REPORT, DataRefused
+from raytune_lora.data.build import REPORT, DataRefused, in_short
 from raytune_lora.data.encode import IGNORED
 from raytune_lora.data.prepare import prepare
 from raytune_lora.data.sources import sources
@@ -113,6 +115,50 @@ def test_rows_that_are_too_long_are_cut_where_asked(prepared: Prepare, tmp_path:
     assert found["too_long"] + sum(store.rows.values()) == 60, "one of whose answer nothing is left is not trained"
 
 
+def test_every_row_left_out_has_one_reason(prepared: Prepare, tmp_path: Path) -> None:
+    usable = rows(60)
+    faulty: list[Any] = [
+        {"instruction": "i"},
+        {"instruction": "i", "output": 3},
+        {"instruction": "i", "output": ""},
+        {"messages": [{"role": "user", "content": "u"}, {"role": "assistant", "content": "a", "weight": 0}]},
+    ]
+    long = [{"instruction": "i", "input": f"{'x' * 300} {number}", "output": "o"} for number in range(7)]
+    noted = [row | {"output": row["output"] + " <br>"} for row in rows(5)]
+    mailed = [
+        {"instruction": f"i{n}", "input": f"a{n}@example.com" + "<br>" * (n == 0), "output": "o"} for n in range(3)
+    ]
+    cfg = file(tmp_path, [*usable, *usable[:8], *faulty, *long, *noted, *mailed])
+    with Path(str(cfg.path)).open("a") as lines:
+        lines.write("not json\n")
+    cfg.quality.leftovers = cfg.quality.contradictions = cfg.pii.action = Action.drop
+    found = report(prepared(cfg))
+    assert found["rows"]["reasons"] == {
+        "exact_duplicates": 8,
+        "too_long": 7,
+        "leftovers": 6,
+        "pii.email": 2,
+        "missing_fields": 1,
+        "wrong_types": 1,
+        "empty_fields": 1,
+        "nothing_trained": 1,
+        "unreadable": 1,
+    }
+    assert sum(found["rows"]["reasons"].values()) == found["rows"]["left_out"] == 28
+    assert sum(found["rows"]["splits"].values()) == 60
+    assert "; 28 left out: 8 exact_duplicates, 7 longer than data.max_length=200 tokens, 6 leftovers," in in_short(
+        found
+    )
+
+
+def test_rows_left_out_of_a_source_that_is_mixed_in_are_its_own(prepared: Prepare, tmp_path: Path) -> None:
+    (tmp_path / "mix.jsonl").write_text("".join(json.dumps(row) + "\n" for row in [*rows(90)[60:], {"output": "o"}]))
+    mix = {"general": MixConfig(path=str(tmp_path / "mix.jsonl"))}
+    found = report(prepared(replace(file(tmp_path, rows(60)), mix=mix)))
+    assert [source["left_out"] for source in found["sources"]] == [{}, {"missing_fields": 1}]
+    assert found["rows"]["reasons"] == {}
+
+
 # ---------------------------------------------------------------------------------------------- what cannot be prepared
 
 
@@ -122,7 +168,9 @@ def whole_stores(tmp_path: Path) -> list[Path]:
 
 
 def test_data_that_is_all_too_long_is_refused(prepared: Prepare, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"no row is left to train on, of 40 read \(40 of more than 20 tokens"):
+    with pytest.raises(
+        UserError, match=r"no row is left to train on, of 40 read \(40 longer than data\.max_length=20 tokens"
+    ):
         prepared(replace(file(tmp_path, rows(40)), max_length=20))
     assert not whole_stores(tmp_path)
 
