@@ -40,6 +40,6 @@ class FirstGradients:
         more = f" and {len(silent) - _SHOWN} more" if len(silent) > _SHOWN else ""
         raise UserError(
             f"method={kind}: {len(silent)} of {self._count} trainable parameters get no gradient "
-            f"({', '.join(silent[:_SHOWN])}{more}): this model's forward pass goes around their layers on this "
-            "machine, so that they would never train; leave those layers out of method.target_modules"
+            f"({', '.join(silent[:_SHOWN])}{more}): the model's forward pass goes around their layers on this machine, "
+            "so that they would never train; leave those layers out of method.target_modules"
         )
