@@ -23,7 +23,7 @@ def build(folder: Path, compiler: str) -> subprocess.Popen[str]:
     path.write_text(compiler)
     path.chmod(0o755)
     settings = {"CXX": str(path), "TORCH_EXTENSIONS_DIR": str(folder / "ops"), "DS_ACCELERATOR": "cpu"}
-    command, pipe, none = [sys.executable, "-m", "raytune_lora.training.warmup"], subprocess.PIPE, subprocess.DEVNULL
+    command = [sys.executable, "-m", "raytune_lora.training.warmup"]
     return subprocess.Popen(
         command,
         env=os.environ | settings,
