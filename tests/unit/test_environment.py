@@ -84,7 +84,7 @@ def test_a_host_that_says_nothing_is_given_up() -> None:
         for client in waiting:
             client.setblocking(False)
             client.connect_ex(full.getsockname())
-        assert network.unreachable(*full.getsockname(), seconds=0.5) is not None
+        assert network.unreachable("127.0.0.1", full.getsockname()[1], seconds=0.5) is not None
         for client in waiting:
             client.close()
 

@@ -30,7 +30,7 @@ def build(folder: Path, compiler: str) -> subprocess.Popen[str]:
         stdout=subprocess.PIPE,
         text=True,
         stderr=subprocess.DEVNULL,
-        process_group=0,
+        start_new_session=True,
     )
 
 
