@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import ray
-from ray._common.network_utils import parse_address
 from ray._common.utils import get_default_ray_temp_dir
 from ray._private.services import canonicalize_bootstrap_address
 from ray.job_config import JobConfig
@@ -223,13 +222,13 @@ def _reach(address: str) -> None:
             "of its machines set cluster.address=auto, or to its head's <host>:6379"
         )
     try:
-        where = address.removeprefix("ray://")
-        found = parse_address((canonicalize_bootstrap_address(where) or where) if where == "auto" else where)
-    except (ConnectionError, ValueError) as error:
+        where = canonicalize_bootstrap_address(address) or "" if address == "auto" else address.removeprefix("ray://")
+    except ConnectionError as error:
         raise UserError(f"{_named(address)}: there is no Ray cluster to be found: {error}") from error
-    if found is None or not str(found[1]).isdigit():
+    host, _, port = where.rpartition(":")
+    if not (host and port.isdigit()):
         raise UserError(f"{_named(address)} is no address of a Ray cluster; name <host>:6379, auto or local")
-    if why := network.unreachable(found[0], int(found[1])):
+    if why := network.unreachable(host.strip("[]"), int(port)):
         raise UserError(
             f"{_named(address)}: no Ray cluster answers there ({why}); is it up, and is this its head's address and "
             "port (6379)? To run on this machine, unset RAY_ADDRESS and leave cluster.address out"
