@@ -77,8 +77,11 @@ def _show_help(verb: str, program: str) -> int:
 def _said(run: Callable[[], int]) -> int:
     """Run it; a user's mistake is said, and is status 2."""
     from raytune_lora.errors import UserError
+    from raytune_lora.shadows import problems
 
     try:
+        if found := problems(os.getcwd(), sys.path):
+            raise UserError(found)
         return run()
     except UserError as error:
         print(*(f"error: {problem}" for problem in error.problems), sep="\n", file=sys.stderr)

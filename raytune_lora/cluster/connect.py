@@ -5,15 +5,20 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import re
 import shutil
 import subprocess
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import ray
+from ray._common.utils import get_default_ray_temp_dir
+from ray._private.services import canonicalize_bootstrap_address
 from ray.job_config import JobConfig
 
+from raytune_lora import network
 from raytune_lora.config.schema import ClusterConfig, RunConfig
 from raytune_lora.errors import UserError
 
@@ -33,6 +38,19 @@ ENVIRONMENT = {
     "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",
     "TOKENIZERS_PARALLELISM": "false",
 }
+_LONGEST = 107  # bytes of a socket's path, by Linux
+_SOCKET = "/session_2026-01-01_00-00-00_000000_4194304/sockets/plasma_store"  # in Ray's folder of temporary files
+_SHORT = "/tmp/ray"  # that folder where the named one will not do
+_DEVICE = re.compile(r"nvidia\d+")
+_ANSWER = 20.0  # seconds for the driver's own tool
+_logger = logging.getLogger(__name__)
+
+
+class _JobConfig(JobConfig):
+    """Keeps the working folder out of the workers: Ray would put it, and a ``torch.py`` in it, before all packages."""
+
+    def _runtime_env_has_working_dir(self) -> bool:
+        return True
 
 
 @dataclass(frozen=True)
@@ -60,10 +78,12 @@ def connected(cfg: ClusterConfig, name: str = "") -> Iterator[None]:
     os.environ.update(ENVIRONMENT)
     logging.getLogger("ray").setLevel(logging.ERROR)
     address = _address(cfg)
-    job = JobConfig(metadata={"raytune_lora": name} if name else None)
+    package = str(Path(__file__).parents[2])  # the workers' package is the driver's
+    job = _JobConfig(metadata={"raytune_lora": name} if name else None, _py_driver_sys_path=[package])
     if address is None:
         ray.init(
             address="local",
+            _temp_dir=temporary_folder(),
             num_cpus=int(local_node().cpus),
             num_gpus=int(local_node().gpus),
             object_store_memory=cfg.object_store_mb * 2**20,
@@ -74,6 +94,7 @@ def connected(cfg: ClusterConfig, name: str = "") -> Iterator[None]:
             logging_level=logging.ERROR,
         )
     else:
+        _reach(address)
         try:
             ray.init(
                 address=address,
@@ -82,8 +103,8 @@ def connected(cfg: ClusterConfig, name: str = "") -> Iterator[None]:
                 runtime_env={"env_vars": ENVIRONMENT},
                 job_config=job,
             )
-        except ConnectionError as error:
-            raise UserError(f"cluster.address: no Ray cluster at {address}: {error}") from error
+        except (ConnectionError, ValueError, RuntimeError) as error:
+            raise UserError(f"{_named(address)}: no Ray cluster there that can be joined: {error}") from error
     try:
         yield
     finally:
@@ -141,12 +162,10 @@ def is_given(cfg: ClusterConfig) -> bool:
 
 def smallest_gpu(cfg: ClusterConfig) -> float | None:
     """GB of 10^9 bytes of the smallest GPU; None where it is not known, as on a cluster that is elsewhere."""
-    tool = shutil.which("nvidia-smi")
-    if _address(cfg) is not None or tool is None:
+    if _address(cfg) is not None:
         return None
-    query = [tool, "--query-gpu=memory.total", "--format=csv,noheader,nounits"]
-    listed = subprocess.run(query, capture_output=True, text=True, timeout=20, check=False)
-    sizes = [int(line) for line in listed.stdout.split() if line.isdigit()]  # MiB
+    listed = _nvidia_smi("--query-gpu=memory.total", "--format=csv,noheader,nounits")
+    sizes = [int(line) for line in (listed or "").split() if line.isdigit()]  # MiB
     return min(sizes) * 2**20 / 10**9 if sizes else None
 
 
@@ -155,19 +174,97 @@ def local_node() -> Node:
     return Node(float(len(os.sched_getaffinity(0))), float(_local_gpus()))
 
 
+def temporary_folder() -> str:
+    """Where a local cluster keeps its temporary files; a short folder where the usual one is too long for its sockets.
+
+    Raises:
+        UserError: there is none.
+    """
+    usual = get_default_ray_temp_dir()  # by RAY_TMPDIR and TMPDIR
+    for folder in (usual, _SHORT):
+        if len(os.fsencode(folder + _SOCKET)) <= _LONGEST and _writable(Path(folder)):
+            if folder != usual:
+                _logger.warning("Ray's temporary files are in %s: %s is too long, or cannot be written", folder, usual)
+            return folder
+    longest = _LONGEST - len(_SOCKET) - len("/ray")
+    raise UserError(
+        f"TMPDIR: neither {usual} nor {_SHORT} can hold Ray's temporary files, which lie in a folder that can be "
+        f"written and has a path of at most {longest} bytes; name one (RAY_TMPDIR=/short)"
+    )
+
+
+def _writable(folder: Path) -> bool:
+    while not folder.exists():
+        folder = folder.parent
+    return folder.is_dir() and os.access(folder, os.W_OK | os.X_OK)
+
+
 def _address(cfg: ClusterConfig) -> str | None:
-    return cfg.address or os.environ.get("RAY_ADDRESS")
+    address = cfg.address or os.environ.get("RAY_ADDRESS")
+    return None if address == "local" else address
+
+
+def _named(address: str) -> str:
+    """An address as the user named it."""
+    return f"RAY_ADDRESS={address}" if os.environ.get("RAY_ADDRESS") == address else f"cluster.address={address}"
+
+
+def _reach(address: str) -> None:
+    """See in seconds whether anything answers at an address: Ray itself tries for minutes.
+
+    Raises:
+        UserError: nothing does, or it is no address of a cluster.
+    """
+    if address.startswith(("http://", "https://")):
+        raise UserError(
+            f"{_named(address)} is a dashboard, through which jobs are submitted: raytune-lora submit --address "
+            f"{address} (or ray job submit); to run on this machine unset RAY_ADDRESS, and to join a cluster from one "
+            "of its machines set cluster.address=auto, or to its head's <host>:6379"
+        )
+    try:
+        where = canonicalize_bootstrap_address(address) or "" if address == "auto" else address.removeprefix("ray://")
+    except ConnectionError as error:
+        raise UserError(f"{_named(address)}: there is no Ray cluster to be found: {error}") from error
+    host, _, port = where.rpartition(":")
+    if not (host and port.isdigit()):
+        raise UserError(f"{_named(address)} is no address of a Ray cluster; name <host>:6379, auto or local")
+    if why := network.unreachable(host.strip("[]"), int(port)):
+        raise UserError(
+            f"{_named(address)}: no Ray cluster answers there ({why}); is it up, and is this its head's address and "
+            "port (6379)? To run on this machine, unset RAY_ADDRESS and leave cluster.address out"
+        )
 
 
 def _local_gpus() -> int:
-    """Counted by the driver's own tool: asking torch would load it."""
+    """Those that are there and that this process may use; counted without torch, which would have to be loaded."""
+    there = _gpus_there()
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if visible is not None:
-        return len([device for device in visible.split(",") if device.strip() not in ("", "-1")])
+    if visible is None:
+        return sum(line.startswith("GPU ") for line in there)
+    found = 0
+    for device in (part.strip() for part in visible.split(",")):
+        by_number = device.isdigit() and int(device) < sum(line.startswith("GPU ") for line in there)
+        if not (by_number or (device.startswith(("GPU-", "MIG-")) and any(device in line for line in there))):
+            break  # as CUDA has it: what follows one that is not there is not seen either
+        found += 1
+    return found
+
+
+def _gpus_there() -> list[str]:
+    """A line each: as ``nvidia-smi -L`` shows GPUs and their parts, or, in a container without it, their devices."""
+    if (listed := _nvidia_smi("-L")) is not None:
+        return [line.strip() for line in listed.splitlines()]
+    return [f"GPU {path.name}" for path in Path("/dev").glob("nvidia*") if _DEVICE.fullmatch(path.name)]
+
+
+def _nvidia_smi(*arguments: str) -> str | None:
+    """What the driver's tool says; None where there is none, or it hangs."""
     if (tool := shutil.which("nvidia-smi")) is None:
-        return 0
-    listed = subprocess.run([tool, "-L"], capture_output=True, text=True, timeout=20, check=False)
-    return sum(line.startswith("GPU ") for line in listed.stdout.splitlines())
+        return None
+    try:
+        return subprocess.run([tool, *arguments], capture_output=True, text=True, timeout=_ANSWER, check=False).stdout
+    except (subprocess.TimeoutExpired, OSError):
+        return None
 
 
 def _fits(node: Node, cpus: int, gpus: int) -> int:

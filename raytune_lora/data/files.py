@@ -109,7 +109,7 @@ def _below(folder: str) -> list[str]:
 
 def _expand_uri(path: str) -> tuple[list[str], bool]:
     with _as_user_errors(path):
-        fs, root = storage.file_system(path)
+        fs, root = storage.file_system(path, storage.QUICK)
         try:
             kind = fs.info(root)["type"]
         except FileNotFoundError:

@@ -12,12 +12,14 @@ import itertools
 import re
 from collections.abc import Iterator, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any, BinaryIO
 
 from raytune_lora.data import files
 from raytune_lora.data.json_stream import decode_json, read_json, too_long
 from raytune_lora.data.rows import Fault, Record
 from raytune_lora.errors import UserError
+from raytune_lora.network import hub_unreachable
 
 PARQUET_ROWS = 512  # made into Python objects at once
 _ARROW_FILE = b"ARROW1"
@@ -247,6 +249,8 @@ def read_hub(name: str, *, subset: str | None, split: str, revision: str | None)
     """
     from datasets import load_dataset
 
+    if not Path(name).is_dir() and (why := hub_unreachable()):
+        raise UserError(f"data: {name} cannot be read from the hub, which does not answer ({why}); name a local file")
     try:
         rows = load_dataset(name, subset, split=split, revision=revision, streaming=True)
         for number, value in enumerate(rows, 1):

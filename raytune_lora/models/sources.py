@@ -11,6 +11,7 @@ from raytune_lora.artifacts import fingerprint
 from raytune_lora.cache import Cache
 from raytune_lora.config.schema import HubModelConfig, ModelConfig, PackageModelConfig, TinyModelConfig
 from raytune_lora.errors import UserError
+from raytune_lora.network import hub_unreachable
 
 _CONVERSION = 1  # of what the builders below write: a change of theirs makes older folders stale
 _WEIGHTS = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja"]
@@ -59,7 +60,9 @@ def _hub(cfg: HubModelConfig, _cache: Cache) -> Path:
     from huggingface_hub import snapshot_download
 
     _check_hub(cfg)
-    folder = Path(snapshot_download(str(cfg.path), revision=cfg.revision, allow_patterns=_WEIGHTS))
+    offline = hub_unreachable() is not None  # then what was downloaded before will do
+    settings: dict[str, Any] = {"revision": cfg.revision, "local_files_only": offline}
+    folder = Path(snapshot_download(str(cfg.path), allow_patterns=_WEIGHTS, **settings))
     if not any(folder.glob("*.safetensors")):
         raise UserError(f"model.path: {cfg.path} has no safetensors on the hub; {_CONVERT}")
     return folder
@@ -82,10 +85,18 @@ def _check_hub(cfg: HubModelConfig) -> None:
         raise UserError(f"model.path: no such folder: {folder}")
     from huggingface_hub import hf_hub_download
 
+    why = hub_unreachable()
     try:
-        hf_hub_download(cfg.path, "config.json", revision=cfg.revision, etag_timeout=5)
+        hf_hub_download(
+            cfg.path, "config.json", revision=cfg.revision, etag_timeout=5, local_files_only=why is not None
+        )
     except Exception as error:  # the hub's client raises its own, requests' and the operating system's
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        if why is not None:
+            raise UserError(
+                f"model.path: {cfg.path!r} is no folder here, and the hub, where it would be a model, does not answer "
+                f"({why}); name a folder, or see to the network (HF_ENDPOINT, HTTPS_PROXY)"
+            ) from error
         raise UserError(
             f"model.path: no such model: {cfg.path!r} is neither a folder nor a model that the hub gives ({reason})"
         ) from error

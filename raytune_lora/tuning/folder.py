@@ -316,5 +316,5 @@ def _text(output: str) -> str | None:
     if (local := storage.local_path(output)) is not None:
         file = local / CONFIG
         return file.read_text(errors="replace") if file.is_file() else None
-    content = storage.read(storage.join(output, CONFIG))
+    content = storage.read(storage.join(output, CONFIG), storage.QUICK)
     return None if content is None else content.decode(errors="replace")

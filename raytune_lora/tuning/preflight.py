@@ -7,7 +7,7 @@ import os
 from raytune_lora import storage
 from raytune_lora.cache import Cache
 from raytune_lora.cluster.agreement import disagreements
-from raytune_lora.cluster.connect import connected, is_given, nodes, placement_problems
+from raytune_lora.cluster.connect import connected, is_given, nodes, placement_problems, temporary_folder
 from raytune_lora.config import validate
 from raytune_lora.config.schema import HubModelConfig, SweepConfig
 from raytune_lora.data import sources as data_sources
@@ -77,6 +77,7 @@ def _input_problems(cfg: SweepConfig, *, preparing: bool = False) -> list[str]:
 def _cluster_problems(cfg: SweepConfig, concurrent: int) -> list[str]:
     """Whether the nodes have room for the trials, the same programs and the same storage."""
     if not is_given(cfg.cluster):
+        temporary_folder()
         return placement_problems(cfg, nodes(cfg.cluster), concurrent=concurrent)
     with connected(cfg.cluster):
         found = placement_problems(cfg, nodes(cfg.cluster), concurrent=concurrent)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import shlex
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -14,6 +15,7 @@ from typing import Any
 
 from rich.console import Console
 
+from raytune_lora import shadows
 from raytune_lora.cluster.bring import bring
 from raytune_lora.cluster.pack import LIMIT, collect, listing
 from raytune_lora.cluster.submit import Cluster, Submission, SweepJob, Unreachable, waits
@@ -93,6 +95,8 @@ def _submit(options: Options, program: str) -> int:
         keys = ", ".join(o.partition("=")[0] for o in overrides if secrets.looks_secret(o))
         raise UserError(f"{keys}: a secret in the command would be shown by the dashboard; pass it by --env NAME")
     cfg = compose(overrides)
+    if found := shadows.problems(str(root), [str(root), *sys.path]):  # a job finds modules in its working folder first
+        raise UserError(found)
     files = check_elsewhere(cfg, root)
     name = _name(options, str(cfg.output))
     env = _environment(options.env, root)

@@ -26,7 +26,7 @@ LAYERS = [
     {"config"},
     {"cache", "working_copy"},
     {"storage"},
-    {"artifacts"},
+    {"artifacts", "network", "shadows"},
     {"errors"},
 ]
 LEVEL = {room: level for level, rooms in enumerate(LAYERS) for room in rooms}
@@ -55,6 +55,8 @@ NO_RAY = (
     "planning",
     "report",
     "errors",
+    "shadows",
+    "network",
     "artifacts",
     "storage",
     "cache",
