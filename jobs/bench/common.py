@@ -145,6 +145,7 @@ def config(case: Case, trial: list[str] | None = None) -> Any:
         "training.gradient_checkpointing": str(case.gradient_checkpointing).lower(),
         "evaluation.every": case.global_batch * case.steps,
         "evaluation.loss_rows": 1,
+        "evaluation.final_rows": 1,
     }
     common = [f"{key}={value}" for key, value in values.items()]
     return plain_run(compose([*case.overrides, *common, *(trial or [])]))

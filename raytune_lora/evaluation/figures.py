@@ -36,7 +36,8 @@ def loss_interval(nats_N: NDArray[np.float64], tokens_N: NDArray[np.float64]) ->
     """The 95 % interval of a loss a token as an estimate for rows of that kind; None of one row, or of no number.
 
     As tokens of a row are not independent, the loss is a ratio of two sums over rows, R = sum(y) / sum(x), of variance
-    n / (n - 1) * sum((y - R x)^2) / sum(x)^2 (Cochran 1977, Sampling Techniques, section 2.11), by Student's t.
+    n / (n - 1) * sum((y - R x)^2) / sum(x)^2 (Cochran 1977, Sampling Techniques, section 2.11), by Student's t. Rows
+    that nearly repeat each other count as if they did not, and make it too narrow.
 
     Args:
         nats_N: (N,) loss of each row over its tokens, y.
