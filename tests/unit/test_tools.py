@@ -67,9 +67,9 @@ def trained(template: str, found: Encoded) -> list[str]:
 
 def own(template: str, messages: list[dict[str, Any]], tools: Any = None, prompt: bool = False) -> list[int]:
     if template == DEEPSEEK:  # apply_chat_template leaves null out, which this template asks for
-        settings = {"tools": tools, "add_generation_prompt": prompt, "bos_token": "<bos>"}
-        (text,), _ = render_jinja_template(conversations=[messages], chat_template=template, **settings)
-        return list(tokenizer(template)(text, add_special_tokens=False)["input_ids"])
+        settings: Any = {"tools": tools, "add_generation_prompt": prompt, "bos_token": "<bos>"}
+        rendered: Any = render_jinja_template(conversations=[messages], chat_template=template, **settings)
+        return list(tokenizer(template)(rendered[0][0], add_special_tokens=False)["input_ids"])
     found = tokenizer(template).apply_chat_template(
         messages, tools=tools, tokenize=True, add_generation_prompt=prompt, return_dict=True
     )
