@@ -90,6 +90,7 @@ def _said(run: Callable[[], int]) -> int:
 
 def _run(verb: str, arguments: list[str]) -> int:
     from raytune_lora.config.compose import compose, dump
+    from raytune_lora.config.typed import typed
     from raytune_lora.errors import JobFailed, UserError
     from raytune_lora.tuning.resume import settle
 
@@ -123,7 +124,7 @@ def _run(verb: str, arguments: list[str]) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print(f"interrupted; go on with resume={cfg.resume or cfg.output}", file=sys.stderr)
+        print(f"interrupted; go on with {typed('resume', str(cfg.resume or cfg.output))}", file=sys.stderr)
         return 130
     return _summary(results, str(cfg.resume or cfg.output))
 

@@ -22,11 +22,12 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf.errors import InterpolationKeyError, OmegaConfBaseException
 
 from raytune_lora.config import schema, search
 from raytune_lora.config.data import TemplateConfig
 from raytune_lora.config.groups import conf_dir, groups, own_dir
+from raytune_lora.config.typed import typed
 from raytune_lora.errors import UserError
 
 _Refusal = (HydraException, OmegaConfBaseException, ValueError)  # what Hydra and OmegaConf raise at a bad override
@@ -184,7 +185,7 @@ def _problem(choices: Sequence[str], override: str) -> str | None:
         parsed = OverridesParser.create().parse_override(override)
     except HydraException:
         key, _, value = override.partition("=")
-        quoted = f"'{key or 'key'}=\"{value or 'value'}\"'"
+        quoted = typed(key or "key", value or "value")
         return f"{override!r} is not an override: write key=value, and a value with unusual signs in quotes: {quoted}"
     try:
         _to_object(_compose([*choices, override]))
@@ -211,7 +212,12 @@ def _explain_one(choices: Sequence[str], override: str, key: str, error: Excepti
         near += [k for k in known if by_leaf and k.split(".")[-1] == by_leaf[0] and k not in near][:2]
         hint = f" Did you mean {' or '.join(near[:3])}?" if near else ""
         return f"{key}: unknown key.{hint} `--cfg job` prints all keys."
-    return f"{key}: {_first_line(_cause(error))} (got {override.partition('=')[2]!r})"
+    value = override.partition("=")[2]
+    if "Ambiguous value" in str(error):
+        return f"{key}: a value with a comma in it is written in quotes: {typed(key, value)} (got {value!r})"
+    if isinstance(_cause(error), InterpolationKeyError):
+        return f"{key}: {_first_line(_cause(error))} (got {value!r}; as text it is written {typed(key, value)})"
+    return f"{key}: {_first_line(_cause(error))} (got {value!r})"
 
 
 @lru_cache

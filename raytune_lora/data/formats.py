@@ -29,6 +29,7 @@ from dataclasses import replace
 from typing import Any
 
 from raytune_lora.config.data import Format
+from raytune_lora.config.typed import typed
 from raytune_lora.data.json_stream import decode_json
 from raytune_lora.data.messages import (
     FaultError,
@@ -193,8 +194,9 @@ def _refuse_bad(fields: dict[str, Any], columns: Mapping[str, str]) -> None:
         if isinstance(content, bool) or (isinstance(content, str) and content.strip().lower() in ("true", "false")):
             raise FaultError(
                 "wrong_types",
-                f"{name} says whether the answer is a good one (preference data): data.columns.label={name} trains the "
-                "rows where it is true and leaves the others out; if it says something else, rename the column",
+                f"{name} says whether the answer is a good one (preference data): "
+                f"{typed('data.columns.label', name)} trains the rows where it is "
+                "true and leaves the others out; if it says something else, rename the column",
             )
 
 

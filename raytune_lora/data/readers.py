@@ -23,6 +23,9 @@ from raytune_lora.network import hub_unreachable
 
 PARQUET_ROWS = 512  # made into Python objects at once
 _ARROW_FILE = b"ARROW1"
+_SEPARATORS = ";\t|"  # of a table that has no commas between its names
+_SEPARATOR_LINE = re.compile(r'"?sep=([,;|:\t])"?\s*', re.IGNORECASE)
+_IN_QUOTES = re.compile(r'"(?:[^"]|"")*(?:"|\Z)')
 _NUL = "holds a NUL byte"
 _COMMIT = re.compile("[0-9a-f]{40}")
 _HUB_SECONDS = 10  # that the hub has to answer in
@@ -103,9 +106,12 @@ def _csv(file: str, content: BinaryIO, stream: files.Stream, delimiter: str) -> 
     text = io.TextIOWrapper(content, "utf-8-sig", errors="surrogateescape", newline="")
     lines = _whole_lines(text, stream)
     head = next(lines, "")
-    if delimiter == "," and "," not in head:  # as spreadsheets write it where the comma is the decimal sign
-        delimiter = next((sign for sign in ";\t" if sign in head), ",")
-    rows = csv.reader(itertools.chain([head], lines), delimiter=delimiter, strict=True)
+    said = _SEPARATOR_LINE.fullmatch(head)
+    if said:  # as Excel understands it
+        delimiter, first = said[1], [""]  # a blank line, so that lines are counted as they are
+    else:
+        delimiter, first = delimiter if delimiter == "\t" else _separator(head), [head]
+    rows = csv.reader(itertools.chain(first, lines), delimiter=delimiter, strict=True)
     names = _header(file, rows)
     while names:
         number = rows.line_num + 1
@@ -124,6 +130,15 @@ def _csv(file: str, content: BinaryIO, stream: files.Stream, delimiter: str) -> 
             yield Record(f"{file}:{number}", _fields_value(names, fields))
     if stream.damage:
         yield Record(f"{file}:{rows.line_num + 1}", stream.damage)
+
+
+def _separator(head: str) -> str:
+    """What separates a header's names: a comma, unless only a semicolon, tab or bar is there outside of quotes.
+
+    Spreadsheets write a semicolon where the comma is the decimal sign.
+    """
+    bare = _IN_QUOTES.sub("", head)
+    return "," if "," in bare else next((sign for sign in _SEPARATORS if sign in bare), ",")
 
 
 def _whole_lines(text: io.TextIOWrapper, stream: files.Stream) -> Iterator[str]:

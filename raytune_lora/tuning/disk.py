@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from raytune_lora.config.schema import DiskConfig, SweepConfig
+from raytune_lora.config.typed import typed
 from raytune_lora.errors import JobFailed, disk_trouble
 from raytune_lora.training.failures import STOPPED
 from raytune_lora.training.place import CHECKPOINTS
@@ -128,7 +129,7 @@ class Quota:
             sweep = (self._trials.uri or str(self._trials.path)).rpartition("/")[0]
             raise JobFailed(
                 f"disk.sweep_gb={self._cfg.sweep_gb:g}, and the checkpoints that are never deleted take "
-                f"{total / GB:.3g} GB: go on with resume={sweep} disk.sweep_gb=<more>"
+                f"{total / GB:.3g} GB: go on with {typed('resume', str(sweep))} disk.sweep_gb=<more>"
             )
 
     def _expendable(self, record: Record, checkpoints: list[str]) -> list[str]:

@@ -16,6 +16,7 @@ from filelock import FileLock, Timeout
 from raytune_lora import storage
 from raytune_lora.config.compose import dump, parse
 from raytune_lora.config.schema import SweepConfig
+from raytune_lora.config.typed import typed
 from raytune_lora.errors import UserError
 from raytune_lora.tuning.claim import OWNER, Claim
 from raytune_lora.working_copy import WorkingCopy
@@ -164,7 +165,7 @@ def problems(path: Path, uri: str | None = None) -> list[str]:
     if exists(folder.address):
         return [
             f"output: {folder.address} holds a sweep or run already, and nothing is overwritten: "
-            f"go on with it (resume={folder.address}), or name another folder (output=…)"
+            f"go on with it ({typed('resume', folder.address)}), or name another folder (output=…)"
         ]
     return _path_problems(path) if uri is None else _store_problems(uri, path)
 

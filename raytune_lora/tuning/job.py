@@ -21,6 +21,7 @@ from raytune_lora.cache import Cache
 from raytune_lora.cluster.connect import connected
 from raytune_lora.config.compose import dump, to_plain
 from raytune_lora.config.schema import HubModelConfig, RunConfig, SweepConfig
+from raytune_lora.config.typed import typed
 from raytune_lora.data.build import REPORT, in_short
 from raytune_lora.data.prepare import prepare
 from raytune_lora.data.store import TokenStore
@@ -152,7 +153,7 @@ class Job:
             f"the adapter of the best trial, {best.trial_id}, is not what was trained: its loss is "
             f"{found['measured']:.5f}, and the trial's was {found['trial']:.5f} on the same validation rows (computed "
             f"again it may differ by {found['tolerance']:.1g}). It is not exported; the trials and their checkpoints "
-            f"are kept, this one in {best.checkpoint}. To measure it again: resume={self.folder.address}"
+            f"are kept, this one in {best.checkpoint}. To measure it again: {typed('resume', self.folder.address)}"
         )
         self.journal.append("mismatch", trial_id=best.trial_id, why=why, **found)
         raise JobFailed(why)
@@ -237,7 +238,7 @@ def open_job(kind: str, cfg: SweepConfig, moved: Sequence[str], run: Callable[[J
     with contextlib.ExitStack() as stack:
         stack.enter_context(progress.shown())
         if not fresh:
-            stack.enter_context(explained(folder.path, f"go on with resume={folder.address}"))
+            stack.enter_context(explained(folder.path, f"go on with {typed('resume', folder.address)}"))
         claim = None if fresh else stack.enter_context(held(folder, cfg.cluster.lease, progress.note))
         interrupts = stack.enter_context(Interrupts(progress.note))
         began = time.monotonic()
@@ -255,13 +256,13 @@ def open_job(kind: str, cfg: SweepConfig, moved: Sequence[str], run: Callable[[J
             with explained(folder.path, "start it again"):
                 create(folder.path, cfg, kind, folder.uri)
             stack.enter_context(_not_kept(folder))
-            stack.enter_context(explained(folder.path, f"go on with resume={folder.address}"))
+            stack.enter_context(explained(folder.path, f"go on with {typed('resume', folder.address)}"))
             claim = stack.enter_context(held(folder, cfg.cluster.lease, progress.note))
         parts = None if claim is None else Parts(f"{folder.uri}/{JOURNAL}", claim.label, claim.check)
         journal = Journal(folder.journal, progress.watch, began, parts)
         data = {name: inputs.store.manifest[name] for name in ("content", "inputs")}
         if changed := changed_data(journal.record.phases.get(PREPARE, {}), data):
-            raise UserError(f"resume={folder.address}: {changed}")
+            raise UserError(f"{typed('resume', folder.address)}: {changed}")
         if changes:
             journal.append("moved", changes=to_plain(changes))
             folder.rewrite(cfg)
@@ -322,7 +323,7 @@ def _work(job: Job, run: Callable[[Job], None]) -> dict[str, Any]:
             if isinstance(error, RayActorError):
                 raise JobFailed(
                     f"a process of Ray that the job needs has ended ({str(error).splitlines()[0]}); "
-                    f"go on with resume={job.folder.address}"
+                    f"go on with {typed('resume', job.folder.address)}"
                 ) from error
             raise
         return job.write_results()

@@ -8,6 +8,7 @@ from typing import Any
 
 from raytune_lora.config.compose import to_plain
 from raytune_lora.config.schema import SweepConfig
+from raytune_lora.config.typed import typed as as_typed
 from raytune_lora.errors import UserError
 from raytune_lora.tuning.folder import address, exists, read
 from raytune_lora.tuning.space import lookup
@@ -99,8 +100,8 @@ def _changes(cfg: SweepConfig, known: SweepConfig, typed: Sequence[str]) -> list
         more = [f"and {len(other) - _SHOWN} more"] if len(other) > _SHOWN else []
         raise UserError(
             f"resume=auto: {cfg.resume} was begun with another config: {', '.join(other[:_SHOWN] + more)}; give the "
-            f"command that began it, go on with its own config (resume={cfg.resume}), or name another folder "
-            f"(output=…) ({_MAY_CHANGE})"
+            f"command that began it, go on with its own config ({as_typed('resume', str(cfg.resume))}), or name "
+            f"another folder (output=…) ({_MAY_CHANGE})"
         )
     return [key for key in typed if re.fullmatch(_WHERE, key) and lookup(cfg, key) != lookup(known, key)]
 

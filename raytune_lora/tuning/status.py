@@ -34,6 +34,7 @@ from typing import Any
 from raytune_lora import storage
 from raytune_lora.config.compose import to_plain
 from raytune_lora.config.schema import SweepConfig
+from raytune_lora.config.typed import typed
 from raytune_lora.errors import StorageError, UserError
 from raytune_lora.training.plan import plan_run
 from raytune_lora.tuning import parts
@@ -170,12 +171,13 @@ def hints(status: Status) -> list[str]:
         found.append(
             f"the clock of the sweep's machine is at least {-age:.0f} s ahead of this one's: ages are too small"
         )
+    again = typed("resume", str(path))
     if state == INTERRUPTED:
         mismatch = status.record.mismatch
-        found.append(mismatch["why"] if mismatch else f"no process works on it; go on with resume={path}")
+        found.append(mismatch["why"] if mismatch else f"no process works on it; go on with {again}")
     if status.record.ended_by is not None and state == FINISHED:
         ended = status.record.ended_by
-        found.append(f"the search ended early: {ended['why']}; to search on: resume={path} {remedy(ended['budget'])}")
+        found.append(f"the search ended early: {ended['why']}; to search on: {again} {remedy(ended['budget'])}")
     if state != RUNNING:
         return found
     for trial in status.record.trials.values():

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from raytune_lora.config.typed import typed
+
 
 def lines(results: dict[str, Any], folder: str) -> tuple[str, bool]:
     """The closing words, and whether there is a trained model."""
@@ -12,7 +14,7 @@ def lines(results: dict[str, Any], folder: str) -> tuple[str, bool]:
     counts = ", ".join(f"{statuses.count(status)} {status}" for status in dict.fromkeys(statuses))
     shown = [f"trials: {counts or 'none'}; {results['seconds']['total']:.0f} s in all"]
     if ended := results.get("ended_by"):
-        shown += [f"ended early: {ended['why']}", f"to search on: resume={folder} {ended['remedy']}"]
+        shown += [f"ended early: {ended['why']}", f"to search on: {typed('resume', folder)} {ended['remedy']}"]
     for trial in results["trials"]:
         if trial["error"]:
             shown.append(

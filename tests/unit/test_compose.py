@@ -19,6 +19,7 @@ from raytune_lora.config.data import FileDataConfig
 from raytune_lora.config.groups import conf_dir, groups
 from raytune_lora.config.methods import LoraMethodConfig
 from raytune_lora.config.schema import HubModelConfig, Precision, TinyModelConfig
+from raytune_lora.config.typed import typed
 from raytune_lora.errors import UserError
 
 CONFIGURED = [verb for verb in VERBS if verb not in _WITH_OPTIONS]  # what they take are overrides of the config
@@ -327,3 +328,40 @@ def test_cfg_job_as_a_command_leaves_no_outputs_folder(tmp_path: Path) -> None:
     shown = python(str(ROOT / "jobs" / "sweep.py"), "experiment=tiny", "--cfg", "job", cwd=tmp_path).stdout
     assert yaml.safe_load(shown)["search"]["trials"] == 4
     assert list(tmp_path.iterdir()) == []
+
+
+NAMES = (
+    "my,file.jsonl",
+    "it's.jsonl",
+    "a b (1).jsonl",
+    "a=b.jsonl",
+    'say "hi".jsonl',
+    "both ' and \".jsonl",
+    "파일.jsonl",
+    "[x]{y}.jsonl",
+    "a#b&c;d!.jsonl",
+    "~/x.jsonl",
+    "${x}.jsonl",
+    "a\\${x}.jsonl",
+    "ends in \\",
+    "rows*.jsonl",
+    "null",
+    "1e5",
+)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_proposed_override_works_when_pasted(name: str) -> None:
+    proposed = typed("data.path", name)
+    assert compose(shlex.split(proposed)).data.path == name  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("name", NAMES[:2] + NAMES[3:11])
+def test_a_value_that_needs_quotes_is_refused_with_them(name: str) -> None:
+    with pytest.raises(UserError) as caught:
+        compose([f"data.path={name}"])
+    assert typed("data.path", name) in str(caught.value)
+
+
+def test_what_needs_no_quotes_is_proposed_without() -> None:
+    assert typed("resume", "s3://bucket/sweeps/a-1") == "resume=s3://bucket/sweeps/a-1"

@@ -627,3 +627,39 @@ def test_a_branch_of_the_hub_counts_as_the_commit_that_it_stands_for(endpoint: d
     assert hub_commit("owner/name", first) == first, "which needs no hub"
     with pytest.raises(UserError, match=r"which commit of owner/name is the newest .*data\.revision=<40"):
         hub_commit("owner/name", None)
+
+
+# ----------------------------------------------------------------------------------------------- tables of spreadsheets
+
+
+@pytest.mark.parametrize(
+    ("content", "names", "line"),
+    [
+        ('"question, as asked";"answer"\r\n"a, b";"c"\r\n', ["question, as asked", "answer"], 2),
+        ("\ufeffsep=;\r\nquestion;answer\r\n'a, b';c\r\n", ["question", "answer"], 3),
+        ('"sep=|"\nquestion|answer\na|c\n', ["question", "answer"], 3),
+        ("SEP=\t\nquestion\tanswer\na;\tc\n", ["question", "answer"], 3),
+        ("question|answer\na,b|c\n", ["question", "answer"], 2),
+        ('"say ""hi, you""";answer\na;c\n', ['say "hi, you"', "answer"], 2),
+        ("question;with,answer\na;b,c\n", ["question;with", "answer"], 2),
+        ("sep=,\nquestion,answer\na,c\n", ["question", "answer"], 3),
+        ("sep,answer\na,c\n", ["sep", "answer"], 2),
+    ],
+)
+def test_a_table_says_what_separates_it(content: str, names: list[str], line: int, tmp_path: Path) -> None:
+    file = write(tmp_path, "x.csv", content)
+    (record,) = read_file(file)
+    assert list(record.value) == names
+    assert record.value["answer"] == "c"
+    assert record.where == f"{file}:{line}"
+
+
+def test_maps_are_objects(tmp_path: Path) -> None:
+    row = {"messages": [{"role": "user", "content": "u"}, {"role": "assistant", "content": "a"}]}
+    kind = pa.list_(pa.map_(pa.string(), pa.string()))
+    column = pa.array([[list(message.items()) for message in row["messages"]]], kind)
+    twice = pa.array([[[("role", "user"), ("role", "assistant")]]], kind)
+    pq.write_table(pa.table({"messages": pa.chunked_array([column, twice])}), tmp_path / "x.parquet")
+    first, second = values(str(tmp_path / "x.parquet"))
+    assert first == row
+    assert isinstance(second, Fault)
