@@ -41,6 +41,7 @@ SMALL: dict[str, Any] = {
     "max_position_embeddings": 4096,
     "vocab_size": VOCABULARY,
 }
+GPT2 = {"n_embd": 256, "n_layer": 3, "n_head": 8, "n_positions": 4096, "vocab_size": VOCABULARY}
 MIDDLE = SMALL | {"hidden_size": 512, "intermediate_size": 1376, "num_hidden_layers": 4}
 LARGE = SMALL | {"hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 16, "num_attention_heads": 32}
 
@@ -207,6 +208,12 @@ FAMILIES: dict[str, Callable[[], Any]] = {
     "gemma": _family("gemma", SMALL, head_dim=32),
     "phi3": _family("phi3", SMALL),
     "neox": _family("gpt_neox", SMALL, num_key_value_heads=8),
+    "gpt2": _family("gpt2", GPT2),
+    "mixtral": _family("mixtral", SMALL, num_local_experts=8, num_experts_per_tok=2),
+    "qwen3_moe": _family(
+        "qwen3_moe", SMALL, head_dim=32, num_experts=8, moe_intermediate_size=344, num_experts_per_tok=2
+    ),
+    "gpt_oss": _family("gpt_oss", SMALL, head_dim=32, num_local_experts=8, num_experts_per_tok=2),
 }
 
 

@@ -273,7 +273,23 @@ def _block(skeleton: Skeleton, config: Any, leaves: set[str]) -> Block:
         experts=experts,
         fused=bool(leaves & _FUSED),
         softcap=getattr(config, "attn_logit_softcapping", None) is not None,
+        eager=not getattr(type(skeleton.model), "_supports_sdpa", True),
+        dropout=any(getattr(config, name, 0.0) for name in ("attn_pdrop", "attention_dropout")),
+        thinned=_thinned(skeleton, config),
     )
+
+
+def _thinned(skeleton: Skeleton, config: Any) -> int:
+    """Elements a token that a decoder layer's dropout layers give: each keeps a mask of them; attention's are apart."""
+    from torch import nn
+
+    inside = [
+        name
+        for name, module in skeleton.model.named_modules()
+        if isinstance(module, nn.Dropout) and module.p and name in skeleton.called and "attn_drop" not in name
+    ]
+    layered = [name for name in inside if any(part.isdigit() for part in name.split("."))]
+    return len(layered) * config.hidden_size // config.num_hidden_layers
 
 
 def _feed_forward(config: Any, experts: int) -> int:

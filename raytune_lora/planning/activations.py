@@ -96,7 +96,8 @@ def _stream(shape: Shape, formats: Formats) -> int:
     """Bytes a token of a layer's normalizations: RMSNorm computes on a copy in fp32."""
     block = shape.block
     width = _FP32 if block.rms or formats.autocast else formats.stream
-    return block.norm_width * width + 2 * _FP32
+    masks = block.thinned * (1 if formats.on_gpu else formats.stream)
+    return block.norm_width * width + 2 * _FP32 + masks
 
 
 def _feed_forward(shape: Shape, formats: Formats) -> int:
@@ -119,6 +120,7 @@ def _attention(shape: Shape, formats: Formats, rows: int, length: int, keys: int
     if eager:
         copies = _FP32 + (_BF16 if formats.compute == _BF16 else 0)  # softmax is in fp32
         copies += formats.compute if block.softcap else 0
+        copies += (1 if formats.on_gpu else formats.compute) + formats.compute if block.dropout else 0  # mask, product
         return total + rows * block.heads * length * keys * copies
     total += tokens * (block.query_width * formats.compute + block.heads * _FP32)
     if masked and not flash:
@@ -129,7 +131,9 @@ def _attention(shape: Shape, formats: Formats, rows: int, length: int, keys: int
 def _eager(shape: Shape, formats: Formats) -> bool:
     """Whether the matrix of attention's weights is made."""
     asked = formats.attention
-    return asked is Attention.eager or (shape.block.softcap and asked is not Attention.flash_attention_2)
+    block = shape.block
+    alone = block.softcap or block.eager or (block.dropout and not formats.on_gpu)  # the CPU's kernel has no dropout
+    return asked is Attention.eager or (alone and asked is not Attention.flash_attention_2)
 
 
 def _inputs(shape: Shape, added: Added, formats: Formats) -> int:

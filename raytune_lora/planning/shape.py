@@ -52,6 +52,9 @@ class Block:
     experts: int = 0  # that a token sees; 0: no mixture
     fused: bool = False  # whether one layer gives queries, keys and values together
     softcap: bool = False  # whether attention's scores are capped, which only the eager implementation does
+    eager: bool = False  # whether the model's code has no other implementation of attention
+    dropout: bool = False  # whether the model thins attention's weights when it trains, as GPT-2 does
+    thinned: int = 0  # outputs of its own dropout layers, elements a token
 
 
 @dataclass(frozen=True)

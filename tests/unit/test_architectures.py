@@ -1,4 +1,4 @@
-"""What is adapted of models that are more than attention and dense layers: experts, towers, layers that do not attend."""
+"""What is adapted of models that are more than attention and dense layers: experts, towers, other mixers."""
 
 from __future__ import annotations
 
