@@ -20,7 +20,7 @@ from ray.job_config import JobConfig
 
 from raytune_lora import network
 from raytune_lora.config.schema import ClusterConfig, RunConfig
-from raytune_lora.errors import UserError
+from raytune_lora.errors import JobFailed, UserError
 
 ENVIRONMENT = {
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
@@ -71,6 +71,7 @@ def connected(cfg: ClusterConfig, name: str = "") -> Iterator[None]:
 
     Raises:
         UserError: there is no cluster at the address.
+        JobFailed: a local one does not come up.
     """
     if ray.is_initialized():
         yield
@@ -81,18 +82,25 @@ def connected(cfg: ClusterConfig, name: str = "") -> Iterator[None]:
     package = str(Path(__file__).parents[2])  # the workers' package is the driver's
     job = _JobConfig(metadata={"raytune_lora": name} if name else None, _py_driver_sys_path=[package])
     if address is None:
-        ray.init(
-            address="local",
-            _temp_dir=temporary_folder(),
-            num_cpus=int(local_node().cpus),
-            num_gpus=int(local_node().gpus),
-            object_store_memory=cfg.object_store_mb * 2**20,
-            include_dashboard=cfg.dashboard,
-            dashboard_host="127.0.0.1",  # whoever reaches it can run code here
-            job_config=job,
-            log_to_driver=False,
-            logging_level=logging.ERROR,
-        )
+        folder = temporary_folder()
+        try:
+            ray.init(
+                address="local",
+                _temp_dir=folder,
+                num_cpus=int(local_node().cpus),
+                num_gpus=int(local_node().gpus),
+                object_store_memory=cfg.object_store_mb * 2**20,
+                include_dashboard=cfg.dashboard,
+                dashboard_host="127.0.0.1",  # whoever reaches it can run code here
+                job_config=job,
+                log_to_driver=False,
+                logging_level=logging.ERROR,
+            )
+        except Exception as error:  # Ray raises nothing narrower where one of its processes does not come up
+            raise JobFailed(
+                f"Ray did not start on this machine ({error}); is it overloaded, or out of memory or disk? Ray's logs: "
+                f"{folder}/session_latest/logs"
+            ) from error
     else:
         _reach(address)
         try:

@@ -98,23 +98,25 @@ class Job:
         Raises:
             Refused: with the reason.
         """
-        packing = "training.packing=true" if self.cfg.training.packing else self._packing_dimension()
-        known = self.journal.record.phases.get(PACKING, {})
-        if packing is None or known.get("gpus_per_worker") == self.cfg.gpus_per_worker:
+        packing, remedy = "training.packing=true", "set training.packing=false"
+        if not self.cfg.training.packing:
+            if (dimension := self._packing_dimension()) is None:
+                return
+            packing, remedy = f"space.{dimension}: training.packing=true", f"take true out of space.{dimension}"
+        if self.journal.record.phases.get(PACKING, {}).get("gpus_per_worker") == self.cfg.gpus_per_worker:
             return
         with self.phase(PACKING, "asking the model whether it keeps packed rows apart") as facts:
             facts["gpus_per_worker"] = self.cfg.gpus_per_worker
             if reason := self._ask(self.cfg, PACKING, _probe_packing)["leak"]:
                 raise Refused(
                     f"{packing}: {display_name(self.cfg.model)} does not keep packed rows apart ({reason}), so that "
-                    "they would train on each other; set training.packing=false"
+                    f"they would train on each other; {remedy}"
                 )
 
     def _packing_dimension(self) -> str | None:
         """The dimension of a search that turns packing on."""
         found = extremes(self.cfg.space, self.cfg) if self.kind == SWEEP else iter(())
-        turned_on = (name for name, params in found if apply(self.cfg, params).training.packing)
-        return next((f"space.{name}: training.packing=true" for name in turned_on), None)
+        return next((name for name, params in found if apply(self.cfg, params).training.packing), None)
 
     def measure_baseline(self) -> None:
         """The untouched model on the validation and test rows."""

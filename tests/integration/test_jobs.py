@@ -31,9 +31,9 @@ ROOT = Path(__file__).resolve().parents[2]
 STATUSES = {"completed", "stopped", "failed", "diverged", "oom", "lost", "quota"}
 
 
-def start(job: str, *overrides: str, python: Sequence[str] = ()) -> subprocess.Popen[str]:
-    command = [sys.executable, *python, str(ROOT / "jobs" / f"{job}.py"), *overrides]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
+def start(job: str, *overrides: str, python: Sequence[str] = (), cwd: Path | None = None) -> subprocess.Popen[str]:
+    command, pipe = [sys.executable, *python, str(ROOT / "jobs" / f"{job}.py"), *overrides], subprocess.PIPE
+    return subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, start_new_session=True, cwd=cwd)
 
 
 def finish(process: subprocess.Popen[str], status: int = 0) -> tuple[str, str]:
@@ -102,10 +102,16 @@ ONE = ("search.concurrent=1",)  # a worker group less to start
 def sweep(
     tmp_path_factory: pytest.TempPathFactory, cache: Path, tiny_folder: Path, rows: Path
 ) -> tuple[Path, str, str]:
-    """A finished sweep of the README's command for one's own data and model: its folder and what it printed."""
-    folder = tmp_path_factory.mktemp("sweeps") / "mine"
+    """A finished sweep of the README's command for one's own data and model: its folder and what it printed.
+
+    It is begun in a folder whose files are named as packages are.
+    """
+    folder, cwd = tmp_path_factory.mktemp("sweeps") / "mine", tmp_path_factory.mktemp("cwd")
+    for name in ("torch.py", "ray.py", "random.py", "datasets/__init__.py"):
+        (cwd / name).parent.mkdir(exist_ok=True)
+        (cwd / name).write_text("raise ImportError(__file__)")
     own = {"<folder or owner/name>": str(tiny_folder), "<file>.jsonl": str(rows), "sweeps/mine": str(folder)}
-    process = start("sweep", *readme.arguments("output=sweeps/mine", own), *SMALL, f"cache={cache}")
+    process = start("sweep", *readme.arguments("output=sweeps/mine", own), *SMALL, f"cache={cache}", cwd=cwd)
     out, err = finish(process)
     nothing_left(process.pid)
     return folder, out, err
