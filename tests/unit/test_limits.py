@@ -35,7 +35,7 @@ MODELS: dict[str, Callable[[], Any]] = {
         name: lambda name=name: zoo.ZOO[name](**{"n_positions" if name == "gpt2" else "max_position_embeddings": ROOM})
         for name in ("gpt2", "opt", "llama", "gpt_neox", "qwen3", "gemma2", "phi3")
     },
-    **{name: zoo.ZOO[name] for name in ("bloom",)},
+    **{name: zoo.ZOO[name] for name in ("bloom", "mamba", "gemma3")},
     "gptj": lambda: T.GPTJConfig(**_GPT, rotary_dim=4),
     "gpt_bigcode": lambda: T.GPTBigCodeConfig(**_GPT),
     "ctrl": lambda: T.CTRLConfig(**_GPT, dff=64),
