@@ -303,21 +303,21 @@ def _feed_forward(config: Any, experts: int) -> int:
 
 
 def _positions(model: Any, config: Any) -> int | None:
-    """Tokens of a row that the smallest table of positions has room for, be it learned or computed beforehand.
+    """Tokens of a row that the smallest table of the text's positions has room for, learned or computed beforehand.
 
     Some tables have rows in front that no position uses: OPT's ``offset``, RoBERTa's up to its padding token. MPT has
     no table, but cuts its distances off at as many.
     """
     import torch
 
-    found = []
-    for name, module in model.named_modules():
+    found, text = [], model.get_decoder() or model  # places in an image have tables of their own
+    for name, module in text.named_modules():
         if hasattr(module, "build_mpt_alibi_tensor"):
             found.append(config.max_seq_len)
         if isinstance(module, torch.nn.Embedding) and _TABLE.search(name):
             padding = -1 if module.padding_idx is None else module.padding_idx
             found.append(module.num_embeddings - getattr(module, "offset", padding + 1))
-    found += [table.shape[0] for name, table in model.named_buffers() if _COMPUTED.search(name)]
+    found += [table.shape[0] for name, table in text.named_buffers() if _COMPUTED.search(name)]
     return min(found, default=None)
 
 

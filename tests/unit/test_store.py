@@ -90,6 +90,32 @@ def test_the_answer_and_its_end_are_trained_and_the_prompt_is_not(prepared: Prep
         assert row["labels"] == [IGNORED] * len(prompt_ids) + answer_ids
 
 
+def test_a_store_says_how_its_answers_end(prepared: Prepare, tmp_path: Path, tokenizer: Any) -> None:
+    """And its largest token id, be it only of padding."""
+    store = prepared(file(tmp_path, rows(60)))
+    every = [row for split in SPLITS for row in store.split(split)]
+    assert store.stop_ids == report(store)["stop_ids"] == [tokenizer.eos_token_id]
+    for row in every:
+        end = row["prompt_length"] + row["answer_length"]
+        assert row["input_ids"][end:] == [tokenizer.eos_token_id]
+        assert tokenizer.decode(row["input_ids"][row["prompt_length"] : end]) == row["answer"]
+    largest = max(max(row["input_ids"]) for row in every)
+    assert store.manifest["largest_id"] == report(store)["largest_id"] == largest
+    assert store.manifest["largest_token"] == tokenizer.convert_ids_to_tokens(largest)
+
+
+def test_rows_without_a_whole_answer_are_not_answered(prepared: Prepare, tmp_path: Path, tokenizer: Any) -> None:
+    answers = [{"instruction": f"q{number}", "output": "y" * (number % 20 + 1)} for number in range(100)]
+    store = prepared(replace(file(tmp_path, answers), max_length=46, truncation=Truncation.right))
+    test = list(store.split("test"))
+    whole = [row for row in test if row["input_ids"][-1] == tokenizer.eos_token_id]
+    assert 1 < len(whole) < len(test)
+    assert list(store.answered(1000)) == whole
+    assert list(store.answered(1)) == whole[:1]
+    assert list(store.answered(0)) == []
+    assert {(row["answer"], row["answer_length"]) for row in test if row not in whole} == {(None, None)}
+
+
 def test_rows_that_are_too_long_are_dropped_and_counted(prepared: Prepare, tmp_path: Path) -> None:
     long = [{"instruction": "i", "input": f"{'x' * 300} {number}", "output": "o"} for number in range(7)]
     cfg = file(tmp_path, rows(60) + long)
