@@ -122,10 +122,13 @@ class Ia3(TargetedMethod[Ia3MethodConfig]):
     def peft_config(self, model: Any, start: Start) -> Any:
         from peft import IA3Config, TaskType
 
+        from raytune_lora.models.shape import shape_of
+
+        shape = shape_of(model)
         return IA3Config(
             task_type=TaskType.CAUSAL_LM,
             target_modules=self.target_modules,
-            feedforward_modules=list(self.cfg.feedforward_modules),
+            feedforward_modules=[linear.name for linear in shape.targets(list(self.cfg.feedforward_modules))],
         )
 
     def count(self, shape: Shape) -> int:
@@ -140,7 +143,9 @@ class Ia3(TargetedMethod[Ia3MethodConfig]):
 
     def problems(self, shape: Shape) -> list[str]:
         found = super().problems(shape)
-        if stray := [name for name in self.cfg.feedforward_modules if name not in self.cfg.target_modules]:
+        targets = set(self.targets(shape))
+        stray = [word for word in self.cfg.feedforward_modules if not set(shape.targets([word])) & targets]
+        if stray:
             found.append(f"method.feedforward_modules must be among method.target_modules ({', '.join(stray)} is not)")
         return found
 
