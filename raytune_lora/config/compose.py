@@ -27,10 +27,12 @@ from omegaconf.errors import InterpolationKeyError, OmegaConfBaseException
 from raytune_lora.config import schema, search
 from raytune_lora.config.data import TemplateConfig
 from raytune_lora.config.groups import conf_dir, groups, own_dir
+from raytune_lora.config.lists import as_list, as_pattern, keys_of
 from raytune_lora.config.typed import typed
 from raytune_lora.errors import UserError
 
 _Refusal = (HydraException, OmegaConfBaseException, ValueError)  # what Hydra and OmegaConf raise at a bad override
+_NUMBERS = ("dict[str, int]", "dict[str, float]")
 _PLAIN_GROUPS = {
     "data/template": TemplateConfig,
     "quantization": schema.QuantizationConfig,
@@ -135,8 +137,21 @@ def _register() -> None:
 def _compose(overrides: Sequence[str]) -> DictConfig:
     GlobalHydra.instance().clear()
     own = [f"hydra.searchpath=['file://{folder}']"] if (folder := own_dir()) else []
+    patterns = {o: found for o in overrides if (found := as_pattern(o, _keys(*_NUMBERS)))}
+    others = [_merged(as_list(o, _keys("list["))) for o in overrides if o not in patterns]
     with initialize_config_dir(str(conf_dir()), version_base="1.3"):
-        return hydra_compose("config", overrides=[*own, *(_merged(override) for override in overrides)])
+        composed = hydra_compose("config", overrides=[*own, *others])
+    for key, numbers in patterns.values():
+        OmegaConf.update(composed, key, numbers, merge=False)
+    return composed
+
+
+@lru_cache
+def _keys(*kinds: str) -> set[str]:
+    """Keys whose types begin so."""
+    variants = [(group, cls) for group, classes in schema.VARIANTS.items() for cls in classes]
+    groups_of = [*_PLAIN_GROUPS.items(), *variants]
+    return {key for group, cls in groups_of for key in keys_of(cls, group.replace("/", "."), kinds)}
 
 
 def _merged(override: str) -> str:
@@ -182,7 +197,9 @@ def _explain(overrides: Sequence[str], error: Exception) -> list[str]:
 
 def _problem(choices: Sequence[str], override: str) -> str | None:
     try:
-        parsed = OverridesParser.create().parse_override(override)
+        pattern = as_pattern(override, _keys(*_NUMBERS))
+        listed = as_list(override, _keys("list["))
+        where = pattern[0] if pattern else OverridesParser.create().parse_override(listed).key_or_group
     except HydraException:
         key, _, value = override.partition("=")
         quoted = typed(key or "key", value or "value")
@@ -191,7 +208,7 @@ def _problem(choices: Sequence[str], override: str) -> str | None:
         _to_object(_compose([*choices, override]))
         return None
     except _Refusal as error:
-        return _explain_one(choices, override, parsed.key_or_group, error)
+        return _explain_one(choices, override, where, error)
 
 
 def _explain_one(choices: Sequence[str], override: str, key: str, error: Exception) -> str:

@@ -17,6 +17,14 @@ class Placement(Enum):
     pfeiffer = "pfeiffer"
 
 
+class Bias(Enum):
+    """Biases of the base model that train beside the adapters: none, all, or those of the adapted layers."""
+
+    none = "none"
+    all = "all"
+    lora_only = "lora_only"
+
+
 @dataclass
 class MethodConfig:
     """The fine-tuning method; a variant says which."""
@@ -28,7 +36,7 @@ class MethodConfig:
 class TargetedMethodConfig(MethodConfig):
     """A method that works on linear layers chosen by name."""
 
-    target_modules: list[str] = field(default_factory=lambda: [ALL_LINEAR])
+    target_modules: list[str] = field(default_factory=lambda: [ALL_LINEAR])  # ends of names, or regular expressions
 
 
 # ------------------------------------------------------------------------------------------------------------- low rank
@@ -42,6 +50,12 @@ class LoraMethodConfig(TargetedMethodConfig):
     r: int = 16
     alpha: float = 32.0  # the update is scaled by alpha / r
     dropout: float = 0.05  # on the adapter's input
+    bias: Bias = Bias.none  # of the base model: none, all or lora_only (those of the adapted layers) train, too
+    layers_to_transform: list[int] = field(default_factory=list)  # decoder layers that get adapters, from 0; empty: all
+    layers_pattern: str | None = None  # the list of those layers in the model (layers, h); null: the first with numbers
+    rank_pattern: dict[str, int] = field(default_factory=dict)  # r of layers by name or regular expression: {q_proj: 8}
+    alpha_pattern: dict[str, float] = field(default_factory=dict)  # alpha of layers, likewise
+    modules_to_save: list[str] = field(default_factory=list)  # trained and saved whole: [embed_tokens, lm_head]
     experts: bool = False  # a mixture's experts too, each with an adapter of its own; needs dropout=0
 
 

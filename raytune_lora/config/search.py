@@ -8,6 +8,8 @@ from typing import Any
 
 from omegaconf import MISSING
 
+from raytune_lora.config.lists import text_of
+
 
 class Sampler(Enum):
     """Who proposes the trials' parameters; ``auto`` is one of the others, by the space and the number of trials."""
@@ -59,6 +61,10 @@ class DimensionConfig:
     choices: list[Any] = field(default_factory=list)  # of a categorical
     multiple_of: str | None = None  # dotted path: the value set is the one sampled times that key's
     when: dict[str, list[Any]] = field(default_factory=dict)  # only where another dimension's key has one of the values
+
+    def __post_init__(self) -> None:
+        """A choice that is a list, as of target modules, is its text: samplers know no lists."""
+        self.choices = [text_of(choice) if isinstance(choice, list) else choice for choice in self.choices]
 
 
 @dataclass

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 from raytune_lora.config.data import Action, FileDataConfig
-from raytune_lora.config.methods import AdaloraMethodConfig, LoraMethodConfig, TargetedMethodConfig
+from raytune_lora.config.method_rules import problems as method_problems
 from raytune_lora.config.schema import (
     Attention,
     Offload,
@@ -124,7 +124,7 @@ def problems(cfg: RunConfig, *, here: bool = True) -> list[str]:
     """
     found = [*_range_problems(cfg), *_choice_problems(cfg, here)]
     if not found:
-        found += [*_model_problems(cfg), *_method_problems(cfg), *_batch_problems(cfg), *_data_problems(cfg)]
+        found += [*_model_problems(cfg), *method_problems(cfg.method), *_batch_problems(cfg), *_data_problems(cfg)]
         found += _deepspeed_problems(cfg)
         if isinstance(cfg, SweepConfig):
             found += _sweep_problems(cfg)
@@ -147,8 +147,6 @@ def _choice_problems(cfg: RunConfig, here: bool) -> list[str]:
     if cfg.training.lr_scheduler not in LR_SCHEDULERS:
         known = ", ".join(LR_SCHEDULERS)
         found.append(f"training.lr_scheduler: there is no {cfg.training.lr_scheduler!r}; known: {known}")
-    if isinstance(cfg.method, TargetedMethodConfig) and not cfg.method.target_modules:
-        found.append("method.target_modules is empty; name modules, or ['all-linear']")
     if cfg.training.optimizer is not Optimizer.adamw and not cfg.gpus_per_worker:
         found.append(
             f"training.optimizer={cfg.training.optimizer.value} needs a GPU (gpus_per_worker >= 1); "
@@ -217,26 +215,6 @@ def _model_problems(cfg: RunConfig) -> list[str]:
             f"(got {model.hidden} and {model.heads})"
         ]
     return []
-
-
-def _method_problems(cfg: RunConfig) -> list[str]:
-    method = cfg.method
-    if isinstance(method, LoraMethodConfig) and method.experts and method.dropout:
-        return [
-            f"method.experts=true needs method.dropout=0 (got {method.dropout:g}): PEFT adds an adapter to the weights "
-            "of experts, where there is no input to leave something out of"
-        ]
-    if not isinstance(method, AdaloraMethodConfig):
-        return []
-    found = []
-    if method.target_r > method.r:
-        found.append(f"method.target_r must be <= method.r (got {method.target_r} and {method.r})")
-    if method.start + method.settle >= 1:
-        found.append(
-            f"method.start + method.settle must be < 1, or the budget never falls (got {method.start:g} + "
-            f"{method.settle:g})"
-        )
-    return found
 
 
 def _batch_problems(cfg: RunConfig) -> list[str]:

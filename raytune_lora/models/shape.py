@@ -58,6 +58,7 @@ def known_shape(folder: Path, cfg: ModelConfig, cache: Cache) -> Shape:
         "experts": tuple(Experts(**experts) for experts in found["experts"]),
         "claimed": tuple(found["claimed"]),
         "sublayers": tuple(found["sublayers"]),
+        "modules": tuple(map(tuple, found["modules"])),
     }
     return Shape(**{**found, **parts})
 
@@ -132,6 +133,9 @@ def _shape(skeleton: Skeleton) -> Shape:
         embeddings=model.get_input_embeddings().weight.shape[0],
         positions=_positions(model, config),
         context=_context(config),
+        embedding=names.get(id(model.get_input_embeddings())),
+        tied=head is not None and head.weight is model.get_input_embeddings().weight,
+        modules=_modules(skeleton),
     )
 
 
@@ -150,6 +154,13 @@ def decoder_layers(model: Any) -> list[Any]:
 def _sublayers(model: Any) -> tuple[str, ...]:
     layers = [dict(layer.named_children()) for layer in decoder_layers(model)]
     return tuple(name for name in (layers[0] if layers else ()) if all(name in layer for layer in layers))
+
+
+def _modules(skeleton: Skeleton) -> tuple[tuple[str, int], ...]:
+    """Those whose forward runs, with parameters."""
+    named = [(name, m) for name, m in skeleton.model.named_modules() if name and name in skeleton.called]
+    sizes = ((name, sum(p.numel() for p in m.parameters())) for name, m in named)
+    return tuple((name, size) for name, size in sizes if size)
 
 
 def _prefixable(config: Any) -> bool:
@@ -194,7 +205,7 @@ def _linears(skeleton: Skeleton, *, mixture: bool) -> list[Linear]:
             apart = UNMET if f"{name}.weight" not in skeleton.trains else BYPASSED
         elif mixture and _ROUTERS & set(name.split(".")[-2:]):
             apart = ROUTER
-        found.append(Linear(name, d_in, d_out, source, transposed, apart))
+        found.append(Linear(name, d_in, d_out, source, transposed, module.bias is not None, apart))
     return found
 
 

@@ -24,6 +24,8 @@ class Added:
     from_start: bool = False  # whether the first layer's input trains
 
     @classmethod
-    def low_rank(cls, targets: tuple[Linear, ...], r: int, dropout: float, *, trained: int, weights: int = 0) -> Added:
-        """Of products of two matrices beside some layers, between which each token has ``r`` elements a layer."""
-        return cls(trained, inputs=targets, dropout=dropout > 0, per_token=r * len(targets), weights=weights)
+    def low_rank(
+        cls, targets: tuple[Linear, ...], ranks: int, dropout: float, *, trained: int, weights: int = 0
+    ) -> Added:
+        """Of products of two matrices beside some layers, between which each token has ``ranks`` elements in all."""
+        return cls(trained, inputs=targets, dropout=dropout > 0, per_token=ranks, weights=weights)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
 from raytune_lora.config.methods import ALL_LINEAR
@@ -16,6 +17,7 @@ class Linear:
     d_out: int
     source: str = ""  # layers with the same one are fed the same tensor
     transposed: bool = False  # stored d_in x d_out, as GPT-2's Conv1D is, and not d_out x d_in
+    bias: bool = False
     apart: str = ""  # why no adapter goes there, one of the words below; empty where one may
 
 
@@ -79,6 +81,9 @@ class Shape:
     approximate: bool = False  # whether some layers are of a kind whose activations are not reckoned
     embeddings: int | None = None  # rows of the input embedding; None: not known
     positions: int | None = None  # tokens of a row that its table of positions has room for; None: it has no table
+    embedding: str | None = None  # name of the module that embeds the input
+    tied: bool = False  # whether the head's weight is the embedding's
+    modules: tuple[tuple[str, int], ...] = ()  # name and parameters of each module that has some and that text meets
     context: int | None = None  # tokens of a row that it was made for, as its config says; None: it does not say
 
     @property
@@ -94,8 +99,16 @@ class Shape:
         """The linear layers that PEFT takes for these ``target_modules``."""
         if names == [ALL_LINEAR]:
             return [linear for linear in self.linears if linear.name != self.head]
-        return [
-            linear
-            for linear in self.linears
-            if any(linear.name == name or linear.name.endswith(f".{name}") for name in names)
-        ]
+        return [linear for linear in self.linears if any(matches(name, linear.name) for name in names)]
+
+
+def is_name(word: str) -> bool:
+    """Whether a word of a config names modules by the ends of their names; it is a regular expression if not."""
+    return re.fullmatch(r"[\w.-]+", word) is not None
+
+
+def matches(word: str, name: str) -> bool:
+    """Whether a word of a config means the module of that name: by its end, or by a rule for the whole of it."""
+    if is_name(word):
+        return name == word or name.endswith(f".{word}")
+    return re.fullmatch(word, name) is not None

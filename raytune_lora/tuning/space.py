@@ -20,6 +20,7 @@ import optuna
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from raytune_lora.config import lists
 from raytune_lora.config.schema import VARIANTS, RunConfig, kind_of
 from raytune_lora.config.search import DimensionConfig, DimensionKind
 
@@ -129,7 +130,7 @@ def apply(cfg: R, params: dict[str, Any]) -> R:
             section = getattr(section, name)
         current = getattr(section, leaf)
         typed = isinstance(current, (int, float, Enum)) and value is not None
-        setattr(section, leaf, type(current)(value) if typed else value)
+        setattr(section, leaf, type(current)(value) if typed else lists.typed(current, value))
     return changed
 
 
@@ -148,7 +149,9 @@ def lookup(cfg: RunConfig, key: str) -> Any:
 
 
 def plain(value: Any) -> Any:
-    """A config value as YAML and the journal have it."""
+    """A config value as the sampler and the journal have it."""
+    if isinstance(value, list):
+        return lists.text_of(value)
     return value.value if isinstance(value, Enum) else value
 
 
@@ -368,10 +371,11 @@ def _is_typed(cfg: RunConfig, key: str, value: Any) -> bool:
         return value in map(kind_of, VARIANTS[section_path])
     section = OmegaConf.structured(lookup(cfg, section_path) if section_path else cfg)
     try:
-        section[leaf] = value
+        section[leaf] = lists.typed(lookup(cfg, key), value)
     except (OmegaConfBaseException, ValueError, TypeError):
         return False
-    return _same(plain(section[leaf]), value)
+    kept = section[leaf]
+    return _same(plain(list(kept) if OmegaConf.is_list(kept) else kept), value)
 
 
 def _expected(key: str, current: Any) -> str:
@@ -411,7 +415,8 @@ def _type_problems(where: str, d: DimensionConfig, cfg: RunConfig) -> list[str]:
     for value in d.choices if d.kind is DimensionKind.categorical else bounds:
         whole = d.kind is DimensionKind.int or isinstance(current, int)
         try:
-            section[leaf] = int(value) if whole and value is not None and value == int(value) else value
+            whole = whole and value is not None and value == int(value)
+            section[leaf] = int(value) if whole else lists.typed(current, value)
         except (OmegaConfBaseException, ValueError, TypeError, OverflowError):
             return [f"{where}: {d.key} cannot be {value!r} ({_expected(d.key, current)} expected)"]
     if d.kind is DimensionKind.float and isinstance(current, int) and not isinstance(current, bool):

@@ -24,7 +24,7 @@ SMALL: dict[str, dict[str, Any]] = {
     "p_tuning": {"virtual_tokens": 4, "width": 16},
     "adapter": {"width": 8},
     "diff_pruning": {"sparsity": 0.5},
-    "ir_qlora": {"r": 8, "dropout": 0.0},
+    "ir_qlora": {"r": 8, "dropout": 0.0, "tau_steps": 5},
 }
 
 

@@ -79,7 +79,8 @@ class Adalora(TargetedMethod[AdaloraMethodConfig]):
     def added(self, shape: Shape) -> Added:
         targets = tuple(self.targets(shape))
         products = sum(self.cfg.r * linear.d_in for linear in targets)  # Q times the singular values
-        return Added.low_rank(targets, self.cfg.r, self.cfg.dropout, trained=self.count(shape), weights=products)
+        ranks = self.cfg.r * len(targets)
+        return Added.low_rank(targets, ranks, self.cfg.dropout, trained=self.count(shape), weights=products)
 
 
 def _measured(model: Any) -> dict[str, dict[str, Any]]:

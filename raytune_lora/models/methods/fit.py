@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from raytune_lora.config.methods import LoraMethodConfig
 from raytune_lora.config.schema import Quantization, RunConfig
 from raytune_lora.models.methods import method_for
+from raytune_lora.models.methods.lora_options import quantized_problems
 from raytune_lora.planning.shape import Shape
 
 
@@ -45,7 +47,10 @@ def problems(cfg: RunConfig) -> list[str]:
 
 def model_problems(cfg: RunConfig, shape: Shape) -> list[str]:
     """Why the method does not fit the model; empty where it does."""
-    return method_for(cfg.method).problems(shape)
+    found = method_for(cfg.method).problems(shape)
+    if isinstance(cfg.method, LoraMethodConfig) and cfg.quantization.kind is not Quantization.none:
+        found += quantized_problems(cfg.method, shape)
+    return found
 
 
 def notes(cfg: RunConfig, shape: Shape) -> list[str]:

@@ -125,8 +125,22 @@ class Ia3(TargetedMethod[Ia3MethodConfig]):
         return IA3Config(
             task_type=TaskType.CAUSAL_LM,
             target_modules=self.target_modules,
-            feedforward_modules=list(self.cfg.feedforward_modules),
+            feedforward_modules=[],
         )
+
+    def narrowed(self, config: Any, model: Any) -> Any:
+        """PEFT reads the config only if the feed-forward modules are among the targets, word for word."""
+        from raytune_lora.models.shape import shape_of
+
+        shape = shape_of(model)
+        config = super().narrowed(config, model)
+        inputs = list(self.cfg.feedforward_modules)
+        if inputs and not set(inputs) <= set(config.target_modules):
+            targets = self.targets(shape)
+            config.target_modules = {linear.name for linear in targets}
+            inputs = [linear.name for linear in shape.targets(inputs) if linear in targets]
+        config.feedforward_modules = set(inputs)
+        return config
 
     def count(self, shape: Shape) -> int:
         inputs = set(shape.targets(list(self.cfg.feedforward_modules)))
@@ -140,7 +154,9 @@ class Ia3(TargetedMethod[Ia3MethodConfig]):
 
     def problems(self, shape: Shape) -> list[str]:
         found = super().problems(shape)
-        if stray := [name for name in self.cfg.feedforward_modules if name not in self.cfg.target_modules]:
+        targets = set(self.targets(shape))
+        stray = [word for word in self.cfg.feedforward_modules if not set(shape.targets([word])) & targets]
+        if stray:
             found.append(f"method.feedforward_modules must be among method.target_modules ({', '.join(stray)} is not)")
         return found
 

@@ -5,14 +5,22 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any, ClassVar, TypeVar
 
-from raytune_lora.config.methods import DoraMethodConfig, LoraMethodConfig, LoraPlusMethodConfig, RsloraMethodConfig
+from raytune_lora.config.methods import (
+    Bias,
+    DoraMethodConfig,
+    LoraMethodConfig,
+    LoraPlusMethodConfig,
+    RsloraMethodConfig,
+)
 from raytune_lora.config.schema import Quantization
+from raytune_lora.models.methods import lora_options as options
 from raytune_lora.models.methods.base import ANY, FOUR_BITS, Start
 from raytune_lora.models.methods.peft_method import TargetedMethod, anywhere, experts_apart, few, layers_apart
 from raytune_lora.planning.added import Added
 from raytune_lora.planning.shape import Experts, Linear, Shape
 
 L = TypeVar("L", bound=LoraMethodConfig)
+_BASE = "base_model.model."  # what PEFT puts before the names of the base model's modules
 
 
 class LoraFamily(TargetedMethod[L]):
@@ -33,24 +41,50 @@ class LoraFamily(TargetedMethod[L]):
             "lora_alpha": self.cfg.alpha,  # PEFT only ever divides it
             "lora_dropout": self.cfg.dropout,
             "target_modules": self.target_modules,
-            "bias": "none",
+            "bias": self.cfg.bias.value,
+            "rank_pattern": dict(self.cfg.rank_pattern),
+            "alpha_pattern": dict(self.cfg.alpha_pattern),
         }
         return LoraConfig(**(settings | self.variant()))
+
+    def apply(self, model: Any, start: Start) -> Any:
+        from raytune_lora.models.shape import biases as biases_of
+
+        adapted = super().apply(model, start)
+        if self.cfg.bias is Bias.all:  # PEFT lets a vision tower's train as well
+            met = {name for name, _ in biases_of(model)}
+            for name, p in adapted.named_parameters():
+                plain = name.removeprefix(_BASE).replace(".base_layer.", ".")
+                if plain.endswith(".bias") and plain not in met and ".modules_to_save." not in plain:
+                    p.requires_grad_(False)
+        return adapted
 
     def variant(self) -> dict[str, Any]:
         """What sets it apart, in PEFT's config."""
         return {}
 
+    def reach(self, shape: Shape) -> list[Linear]:
+        return [linear for linear in super().reach(shape) if linear.name.rpartition(".")[2] not in shape.claimed]
+
     def targets(self, shape: Shape) -> list[Linear]:
-        return [linear for linear in super().targets(shape) if linear.name.rpartition(".")[2] not in shape.claimed]
+        """Within ``layers_to_transform``; what is trained whole gets no adapter."""
+        whole = options.saved(self.cfg, shape)
+        inside = [linear for linear in self.reach(shape) if options.in_layers(self.cfg, linear.name)]
+        return [linear for linear in inside if not options.within(linear.name, whole)]
+
+    def ranks(self, shape: Shape) -> list[tuple[Linear, int]]:
+        """The layers it works on, each with its r."""
+        pattern = dict(self.cfg.rank_pattern)
+        return [(linear, options.value_of(pattern, linear.name, self.cfg.r)) for linear in self.targets(shape)]
 
     def experts(self, shape: Shape) -> tuple[Experts, ...]:
         """The experts' parameters it works on."""
-        return shape.experts if self.cfg.experts else ()
+        found = shape.experts if self.cfg.experts else ()
+        return tuple(e for e in found if options.in_layers(self.cfg, e.name))
 
     def left_out(self, shape: Shape) -> list[str]:
         names = list(self.cfg.target_modules)
-        reach = {linear.name for linear in self.targets(shape)}
+        reach = {linear.name for linear in self.reach(shape)}
         claimed = [linear for linear in shape.targets(names) if linear.name not in reach]
         found = layers_apart(names, shape)
         if claimed:
@@ -68,10 +102,13 @@ class LoraFamily(TargetedMethod[L]):
             config.target_modules = {linear.name for linear in self.targets(shape)}
         if named := [experts.name for experts in self.experts(shape)]:
             config.target_parameters = named
+        if whole := list(options.saved(self.cfg, shape)):  # by whole names: PEFT would take parts of words as well
+            config.modules_to_save = whole
+            config.ensure_weight_tying = shape.tied and shape.head in whole  # PEFT would part them unless told
         return config
 
     def problems(self, shape: Shape) -> list[str]:
-        found = super().problems(shape)
+        found = [*super().problems(shape), *options.problems(self.cfg, shape, self.targets(shape))]
         if self.cfg.experts and not shape.experts:
             found.append(
                 "method.experts=true: the model has no experts whose weights lie in one parameter; leave it out"
@@ -84,23 +121,30 @@ class LoraFamily(TargetedMethod[L]):
         return found
 
     def count(self, shape: Shape) -> int:
-        linear = sum(self.cfg.r * (linear.d_in + linear.d_out) for linear in self.targets(shape))
-        return linear + sum(self.cfg.r * e.count * (e.d_in + e.d_out) for e in self.experts(shape))
+        low_rank = sum(r * (linear.d_in + linear.d_out) for linear, r in self.ranks(shape))
+        low_rank += sum(self.cfg.r * e.count * (e.d_in + e.d_out) for e in self.experts(shape))
+        return low_rank + options.trained_beside(self.cfg, shape, self.targets(shape))
 
     def added(self, shape: Shape) -> Added:
         """PEFT adds each expert's product to its weight, so that the sum is there as long as its input."""
-        targets = tuple(self.targets(shape))
-        summed = sum(experts.numel for experts in self.experts(shape))
-        return Added.low_rank(targets, self.cfg.r, self.cfg.dropout, trained=self.count(shape), weights=summed)
+        whole = options.saved(self.cfg, shape)
+        ranks, summed = sum(r for _, r in self.ranks(shape)), sum(experts.numel for experts in self.experts(shape))
+        common = Added.low_rank(
+            tuple(self.targets(shape)), ranks, self.cfg.dropout, trained=self.count(shape), weights=summed
+        )
+        linears = tuple(linear for linear in shape.linears if linear.name in whole)
+        return replace(common, inputs=common.inputs + linears, from_start=shape.embedding in whole)
 
     def too_many_ranks(self, shape: Shape) -> list[str]:
         """Of a start by decomposition: a matrix has no more singular vectors than the smaller of its sides."""
-        smallest = min(self.targets(shape), key=lambda linear: min(linear.d_in, linear.d_out), default=None)
-        if smallest is None or self.cfg.r <= (side := min(smallest.d_in, smallest.d_out)):
+        sides = [(min(linear.d_in, linear.d_out), r, linear.name) for linear, r in self.ranks(shape)]
+        over = min(((side, r, name) for side, r, name in sides if r > side), default=None)
+        if over is None:
             return []
+        side, r, name = over
         return [
             f"method.r must be <= {side} for method={self.cfg.kind}, the smaller side of the model's smallest target "
-            f"layer {smallest.name} (got {self.cfg.r})"
+            f"layer {name} (got {r})"
         ]
 
 

@@ -11,7 +11,7 @@ from typing import Any, ClassVar, TypeVar
 from raytune_lora.config.methods import ALL_LINEAR, TargetedMethodConfig
 from raytune_lora.errors import UserError
 from raytune_lora.models.methods.base import C, Method, Start
-from raytune_lora.planning.shape import UNMET, Linear, Shape
+from raytune_lora.planning.shape import UNMET, Linear, Shape, is_name
 
 T = TypeVar("T", bound=TargetedMethodConfig)
 
@@ -40,10 +40,7 @@ class PeftMethod(Method[C]):
         return config
 
     def save(self, model: Any, state: dict[str, Any], folder: Path) -> None:
-        from peft import get_peft_model_state_dict
-
-        named = state | dict(model.named_buffers(remove_duplicate=False))
-        write_adapter(model, get_peft_model_state_dict(model, state_dict=named, save_embedding_layers=False), folder)
+        write_adapter(model, adapter_weights(model, state), folder)
 
     def load(self, model: Any, folder: Path, weights: Path) -> Any:
         from peft import PeftModel
@@ -59,6 +56,22 @@ class PeftMethod(Method[C]):
         return model.merge_and_unload()
 
 
+def adapter_weights(model: Any, state: dict[str, Any]) -> dict[str, Any]:
+    """What belongs to PEFT's adapter, by PEFT's names.
+
+    Args:
+        model: PEFT's.
+        state: the trained parameters; one that several modules share, by its first name.
+    """
+    from peft import get_peft_model_state_dict
+
+    first: dict[int, str] = {}
+    names = {name: first.setdefault(id(p), name) for name, p in model.named_parameters(remove_duplicate=False)}
+    trained = {name: state[owner] for name, owner in names.items() if owner in state}
+    named = state | trained | dict(model.named_buffers(remove_duplicate=False))
+    return get_peft_model_state_dict(model, state_dict=named, save_embedding_layers=False)
+
+
 def write_adapter(model: Any, weights: dict[str, Any], folder: Path, **changes: Any) -> None:
     """Write an adapter as PEFT does, without asking the hub about the base model.
 
@@ -72,9 +85,13 @@ def write_adapter(model: Any, weights: dict[str, Any], folder: Path, **changes: 
 
     from safetensors.torch import save_file
 
-    save_file({name: tensor.contiguous() for name, tensor in weights.items()}, folder / WEIGHTS, {"format": "pt"})
+    apart = {name: tensor.detach().clone().contiguous() for name, tensor in weights.items()}  # of tied modules, both
+    save_file(apart, folder / WEIGHTS, {"format": "pt"})
     config = deepcopy(model.peft_config[_ADAPTER])
     config.inference_mode = True
+    if tied := getattr(config, "modules_to_tie", None):  # PEFT ties them again only if it reads both of their names
+        config.modules_to_save = [*config.modules_to_save, *sorted(tied)]
+        config.modules_to_tie = None
     for name, value in changes.items():
         setattr(config, name, value)
     config.save_pretrained(folder)
@@ -96,7 +113,7 @@ class TargetedMethod(PeftMethod[T]):
         return ALL_LINEAR if modules == [ALL_LINEAR] else modules
 
     def problems(self, shape: Shape) -> list[str]:
-        found = target_problems(list(self.cfg.target_modules), self.targets(shape), shape)
+        found = target_problems(list(self.cfg.target_modules), self.reach(shape), shape)
         transposed = [linear.name for linear in self.targets(shape) if linear.transposed]
         if transposed and not self.on_transposed:
             found.append(
@@ -107,6 +124,10 @@ class TargetedMethod(PeftMethod[T]):
 
     def targets(self, shape: Shape) -> list[Linear]:
         """The layers it works on."""
+        return self.reach(shape)
+
+    def reach(self, shape: Shape) -> list[Linear]:
+        """The layers among ``target_modules`` that it could work on."""
         return shape.targets(list(self.cfg.target_modules))
 
     def left_out(self, shape: Shape) -> list[str]:
@@ -117,8 +138,8 @@ class TargetedMethod(PeftMethod[T]):
         from raytune_lora.models.shape import shape_of
 
         shape = shape_of(model)
-        targets = self.targets(shape)
-        if len(targets) < len(shape.named(list(self.cfg.target_modules))):
+        targets, words = self.targets(shape), list(self.cfg.target_modules)
+        if len(targets) < len(shape.named(words)) or not all(map(is_name, words)):
             config.target_modules = {linear.name for linear in targets}
         return config
 
@@ -168,10 +189,17 @@ def target_problems(names: list[str], targets: list[Linear], shape: Shape) -> li
         return []
     known = sorted({linear.name.rpartition(".")[2] for linear in shape.targets([ALL_LINEAR])} - set(shape.claimed))
     found = (
-        f"method.target_modules: the model has no linear layer called {', '.join(missing)} that an adapter can go to; "
+        f"method.target_modules: the model has no linear layer {_meant_by(missing)} that an adapter can go to; "
         f"it has {', '.join(known)}, and {ALL_LINEAR} takes all of these"
     )
     why = {linear.apart for name in missing for linear in shape.named([name]) if linear.apart}
     if set(missing) & {*shape.claimed, *(experts.name.rpartition(".")[2] for experts in shape.experts)}:
         why.add("the weights of experts are no linear layers: method.experts=true adapts those")
     return ["; ".join([found, *sorted(why)])]
+
+
+def _meant_by(words: list[str]) -> str:
+    """Names, or regular expressions, which have to match a whole name such as model.layers.0.self_attn.q_proj."""
+    names, rules = [w for w in words if is_name(w)], [w for w in words if not is_name(w)]
+    called = [f"called {', '.join(names)}"] if names else []
+    return " or ".join(called + ([f"whose whole name matches {', '.join(rules)}"] if rules else []))

@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 from raytune_lora.config.methods import LoraMethodConfig, OloraMethodConfig, PissaMethodConfig
 from raytune_lora.models.methods.base import UNQUANTIZED, Start
 from raytune_lora.models.methods.lora import LoraFamily
-from raytune_lora.models.methods.peft_method import write_adapter
+from raytune_lora.models.methods.peft_method import adapter_weights, write_adapter
 from raytune_lora.models.shape import shape_of
 from raytune_lora.models.tying import untie
 from raytune_lora.models.weights import is_transposed
@@ -48,7 +48,7 @@ class PrincipalLora(LoraFamily[L]):
         adapted = super().apply(model, start)
         if factors := start.earlier or self.factors(adapted):
             _begin_with(adapted, factors)
-        first = {n: p.detach().cpu().clone() for n, p in adapted.named_parameters() if "lora_" in n}
+        first = {n: p.detach().cpu().clone() for n, p in adapted.named_parameters() if "lora_A" in n or "lora_B" in n}
         setattr(adapted, _FIRST, first)
         return adapted
 
@@ -58,12 +58,17 @@ class PrincipalLora(LoraFamily[L]):
     def save(self, model: Any, state: dict[str, Any], folder: Path) -> None:
         import torch
 
-        weights = {}
+        both = dict(state)
         for name, first in self.extra_state(model).items():
             is_A = "lora_A" in name
-            both = [state[name].cpu(), first if is_A else -first]
-            weights[name.replace(".default", "")] = torch.cat(both, dim=0 if is_A else 1)
-        write_adapter(model, weights, folder, r=2 * self.cfg.r, lora_alpha=2 * self.cfg.alpha, init_lora_weights=True)
+            both[name] = torch.cat([state[name].cpu(), first if is_A else -first], dim=0 if is_A else 1)
+        twice = {
+            "r": 2 * self.cfg.r,
+            "lora_alpha": 2 * self.cfg.alpha,
+            "rank_pattern": {key: 2 * r for key, r in self.cfg.rank_pattern.items()},
+            "alpha_pattern": {key: 2 * alpha for key, alpha in self.cfg.alpha_pattern.items()},
+        }
+        write_adapter(model, adapter_weights(model, both), folder, init_lora_weights=True, **twice)
 
     def problems(self, shape: Shape) -> list[str]:
         return [*super().problems(shape), *self.too_many_ranks(shape)]

@@ -89,10 +89,10 @@ class IrQlora(LoraFamily[IrQloraMethodConfig]):
         from raytune_lora.models.layers import BLOCK
 
         found = super().problems(shape)
-        for linear in self.targets(shape):
-            if linear.d_in % self.cfg.r or linear.d_out % self.cfg.r:
+        for linear, r in self.ranks(shape):
+            if linear.d_in % r or linear.d_out % r:
                 found.append(
-                    f"method.r must divide the width of every target layer for method=ir_qlora (got {self.cfg.r}; "
+                    f"method.r must divide the width of every target layer for method=ir_qlora (got {r}; "
                     f"{linear.name} is {linear.d_in} x {linear.d_out})"
                 )
                 break
