@@ -24,6 +24,7 @@ from raytune_lora.config.schema import HubModelConfig, RunConfig, SweepConfig
 from raytune_lora.data.build import REPORT, in_short
 from raytune_lora.data.prepare import prepare
 from raytune_lora.data.store import TokenStore
+from raytune_lora.data.trained_template import TEMPLATE, TRIED
 from raytune_lora.errors import JobFailed, Refused, StorageError, UserError
 from raytune_lora.evaluation import ANSWERS
 from raytune_lora.evaluation.figures import disagreement
@@ -31,6 +32,7 @@ from raytune_lora.models.export import ADAPTER, export_adapter
 from raytune_lora.models.methods import method_for
 from raytune_lora.models.methods.fit import model_problems
 from raytune_lora.models.methods.fit import notes as model_notes
+from raytune_lora.models.record import make_record
 from raytune_lora.models.shape import known_shape
 from raytune_lora.models.sources import display_name, materialize
 from raytune_lora.models.stored import as_stored
@@ -135,13 +137,30 @@ class Job:
             facts |= self._measure(winner, BEST, f"{best.checkpoint}/{ADAPTER}")
             self._see_that_it_is_what_was_trained(best, facts)
             checkpoint = self.folder.copy.here(best.checkpoint)
-            model = self.cfg.model
-            name = model.path if isinstance(model, HubModelConfig) and model.path else str(self.model_folder)
-            export_adapter(checkpoint, self.folder.best / "adapter", model_folder=self.model_folder, base_name=name)
+            self._export(checkpoint, winner, facts)
             config = segments(self.journal.record.lineage(best)) + dump(winner)
             (self.folder.best / "config.yaml").write_text(config)
             write_json(self.folder.best / "params.json", best.params)
             self.folder.copy.send(self.folder.best)
+
+    def _export(self, checkpoint: Path, winner: SweepConfig, measured: dict[str, Any]) -> None:
+        figures = ("eval_loss", "eval_loss_rows", "exact_match", "exact_match_rows")
+        rows = {f"{split}_rows": self.store.rows[split] for split in ("validation", "test")}
+        record = make_record(
+            winner,
+            self.model_folder,
+            dtype=measured["dtype"],
+            template=json.loads((self.store.folder / TRIED).read_text()),
+            stop_ids=self.store.stop_ids,
+            measured={name: measured[name] for name in figures} | rows,
+        )
+        export_adapter(
+            checkpoint,
+            self.folder.best / "adapter",
+            model_folder=self.model_folder,
+            record=record,
+            template=self.store.folder / TEMPLATE,
+        )
 
     def _see_that_it_is_what_was_trained(self, best: Trial, measured: dict[str, Any]) -> None:
         assert best.eval_loss is not None
