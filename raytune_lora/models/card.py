@@ -7,20 +7,20 @@ from typing import Any
 
 CARD = "README.md"
 
-_ADAPTER = '''
+_ADAPTER = """
 from raytune_lora.models.export import load
 
 model = load(adapter)
-'''
-_PEFT = '''
+"""
+_PEFT = """
 model = PeftModel.from_pretrained(model, adapter).eval()
-'''
-_BITFIT = '''
+"""
+_BITFIT = """
 with torch.no_grad():
     for name, bias in load_file(f"{adapter}/weights.safetensors").items():
         model.get_parameter(name).copy_(bias)
-'''
-_BOTTLENECK = '''
+"""
+_BOTTLENECK = """
 def behind(D, d, U, u):
     def hook(sublayer, inputs, output):
         x = output[0] if isinstance(output, tuple) else output
@@ -35,8 +35,8 @@ for name in {name.partition(".adapter.")[0] for name in weights}:
     parts = ("down.weight", "down.bias", "up.weight", "up.bias")
     hook = behind(*(weights[f"{name}.adapter.{part}"] for part in parts))
     model.get_submodule(name).register_forward_hook(hook)
-'''
-_DIFFERENCES = '''
+"""
+_DIFFERENCES = """
 def beside(D):
     return lambda layer, inputs, output: output + F.linear(inputs[0].to(D.dtype), D).to(output.dtype)
 
@@ -47,7 +47,7 @@ for name in {name.partition(".sparse.")[0] for name in weights}:
     D = torch.zeros(shape.tolist(), dtype=values.dtype, device=model.device)
     D.view(-1)[places] = values
     model.get_submodule(name).register_forward_hook(beside(D))
-'''
+"""
 _OWN = {"bitfit": _BITFIT, "adapter": _BOTTLENECK, "diff_pruning": _DIFFERENCES}
 _IMPORTS = {
     "F.": "import torch.nn.functional as F",
@@ -55,16 +55,17 @@ _IMPORTS = {
     "prepare_model_for_kbit_training": "from peft import prepare_model_for_kbit_training",
     "load_file": "from safetensors.torch import load_file",
 }
+_TRANSFORMERS = ("AutoConfig", "AutoModelForCausalLM", "AutoTokenizer", "BitsAndBytesConfig")
 _TEMPLATES = {"text": "patterns of text, as a chat template", "chat": "a chat template"}
-_FULL_BITS = '''
+_FULL_BITS = """
 # bitsandbytes would compute in bf16 on some CPUs
 for module in model.modules():
     if hasattr(module, "support_avx512bf16_for_cpu"):
         module.support_avx512bf16_for_cpu = False
-'''
-_AS_TRAINED = '''
+"""
+_AS_TRAINED = """
 model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)  # its norms and head are in fp32
-'''
+"""
 
 
 def card(record: dict[str, Any]) -> str:
@@ -88,8 +89,8 @@ def card(record: dict[str, Any]) -> str:
         "",
         "## Loading it",
         "",
-        f"As it was trained, {'' if whole else 'on the same base model and '}in the same number format; another one gives "
-        "other answers. `adapter` is this folder.",
+        f"As it was trained, {'' if whole else 'on the same base model and '}in the same number format; another one "
+        "gives other answers. `adapter` is this folder.",
         "",
         "```python",
         recipe(record).strip(),
@@ -116,7 +117,9 @@ def _facts(record: dict[str, Any]) -> dict[str, str]:
             f"{found['eval_loss']:.4f} nats a token, over {found['eval_loss_rows']} of {found['validation_rows']} rows"
         )
     if found["exact_match"] is not None:
-        facts["exact match"] = f"{found['exact_match']:.4f}, of {found['exact_match_rows']} of {found['test_rows']} rows"
+        facts["exact match"] = (
+            f"{found['exact_match']:.4f}, of {found['exact_match_rows']} of {found['test_rows']} rows"
+        )
     return facts
 
 
@@ -139,7 +142,9 @@ def recipe(record: dict[str, Any]) -> str:
         body = _base(record, name=json.dumps(record["base"]["name"], ensure_ascii=False)) + _OWN.get(kind, _PEFT)
     trust = ", trust_remote_code=True" if record["base"]["trust_remote_code"] else ""
     body += f"tokenizer = AutoTokenizer.from_pretrained(adapter{trust})\n"
-    names = [name for name in ("AutoModelForCausalLM", "AutoTokenizer", "BitsAndBytesConfig") if name in body]
+    names = [
+        name for name in ("AutoConfig", "AutoModelForCausalLM", "AutoTokenizer", "BitsAndBytesConfig") if name in body
+    ]
     imports = ["import torch"] if "torch." in body else []
     imports += [line for name, line in _IMPORTS.items() if name in body]
     imports.append(f"from transformers import {', '.join(names)}")
@@ -152,8 +157,15 @@ def _base(record: dict[str, Any], name: str) -> str:
     settings = [f"dtype=torch.{record['dtype']}"]
     settings += [f'revision="{base["revision"]}"'] if base["revision"] else []
     settings += ["trust_remote_code=True"] if base["trust_remote_code"] else []
-    settings += ["quantization_config=quantization"] if quantized else []
-    text = f"quantization = {_quantization(record)}\n" if quantized else ""
+    text = ""
+    if quantized and base["stored_quantized"]:
+        settings.append("config=config")
+        text = f"config = AutoConfig.from_pretrained({name})\n"
+        if _kind(record) != "int8":
+            text += f'config.quantization_config["bnb_4bit_compute_dtype"] = "{_compute(record)}"\n'
+    elif quantized:
+        settings.append("quantization_config=quantization")
+        text = f"quantization = {_quantization(record)}\n"
     text += f"model = AutoModelForCausalLM.from_pretrained({name}, {', '.join(settings)}).eval()\n"
     if not quantized:
         return text
@@ -166,14 +178,18 @@ def _quantization(record: dict[str, Any]) -> str:
     cfg = record["quantization"]
     if cfg["kind"] == "int8":
         return f"BitsAndBytesConfig(load_in_8bit=True, llm_int8_threshold={cfg['int8_threshold']})"
-    compute = {"auto": record["dtype"], "fp32": "float32", "bf16": "bfloat16"}[cfg["compute"]]
     lines = [
         "load_in_4bit=True",
         f'bnb_4bit_quant_type="{cfg["kind"]}"',
         f"bnb_4bit_use_double_quant={cfg['double']}",
-        f"bnb_4bit_compute_dtype=torch.{compute}",
+        f"bnb_4bit_compute_dtype=torch.{_compute(record)}",
     ]
     return "BitsAndBytesConfig(\n" + "".join(f"    {line},\n" for line in lines) + ")"
+
+
+def _compute(record: dict[str, Any]) -> str:
+    formats = {"auto": record["dtype"], "fp32": "float32", "bf16": "bfloat16"}
+    return str(formats[record["quantization"]["compute"]])
 
 
 def _asking(record: dict[str, Any]) -> list[str]:
@@ -187,7 +203,7 @@ def _asking(record: dict[str, Any]) -> list[str]:
         "inputs = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True, "
         'return_tensors="pt").to(model.device)',
         f"output = model.generate(**inputs, max_new_tokens=256, do_sample=False{_stops(record)})",
-        "print(tokenizer.decode(output[0, inputs[\"input_ids\"].shape[1] :], skip_special_tokens=True))",
+        'print(tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))',
         "```",
         "",
     ]
@@ -198,8 +214,8 @@ def _asking(record: dict[str, Any]) -> list[str]:
         ]
     if not template["prompts"]:
         lines.append(
-            "**The template's text is that of the training, its tokens are not**: prompts were tokenized piece by piece, "
-            "and this tokenizer writes the whole text with others."
+            "**The template's text is that of the training, its tokens are not**: prompts were tokenized piece by "
+            "piece, and this tokenizer writes the whole text with others."
         )
     elif not template["rows"]:
         lines.append(

@@ -30,7 +30,9 @@ _TOKENIZER_FILES = (
 _GENERATION = "generation_config.json"
 
 
-def export_adapter(checkpoint: Path, target: Path, *, model_folder: Path, record: dict[str, Any], template: Path) -> None:
+def export_adapter(
+    checkpoint: Path, target: Path, *, model_folder: Path, record: dict[str, Any], template: Path
+) -> None:
     """Copy what a checkpoint learned into a folder, and what is needed to use it.
 
     Args:
@@ -73,7 +75,14 @@ def load(folder: str | Path) -> Any:
     """
     from raytune_lora.cache import Cache
     from raytune_lora.config.compose import from_plain
-    from raytune_lora.config.schema import ClusterConfig, HubModelConfig, Precision, QuantizationConfig, RunConfig, variant
+    from raytune_lora.config.schema import (
+        ClusterConfig,
+        HubModelConfig,
+        Precision,
+        QuantizationConfig,
+        RunConfig,
+        variant,
+    )
     from raytune_lora.models.loading import load_model
     from raytune_lora.models.methods import method_for
     from raytune_lora.models.sources import materialize

@@ -3,7 +3,8 @@
 Schema, version 1. Null stands for what is not known.
 
 - ``format``, ``version`` (of raytune-lora)
-- ``base``: ``name`` (on the hub, or an absolute path), ``revision`` (of the hub, a commit), ``trust_remote_code``
+- ``base``: ``name`` (on the hub, or an absolute path), ``revision`` (of the hub, a commit), ``trust_remote_code``,
+  ``stored_quantized`` (whether its files are quantized already)
 - ``dtype`` of the base model's weights, as torch calls it; ``quantization`` and ``method``: their configs
 - ``template``: ``kind`` (text: patterns; chat), ``file`` (of an own chat template), ``prompts`` and ``rows``: whether
   ``chat_template.jinja`` gives the same tokens as in training, of prompts and of whole rows
@@ -21,6 +22,7 @@ from typing import Any
 from raytune_lora import __version__
 from raytune_lora.config.compose import to_plain
 from raytune_lora.config.schema import HubModelConfig, RunConfig
+from raytune_lora.models.stored import read_config, stored_as
 from raytune_lora.models.tokenizer import trusted
 
 RECORD = "record.json"
@@ -29,7 +31,13 @@ _SNAPSHOTS = "snapshots"  # folder of the hub's cache: one folder a commit
 
 
 def make_record(
-    cfg: RunConfig, model_folder: Path, *, dtype: str, template: dict[str, Any], stop_ids: list[int], measured: dict[str, Any]
+    cfg: RunConfig,
+    model_folder: Path,
+    *,
+    dtype: str,
+    template: dict[str, Any],
+    stop_ids: list[int],
+    measured: dict[str, Any],
 ) -> dict[str, Any]:
     """The record of a run's adapter.
 
@@ -58,7 +66,9 @@ def make_record(
 def base_of(cfg: RunConfig, model_folder: Path) -> dict[str, Any]:
     """Where anyone finds the base model: by its name on the hub and the commit, else by an absolute path."""
     model = cfg.model
-    base = {"name": str(model_folder.absolute()), "revision": None, "trust_remote_code": trusted(model)}
+    stored = stored_as(read_config(model_folder)) is not None
+    base: dict[str, Any] = {"name": str(model_folder.absolute()), "revision": None}
+    base |= {"trust_remote_code": trusted(model), "stored_quantized": stored}
     if isinstance(model, HubModelConfig) and model.path and not Path(model.path).expanduser().is_dir():
         commit = model_folder.name if model_folder.parent.name == _SNAPSHOTS else model.revision
         base |= {"name": model.path, "revision": commit}
