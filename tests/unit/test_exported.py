@@ -6,7 +6,6 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -70,14 +69,16 @@ def runs() -> dict[str, list[str]]:
     found = {kind: [f"method={kind}"] for kind in kinds if kind not in ("loftq", "ir_qlora")}
     found |= {f"{kind}-{q}": [f"method={kind}", f"quantization={q}"] for q in QUANTIZED for kind in QUANTIZED[q]}
     found = {name: ["model=tiny", *own, *OWN.get(own[0][7:], [])] for name, own in found.items()}
-    others = {name: [f"model.path=~/{model}", f"method={kind}", *own] for name, (model, kind, own) in ON_OTHERS.items()}
+    others = {
+        name: [f'model.path="~/{model}"', f"method={kind}", *own] for name, (model, kind, own) in ON_OTHERS.items()
+    }
     return found | others
 
 
 @pytest.fixture(scope="module")
 def exported(
     rows: Path, cache: Path, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[tuple[Path, dict[str, float], dict[str, Any]]]:
+) -> tuple[Path, dict[str, float], dict[str, Any]]:
     """Folder of the exports, the loss that each run reported, and what another process found."""
     home, folder = tmp_path_factory.mktemp("home"), tmp_path_factory.mktemp("exported")
     threads = torch.get_num_threads()
@@ -106,7 +107,7 @@ def exported(
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": os.getcwd()}
     found = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert found.returncode == 0, found.stderr[-3000:]
-    yield folder, reported, json.loads(found.stdout.splitlines()[-1])
+    return folder, reported, json.loads(found.stdout.splitlines()[-1])
 
 
 @pytest.mark.parametrize("name", runs())
