@@ -12,7 +12,7 @@ from dataclasses import fields, is_dataclass
 from enum import Enum
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
 from hydra import compose as hydra_compose
@@ -30,6 +30,8 @@ from raytune_lora.config.groups import conf_dir, groups, own_dir
 from raytune_lora.config.lists import as_list, as_pattern, keys_of
 from raytune_lora.config.typed import typed
 from raytune_lora.errors import UserError
+
+T = TypeVar("T")
 
 _Refusal = (HydraException, OmegaConfBaseException, ValueError)  # what Hydra and OmegaConf raise at a bad override
 _NUMBERS = ("dict[str, int]", "dict[str, float]")
@@ -113,6 +115,16 @@ def to_plain(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [to_plain(item) for item in value]
     return value.value if isinstance(value, Enum) else value
+
+
+def from_plain(cls: type[T], plain: dict[str, Any]) -> T:
+    """A dataclass of the schema from what ``to_plain`` made of it.
+
+    Raises:
+        OmegaConfBaseException: it does not fit this version's schema.
+    """
+    made: T = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(cls), plain))  # type: ignore[assignment]
+    return made
 
 
 def keys(cfg: Any, prefix: str = "") -> Iterator[str]:

@@ -19,6 +19,7 @@ from raytune_lora.data.harmful import PACKAGED
 from raytune_lora.data.sources import sources
 from raytune_lora.data.splits import SPLITS
 from raytune_lora.data.store import TOKENS, TokenStore
+from raytune_lora.data.trained_template import write_template
 from raytune_lora.errors import UserError
 
 _PLACES = ("kind", "path", "validation_path", "test_path", "mix", "benchmarks", "processes")  # stood for by contents
@@ -51,6 +52,7 @@ def prepare(cfg: DataConfig, tokenizer: Callable[[], Any], tokenizer_id: str, ca
         known = tokenizer()
         report = survey(cfg, found, known, work)
         largest = max(report["largest_id"], known.pad_token_id)  # what fills short rows is looked up as well
+        write_template(cfg.template, known, work)
         shutil.rmtree(work / "parts")
         write_json(work / REPORT, report)
         return {

@@ -30,8 +30,8 @@ def measure(cfg: RunConfig, store: TokenStore, place: Place, *, adapter: str | N
 
     Reported are ``eval_loss`` over ``eval_loss_rows`` rows, with its ``eval_loss_interval``; of these, ``trial_loss``
     over the rows that a trial is measured on, and in which ``arithmetic``; and ``exact_match`` over
-    ``exact_match_rows`` rows, with its ``exact_match_interval``, all None where no rows are to be answered. The workers
-    share the rows; each holds the whole model.
+    ``exact_match_rows`` rows, with its ``exact_match_interval``, all None where no rows are to be answered; and the
+    base model's ``parameters`` and ``dtype``. The workers share the rows; each holds the whole model.
 
     Args:
         cfg: the run.
@@ -64,7 +64,8 @@ def measure(cfg: RunConfig, store: TokenStore, place: Place, *, adapter: str | N
         "exact_match_interval": None if match is None else wilson(round(match * len(answers)), len(answers)),
     }
     seconds = time.perf_counter() - began
-    place.report(facts | {"measuring_seconds": seconds, "parameters": parameters})
+    facts |= {"parameters": parameters, "dtype": str(precision(cfg.model.precision)).removeprefix("torch.")}
+    place.report(facts | {"measuring_seconds": seconds})
 
 
 def _losses(cfg: RunConfig, store: TokenStore, place: Place, model: Any, pad_id: int) -> dict[str, Any]:

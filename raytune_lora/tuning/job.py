@@ -20,11 +20,12 @@ from raytune_lora.artifacts import remove_folder, write_json
 from raytune_lora.cache import Cache
 from raytune_lora.cluster.connect import connected
 from raytune_lora.config.compose import dump, to_plain
-from raytune_lora.config.schema import HubModelConfig, RunConfig, SweepConfig
+from raytune_lora.config.schema import RunConfig, SweepConfig
 from raytune_lora.config.typed import typed
 from raytune_lora.data.build import REPORT, in_short
 from raytune_lora.data.prepare import prepare
 from raytune_lora.data.store import TokenStore
+from raytune_lora.data.trained_template import TEMPLATE, TRIED
 from raytune_lora.errors import JobFailed, Refused, StorageError, UserError
 from raytune_lora.evaluation import ANSWERS
 from raytune_lora.evaluation.figures import disagreement
@@ -32,6 +33,7 @@ from raytune_lora.models.export import ADAPTER, export_adapter
 from raytune_lora.models.methods import method_for
 from raytune_lora.models.methods.fit import model_problems
 from raytune_lora.models.methods.fit import notes as model_notes
+from raytune_lora.models.record import make_record
 from raytune_lora.models.shape import known_shape
 from raytune_lora.models.sources import display_name, materialize
 from raytune_lora.models.stored import as_stored
@@ -138,9 +140,8 @@ class Job:
             facts |= self._measure(winner, BEST, f"{best.checkpoint}/{ADAPTER}")
             self._see_that_it_is_what_was_trained(best, facts)
             checkpoint = self.folder.copy.here(best.checkpoint)
-            model = self.cfg.model
-            name = model.path if isinstance(model, HubModelConfig) and model.path else str(self.model_folder)
-            export_adapter(checkpoint, self.folder.best / "adapter", model_folder=self.model_folder, base_name=name)
+            target = self.folder.best / "adapter"
+            export(plain_run(winner), self.store, self.model_folder, checkpoint, target, facts)
             config = segments(self.journal.record.lineage(best)) + dump(winner)
             (self.folder.best / "config.yaml").write_text(config)
             write_json(self.folder.best / "params.json", best.params)
@@ -184,6 +185,32 @@ class Job:
             if error.ended.status == DISK:
                 raise StorageError(error.ended.error) from error
             raise JobFailed(f"the phase {name} failed: {error}; log: {folder / LOGS}") from error
+
+
+def export(
+    cfg: RunConfig, store: TokenStore, model_folder: Path, checkpoint: Path, target: Path, measured: dict[str, Any]
+) -> None:
+    """Export what a checkpoint learned, with all that is known of it.
+
+    Args:
+        cfg: of the run.
+        store: its data.
+        model_folder: of its base model.
+        checkpoint: of the run.
+        target: folder of the adapter, made anew.
+        measured: what ``evaluation.compare.measure`` reported of it.
+    """
+    figures = ("eval_loss", "eval_loss_rows", "exact_match", "exact_match_rows")
+    rows = {f"{split}_rows": store.rows[split] for split in ("validation", "test")}
+    record = make_record(
+        cfg,
+        model_folder,
+        dtype=measured["dtype"],
+        template=json.loads((store.folder / TRIED).read_text()),
+        stop_ids=store.stop_ids,
+        measured={name: measured[name] for name in figures} | rows,
+    )
+    export_adapter(checkpoint, target, model_folder=model_folder, record=record, template=store.folder / TEMPLATE)
 
 
 def segments(lineage: Sequence[Trial]) -> str:

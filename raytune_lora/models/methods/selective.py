@@ -43,7 +43,10 @@ class Full(Method[FullMethodConfig]):
 
     def save(self, model: Any, state: dict[str, Any], folder: Path) -> None:
         weights = {name: tensor.to(model.dtype) for name, tensor in state.items()}
+        used = model.config.use_cache  # off for the training alone
+        model.config.use_cache = True
         model.save_pretrained(folder, state_dict=weights)
+        model.config.use_cache = used
 
     def load(self, model: Any, folder: Path, weights: Path) -> Any:
         tuned = type(model).from_pretrained(folder, dtype=model.dtype)
