@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,12 +31,11 @@ _BERT = _OWN | {
     "intermediate_size": 64,
     "max_position_embeddings": ROOM,
 }
+_WITH_POSITIONS = ("opt", "llama", "gpt_neox", "qwen3", "gemma2", "phi3")
 MODELS: dict[str, Callable[[], Any]] = {
-    **{
-        name: lambda name=name: zoo.ZOO[name](**{"n_positions" if name == "gpt2" else "max_position_embeddings": ROOM})
-        for name in ("gpt2", "opt", "llama", "gpt_neox", "qwen3", "gemma2", "phi3")
-    },
+    **{name: partial(zoo.ZOO[name], max_position_embeddings=ROOM) for name in _WITH_POSITIONS},
     **{name: zoo.ZOO[name] for name in ("bloom", "mamba", "gemma3")},
+    "gpt2": lambda: T.GPT2Config(**_GPT),
     "gptj": lambda: T.GPTJConfig(**_GPT, rotary_dim=4),
     "gpt_bigcode": lambda: T.GPTBigCodeConfig(**_GPT),
     "ctrl": lambda: T.CTRLConfig(**_GPT, dff=64),
