@@ -45,13 +45,13 @@ def loss_interval(nats_N: NDArray[np.float64], tokens_N: NDArray[np.float64]) ->
     """
     from scipy.special import stdtrit  # type: ignore[import-untyped]
 
-    n = len(nats_N)
-    loss = nats_N.sum() / tokens_N.sum() if tokens_N.any() else math.nan
+    n, tokens = len(nats_N), float(tokens_N.sum())
+    loss = float(nats_N.sum()) / tokens if tokens else math.nan
     if n < 2 or not math.isfinite(loss):
         return None
-    error = math.sqrt(n / (n - 1) * float(((nats_N - loss * tokens_N) ** 2).sum())) / tokens_N.sum()
+    error = math.sqrt(n / (n - 1) * float(((nats_N - loss * tokens_N) ** 2).sum())) / tokens
     half = float(stdtrit(n - 1, (1 + _SURE) / 2)) * error
-    return max(0.0, float(loss) - half), float(loss) + half
+    return max(0.0, loss - half), loss + half
 
 
 def disagreement(trial_loss: float, measured: dict[str, Any]) -> dict[str, float] | None:
