@@ -197,7 +197,7 @@ def _content(content: Any, role: str, where: str, calls: bool) -> tuple[str, str
     if isinstance(content, list):
         content, thought = _joined(content, role, where)
     if role == TOOL and isinstance(content, dict):
-        content = json.dumps(content, ensure_ascii=False)
+        content = json.dumps(_json(content, where), ensure_ascii=False)
     may_be_empty = role in (SYSTEM, TOOL) or calls
     if may_be_empty and (content is None or (isinstance(content, str) and not content.strip())):
         return "", thought
