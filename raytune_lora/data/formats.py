@@ -33,6 +33,7 @@ from raytune_lora.config.typed import typed
 from raytune_lora.data.json_stream import decode_json
 from raytune_lora.data.messages import (
     FaultError,
+    check_calls,
     checked_text,
     conversation,
     definitions,
@@ -101,6 +102,7 @@ def parse(
             thought = reasoning(fields["reasoning"], "reasoning")
             turns = (*turns[:-1], replace(turns[-1], thought=thought or turns[-1].thought))
         tools = () if name == "text" else _tools(fields)
+        check_calls(turns, tools)
         row = Row(turns, _stratum(value, stratify) if stratify else "", tools, tuple(sorted(unused)))
     except FaultError as error:
         return error.fault

@@ -38,6 +38,7 @@ ROLES = {
     "ipython": TOOL,
     "tool_response": TOOL,
     "tool_result": TOOL,
+    "function_response": TOOL,
 }
 _CALLING = ("function_call", "tool_call")  # roles of the assistant whose text is calls
 _FLAGS = {  # field of a message: the value that has it trained
@@ -46,6 +47,9 @@ _FLAGS = {  # field of a message: the value that has it trained
 }
 _PARTIAL = ("train_detail", "training_detail")  # Axolotl's: parts of a message
 _THOUGHTS = ("reasoning_content", "reasoning", "thinking")
+_JOINED = (  # what data sets of columns make of objects of different shapes
+    "this comes of a file that gives every object the fields of all; keep tools and arguments there as JSON text"
+)
 _NAMES = {
     "dict": "an object",
     "list": "a list",
@@ -193,7 +197,7 @@ def _content(content: Any, role: str, where: str, calls: bool) -> tuple[str, str
     if isinstance(content, list):
         content, thought = _joined(content, role, where)
     if role == TOOL and isinstance(content, dict):
-        content = json.dumps(content, ensure_ascii=False)
+        content = json.dumps(_json(content, where), ensure_ascii=False)
     may_be_empty = role in (SYSTEM, TOOL) or calls
     if may_be_empty and (content is None or (isinstance(content, str) and not content.strip())):
         return "", thought
@@ -309,10 +313,30 @@ def definitions(content: Any, name: str) -> tuple[dict[str, Any], ...]:
             raise wrong(f"{name}[{index}]", "a tool's definition (an object with name and parameters)", tool)
         if not isinstance(tool.get("function"), dict):
             tool = {"type": "function", "function": {key: value for key, value in tool.items() if key != "type"}}
+        if None in _properties(tool).values():
+            raise FaultError("wrong_types", f"{name}[{index}] has a property that is null: {_JOINED}")
         if not isinstance(tool["function"].get("name"), str):
             raise FaultError("wrong_types", f"{name}[{index}] is the definition of a tool without a name")
         found.append(_json(tool, f"{name}[{index}]"))
     return tuple(found)
+
+
+def check_calls(turns: Sequence[Turn], tools: Sequence[dict[str, Any]]) -> None:
+    """Raise for arguments that are null and that the tool does not have."""
+    known = {tool["function"]["name"]: _properties(tool) for tool in tools}
+    for call in (call for turn in turns for call in turn.calls if None in call.arguments.values()):
+        foreign = [
+            key for key, value in call.arguments.items() if value is None and key not in known.get(call.name, ())
+        ]
+        if foreign and call.name in known:
+            raise FaultError("wrong_types", f"a call of {call.name} has {', '.join(foreign)} as null: {_JOINED}")
+
+
+def _properties(tool: dict[str, Any]) -> dict[str, Any]:
+    """The arguments that a tool has, by name."""
+    parameters = tool["function"].get("parameters")
+    properties = parameters.get("properties") if isinstance(parameters, dict) else None
+    return properties if isinstance(properties, dict) else {}
 
 
 def _json(value: dict[str, Any], where: str) -> dict[str, Any]:

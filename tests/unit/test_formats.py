@@ -319,6 +319,12 @@ def test_definitions_of_tools() -> None:
         assert parsed[0].tools == (wrapped,)
         assert parsed[0].unused == ()
     assert parse({"messages": SAID, "tools": "[]"}, Format.auto, {}) == (Row((ASK, ANSWER)), "chat")
+    joined: Any = {"name": "tide", "parameters": {"properties": {"at": {}, "city": None}}}
+    assert "keep tools and arguments there as JSON text" in fault({"messages": SAID, "tools": [joined]})[1]
+    at: Any = {"name": "tide", "parameters": {"properties": {"at": {}}}}
+    calls = [SAID[0], {"role": "assistant", "tool_calls": [{"name": "tide", "arguments": {"at": None, "city": None}}]}]
+    assert fault({"messages": calls, "tools": [at]})[1].startswith("a call of tide has city as null")
+    assert isinstance(parse({"messages": calls}, Format.auto, {}), tuple)  # nothing says what the tool has
     assert fault({"messages": SAID, "tools": ["tide"]})[1].startswith("tools[0] must be a tool's definition")
     assert (
         fault({"messages": SAID, "tools": [{"type": "web"}]})[1]
