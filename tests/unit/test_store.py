@@ -11,7 +11,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 
@@ -268,6 +268,7 @@ class Dying:
     eos_token_id = pad_token_id = 1
     is_fast = True
     bos_token_id = chat_template = None
+    added_tokens_decoder: ClassVar[dict[int, Any]] = {}
 
     def __call__(self, *_: Any, **__: Any) -> Any:
         os.kill(os.getpid(), signal.SIGKILL)
