@@ -14,7 +14,7 @@ from raytune_lora.errors import UserError
 from raytune_lora.network import hub_unreachable
 
 _CONVERSION = 1  # of what the builders below write: a change of theirs makes older folders stale
-_WEIGHTS = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja"]
+_WEIGHTS = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.py", "*.tiktoken", "*.bpe", "*.vocab"]
 _PICKLED = (".bin", ".pt", ".pth", ".ckpt")
 _CONVERT = (
     "a pickle can run any code when it is read, so only safetensors are: where you trust it, load the model with "

@@ -11,6 +11,7 @@ from raytune_lora.config.compose import compose
 from raytune_lora.errors import UserError
 from raytune_lora.tuning import claim
 from raytune_lora.tuning.folder import SweepFolder, create, held, problems, reopen
+from raytune_lora.tuning.job import RUN, open_job
 from raytune_lora.tuning.resume import changed_data, settle
 
 TYPED = ["experiment=tiny", "resume=auto", "+space.decay={key: training.weight_decay, low: 0.0, high: 0.1}"]
@@ -101,3 +102,19 @@ def test_it_goes_on_with_the_same_tokens_only() -> None:
     why = changed_data(known, {"content": "b", "inputs": inputs | {"tokenizer": "u", "packages": "transformers 6.0"}})
     assert why is not None
     assert "tokenizer or chat template) and packages (it was transformers 5.0)" in why
+
+
+def test_a_job_whose_template_was_edited_does_not_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Up to where workers would start."""
+    monkeypatch.setattr("raytune_lora.tuning.job._work", lambda job, run: {"store": job.store.folder.name})
+    turns = "{% for m in messages %}X{{ m.role }}: {{ m.content }}<eos>{% endfor %}"
+    template = tmp_path / "own.jinja"
+    template.write_text(f"{turns}{{% if add_generation_prompt %}}Xassistant: {{% endif %}}")
+    cache, out = f"cache={tmp_path / 'cache'}", f"output={tmp_path / 'run'}"
+    typed = ["experiment=tiny", cache, out, "data/template=chat", f"data.template.chat_template={template}"]
+    begun = open_job(RUN, compose(typed), [], lambda job: None)
+    again = compose([f"resume={tmp_path / 'run'}"])
+    assert open_job(RUN, again, [], lambda job: None) == begun
+    template.write_text(template.read_text().replace("X", "Y"))
+    with pytest.raises(UserError, match=r"other tokens than the data now gives.*a file that data\.template"):
+        open_job(RUN, compose([f"resume={tmp_path / 'run'}"]), [], lambda job: None)
