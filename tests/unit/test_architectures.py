@@ -11,6 +11,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 
+from raytune_lora.config import validate
 from raytune_lora.config.compose import compose
 from raytune_lora.config.methods import METHODS
 from raytune_lora.config.schema import Quantization, kind_of
@@ -144,6 +145,14 @@ def test_methods_that_cannot_adapt_experts_say_so(kind: str) -> None:
     assert any("method.experts=true does not work" in p for p in method_for(config(kind, experts=True)).problems(shape))
     dense = shape_of(zoo.build("llama"))
     assert any("has no experts" in p for p in method_for(config(kind, experts=True)).problems(dense))
+
+
+def test_experts_need_their_weights_whole_and_no_dropout() -> None:
+    run = ["model.path=here", "data=fake", "method.experts=true"]
+    assert any("method.dropout=0" in problem for problem in validate.problems(compose(run)))
+    assert not any("experts" in problem for problem in validate.problems(compose([*run, "method.dropout=0"])))
+    (problem,) = fit.problems(compose([*run, "method.dropout=0", "deepspeed=zero3"]))
+    assert problem.endswith("take deepspeed=zero2")
 
 
 def test_a_layer_that_no_adapter_can_go_to_is_refused_with_the_reason() -> None:

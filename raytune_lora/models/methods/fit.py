@@ -32,6 +32,11 @@ def problems(cfg: RunConfig) -> list[str]:
             f"method={kind} does not work with deepspeed=zero3 on quantization={cfg.quantization.kind.value}: "
             f"{method.apart[1]}; take deepspeed=zero2"
         )
+    if getattr(cfg.method, "experts", False) and cfg.deepspeed.enabled and cfg.deepspeed.stage == 3:
+        found.append(
+            "method.experts=true does not work with deepspeed=zero3: PEFT adds to the experts' weights as they lie in "
+            "the model, and ZeRO-3 has divided them among the workers; take deepspeed=zero2"
+        )
     if cfg.training.packing and not method.packable:
         found.append(
             f"method={kind} does not work with training.packing=true: what it puts before a row would stand before the "
