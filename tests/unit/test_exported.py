@@ -25,7 +25,7 @@ from tests.unit import zoo
 
 RUN = (
     "deepspeed=off", "training.max_steps=3", "training.global_batch=4", "training.learning_rate=1e-2",
-    "training.warmup=0", "evaluation.every=1000000", "evaluation.loss_rows=0",
+    "training.warmup=0", "data.max_length=256", "evaluation.every=1000000", "evaluation.loss_rows=0",
 )  # fmt: skip
 OWN = {
     "bitfit": ["model=tiny_bias"],
