@@ -6,8 +6,10 @@ import os
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -88,6 +90,15 @@ def test_a_host_that_says_nothing_is_given_up() -> None:
         assert network.unreachable("127.0.0.1", full.getsockname()[1], seconds=0.5) is not None
         for client in waiting:
             client.close()
+
+
+@pytest.mark.usefixtures("soon")
+def test_a_dashboard_s_port_is_no_cluster() -> None:
+    with ThreadingHTTPServer(("127.0.0.1", 0), BaseHTTPRequestHandler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        with pytest.raises(UserError, match=r"no Ray cluster answers there \(something else listens there\)"):
+            connect.nodes(ClusterConfig(address=f"127.0.0.1:{server.server_port}"))
+        server.shutdown()
 
 
 # --------------------------------------------------------------------------------------------------- temporary files
