@@ -8,22 +8,26 @@ from urllib.parse import urlsplit
 from urllib.request import getproxies, proxy_bypass
 
 SECONDS = 5.0  # to connect
+_HEADER, _SETTINGS = 9, 4  # of an HTTP/2 frame: its bytes, and a type
 
 
-def unreachable(host: str, port: int, seconds: float = SECONDS) -> str | None:
+def unreachable(host: str, port: int, seconds: float = SECONDS, *, grpc: bool = False) -> str | None:
     """Why nothing listens there; None where something does.
 
     Args:
         host: name or address.
         port: of TCP.
         seconds: after which it does not answer; names are looked up within them.
+        grpc: whether it is to speak gRPC, as Ray does.
     """
     found = [f"no answer in {seconds:g} s"]
 
     def connect() -> None:
         try:
-            with socket.create_connection((host, port), timeout=seconds):
-                found.append("")
+            with socket.create_connection((host, port), timeout=seconds) as server:
+                found.append("" if not grpc or _speaks_http2(server) else "something else listens there")
+        except TimeoutError:
+            return
         except OSError as error:
             found.append(error.strerror or str(error))
 
@@ -31,6 +35,13 @@ def unreachable(host: str, port: int, seconds: float = SECONDS) -> str | None:
     thread.start()
     thread.join(seconds)
     return found[-1] or None
+
+
+def _speaks_http2(server: socket.socket) -> bool:
+    """Whether a server answers the preface of HTTP/2 with its settings (RFC 9113, 3.4), as gRPC does."""
+    server.sendall(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes((0, 0, 0, _SETTINGS, 0, 0, 0, 0, 0)))
+    header = server.recv(_HEADER, socket.MSG_WAITALL)
+    return len(header) == _HEADER and header[3] == _SETTINGS
 
 
 def hub_unreachable() -> str | None:

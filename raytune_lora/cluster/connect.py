@@ -236,7 +236,8 @@ def _reach(address: str) -> None:
     host, _, port = where.rpartition(":")
     if not (host and port.isdigit()):
         raise UserError(f"{_named(address)} is no address of a Ray cluster; name <host>:6379, auto or local")
-    if why := network.unreachable(host.strip("[]"), int(port)):
+    plain = os.environ.get("RAY_USE_TLS", "0").lower() not in ("1", "true")
+    if why := network.unreachable(host.strip("[]"), int(port), grpc=plain):
         raise UserError(
             f"{_named(address)}: no Ray cluster answers there ({why}); is it up, and is this its head's address and "
             "port (6379)? To run on this machine, unset RAY_ADDRESS and leave cluster.address out"

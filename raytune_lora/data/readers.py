@@ -285,6 +285,8 @@ def hub_splits(name: str, subset: str | None, revision: str | None) -> list[str]
     """The splits that a hub data set has; none where the hub does not say, which is told when rows are read."""
     from datasets import get_dataset_split_names
 
+    if hub_unreachable():
+        return []
     try:
         return list(get_dataset_split_names(name, subset, revision=revision))
     except Exception:

@@ -6,8 +6,10 @@ import os
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -16,6 +18,7 @@ from raytune_lora import network, shadows
 from raytune_lora.cluster import connect
 from raytune_lora.config.schema import ClusterConfig
 from raytune_lora.errors import UserError
+from raytune_lora.tuning import folder
 
 ROOT = Path(__file__).resolve().parents[2]
 SOON = 12.0  # seconds on a machine that does much else
@@ -89,6 +92,15 @@ def test_a_host_that_says_nothing_is_given_up() -> None:
             client.close()
 
 
+@pytest.mark.usefixtures("soon")
+def test_a_dashboard_s_port_is_no_cluster() -> None:
+    with ThreadingHTTPServer(("127.0.0.1", 0), BaseHTTPRequestHandler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        with pytest.raises(UserError, match=r"no Ray cluster answers there \(something else listens there\)"):
+            connect.nodes(ClusterConfig(address=f"127.0.0.1:{server.server_port}"))
+        server.shutdown()
+
+
 # --------------------------------------------------------------------------------------------------- temporary files
 
 
@@ -146,18 +158,15 @@ def test_only_gpus_that_are_there_are_counted(
 
 ASKING = """
 import time
-from raytune_lora.config.schema import HubModelConfig
-from raytune_lora.data.readers import read_hub
-from raytune_lora.errors import UserError
-from raytune_lora.models.sources import problems
 import datasets, huggingface_hub
+from raytune_lora.config.data import FileDataConfig
+from raytune_lora.config.schema import HubModelConfig
+from raytune_lora.data import sources as data
+from raytune_lora.models import sources as models
 
 began = time.monotonic()
-print(*problems(HubModelConfig(path="owner/name")))
-try:
-    next(read_hub("owner/name", subset=None, split="train", revision=None))
-except UserError as error:
-    print(error)
+print(*models.problems(HubModelConfig(path="owner/name")))
+print(*data.problems(FileDataConfig(path="owner/name")))
 print(time.monotonic() - began)
 """
 
@@ -168,10 +177,22 @@ def test_a_hub_that_does_not_answer(dead_port: int) -> None:
     for name in ("HF_HUB_OFFLINE", "HTTP_PROXY", "http_proxy", "ALL_PROXY", "all_proxy"):
         environment.pop(name, None)
     done = subprocess.run([sys.executable, "-c", ASKING], env=environment, capture_output=True, text=True, check=True)
-    model, data, seconds = done.stdout.splitlines()
+    model, rows, seconds = done.stdout.splitlines()
     assert model.startswith("model.path: 'owner/name' is no folder here, and the hub, where it would be a model, does")
-    assert data.startswith("data: owner/name cannot be read from the hub, which does not answer (127.0.0.1: ")
+    assert "owner/name cannot be read from the hub, which does not answer (127.0.0.1: " in rows
     assert float(seconds) < SOON
+
+
+# -------------------------------------------------------------------------------------------------------------- storage
+
+
+@pytest.mark.usefixtures("soon")
+def test_a_store_that_does_not_answer(dead_port: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = {"ACCESS_KEY_ID": "test", "SECRET_ACCESS_KEY": "test", "REGION": "us-east-1"}
+    for name, value in {**settings, "ENDPOINT_URL": f"http://127.0.0.1:{dead_port}"}.items():
+        monkeypatch.setenv(f"AWS_{name}", value)
+    with pytest.raises(UserError, match=r"s3://bucket/sweeps/config.yaml cannot be read .* see that the store answers"):
+        folder.exists("s3://bucket/sweeps")
 
 
 # ----------------------------------------------------------------------------------------------------- the user's files
