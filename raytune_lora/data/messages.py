@@ -45,6 +45,7 @@ _FLAGS = {  # field of a message: the value that has it trained
     **dict.fromkeys(("weight", "loss_weight", "loss_scale", "train", "training", "loss", "loss_mask"), True),
     "masked": False,
 }
+_WEIGHTS = ("weight", "loss_weight", "loss_scale")  # of answers: other messages have them where files are columns
 _PARTIAL = ("train_detail", "training_detail")  # Axolotl's: parts of a message
 _THOUGHTS = ("reasoning_content", "reasoning", "thinking")
 _JOINED = (  # what data sets of columns make of objects of different shapes
@@ -235,10 +236,11 @@ def _trained(message: dict[str, Any], role: str, where: str) -> bool:
     wanted = {bool(value) == _FLAGS[key] for key, value in found.items()}
     if len(wanted) > 1:
         raise FaultError("wrong_types", f"{where}: {' and '.join(found)} say opposite things")
-    if role != ASSISTANT and True in wanted:
+    asking = [key for key, value in found.items() if bool(value) == _FLAGS[key] and key not in _WEIGHTS]
+    if role != ASSISTANT and asking:
         raise FaultError(
             "wrong_types",
-            f"{where}.{next(iter(found))} asks to train the {role}'s message, and only answers are trained: leave it "
+            f"{where}.{asking[0]} asks to train the {role}'s message, and only answers are trained: leave it "
             "out there (data.train_on=all trains every token)",
         )
     return wanted != {False} if role == ASSISTANT else True

@@ -290,7 +290,8 @@ def open_job(kind: str, cfg: SweepConfig, moved: Sequence[str], run: Callable[[J
         parts = None if claim is None else Parts(f"{folder.uri}/{JOURNAL}", claim.label, claim.check)
         journal = Journal(folder.journal, progress.watch, began, parts)
         data = {name: inputs.store.manifest[name] for name in ("content", "inputs")}
-        if changed := changed_data(journal.record.phases.get(PREPARE, {}), data):
+        finished = BEST in journal.record.phases
+        if not finished and (changed := changed_data(journal.record.phases.get(PREPARE, {}), data)):
             raise UserError(f"{typed('resume', folder.address)}: {changed}")
         if changes:
             journal.append("moved", changes=to_plain(changes))
@@ -298,7 +299,7 @@ def open_job(kind: str, cfg: SweepConfig, moved: Sequence[str], run: Callable[[J
             reopen_search(journal, cfg.budget, math.inf if cfg.scheduler.goes_on else cfg.search.trials)
         job = Job(kind, cfg, folder, journal, progress, inputs.store, inputs.model, interrupts, constraints)
         progress.know(job.plan.total, journal.record)
-        if BEST in journal.record.phases:
+        if finished:
             return job.write_results()
         shutil.copyfile(inputs.store.folder / REPORT, folder.path / REPORT)
         folder.copy.send(folder.path / REPORT)

@@ -74,8 +74,13 @@ def changed_data(known: dict[str, Any], now: dict[str, Any]) -> str | None:
             has not come that far.
         now: those of the store that its config now gives.
     """
-    if not known.get("content") or known["content"] == now["content"]:
+    if not known or known.get("content") == now["content"]:
         return None
+    if "content" not in known:
+        return (
+            "an earlier version of this program prepared its data, whose trials were measured on other rows than "
+            "this one's would be: go on with that version, or begin anew (output=…)"
+        )
     names = [name for name, value in now["inputs"].items() if known["inputs"].get(name) != value]
     what = " and ".join(_INPUTS[name].format(**known["inputs"]) for name in names) or "what it is prepared with"
     return (

@@ -279,6 +279,11 @@ def test_an_answer_that_is_not_to_be_trained_stays_in_the_context(off: dict[str,
     assert turns({"messages": [{**SAID[0], **off}, {**SAID[1], **on}]}) == (ASK, ANSWER)
 
 
+@pytest.mark.parametrize("name", ["weight", "loss_weight", "loss_scale"])
+def test_the_weight_that_columns_give_to_every_message_asks_for_nothing_of_a_question(name: str) -> None:
+    assert turns({"messages": [{**said, name: 1.0} for said in SAID]}) == (ASK, ANSWER)
+
+
 def test_calls_and_the_answers_of_tools() -> None:
     called = Turn(ASSISTANT, "", calls=(Call("tide", {"at": "Islet"}, "c1"),))
     answered = Turn(TOOL, "2 m", name="tide", call_id="c1")

@@ -98,6 +98,7 @@ def test_it_goes_on_with_the_same_tokens_only() -> None:
     inputs = {"rows": "r", "settings": "s", "tokenizer": "t", "packages": "transformers 5.0"}
     known = {"content": "a", "inputs": inputs}
     assert changed_data({}, known) is None
+    assert "earlier version" in str(changed_data({"seconds": 1.0}, known))
     assert changed_data(known, {"content": "a", "inputs": inputs | {"tokenizer": "u"}}) is None
     why = changed_data(known, {"content": "b", "inputs": inputs | {"tokenizer": "u", "packages": "transformers 6.0"}})
     assert why is not None
