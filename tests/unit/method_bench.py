@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from raytune_lora.planning.shape import Shape
 
 STEPS = 6
 LENGTH = 12  # tokens of a row
+_BASES: dict[Path, Any] = {}  # unquantized models as loaded, by folder
 SMALL: dict[str, dict[str, Any]] = {
     "vera": {"r": 32, "dropout": 0.0},
     "prefix_tuning": {"virtual_tokens": 4},
@@ -53,7 +55,11 @@ class Bench:
         return shape_of_folder(self.folder, ModelConfig())
 
     def base(self) -> Any:
-        return load_model(self.folder, ModelConfig(), self.quantization)
+        if self.quantization.kind is not Quantization.none:
+            return load_model(self.folder, ModelConfig(), self.quantization)
+        if self.folder not in _BASES:
+            _BASES[self.folder] = load_model(self.folder, ModelConfig(), self.quantization)
+        return copy.deepcopy(_BASES[self.folder])
 
     def start(self, earlier: dict[str, Any] | None = None) -> Start:
         def samples(count: int) -> Iterator[dict[str, Any]]:

@@ -224,8 +224,12 @@ USED = [  # the options that each model has something for
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("model", "option"), USED)
-@pytest.mark.parametrize("kind", ["lora", "dora", "pissa"])
+@pytest.mark.parametrize(
+    ("kind", "model", "option"),
+    [("lora", *used) for used in USED]
+    + [(kind, *used) for kind in ("dora", "pissa") for used in (("llama", "patterns"), ("gpt2", "conv"))]
+    + [("pissa", "qwen2", "bias"), ("rslora", "llama", "patterns"), ("lora_plus", "tied_llama", "head")],
+)
 def test_an_option_of_lora_keeps_its_promises(
     kind: str, model: str, option: str, folder: Callable[[str], Path], tmp_path: Path
 ) -> None:

@@ -109,6 +109,12 @@ class LoraFamily(TargetedMethod[L]):
 
     def problems(self, shape: Shape) -> list[str]:
         found = [*super().problems(shape), *options.problems(self.cfg, shape, self.targets(shape))]
+        if not found and not self.targets(shape) and not self.experts(shape):
+            found.append(
+                f"method={self.cfg.kind}: no layer is left for an adapter; target_modules, layers_to_transform and "
+                "modules_to_save (which trains a layer whole) exclude each other: widen method.layers_to_transform, or "
+                "name fewer method.modules_to_save"
+            )
         if self.cfg.experts and not shape.experts:
             found.append(
                 "method.experts=true: the model has no experts whose weights lie in one parameter; leave it out"
