@@ -23,7 +23,6 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(240)]
 SETTINGS = {
     "bitfit": ["model=tiny_bias"],
     "ir_qlora": ["method.r=8"],  # it divides the widths
-    "diff_pruning": ["method.sparsity=null"],  # what is saved is not cut
 }
 
 

@@ -34,8 +34,9 @@ class DiffPruning(OwnMethod[DiffPruningMethodConfig]):
         model.requires_grad_(False)
         self._budget = Budget(self.cfg.sparsity)
         self.settled_from = max(1, start.steps - round(self.cfg.settle * start.steps))
-        for linear in self._targets(shape_of(model)):
-            insert(model.get_submodule(linear.name), self._budget)
+        found = [model.get_submodule(linear.name) for linear in self._targets(shape_of(model))]
+        for layer in dict.fromkeys(found):  # one that the model uses twice has two names
+            insert(layer, self._budget)
         put_masks(model, start.earlier or {})
         return model
 
