@@ -70,7 +70,8 @@ def leak(model: Any, tokens: Sequence[int], pad_id: int) -> str | None:
     except torch.cuda.OutOfMemoryError:
         raise
     except Exception as error:  # whatever the model says of one sequence with several beginnings, having taken each
-        return f"it cannot take them: {type(error).__name__}: {str(error).strip().splitlines()[0]}"
+        why = f"{type(error).__name__}: {error}".strip().splitlines()[0]
+        return f"it cannot take them: {why}"
     dtype, start = _computes_in(model), _LENGTHS[0]
     batch = max(_difference(torch.cat(rows[1:]), torch.cat(side[0][1:])) for rows in side[1:])
     seen = max(_difference(logits[start:], packed[0][start:]) for logits in packed[1:])
