@@ -50,9 +50,9 @@ class LoraFamily(TargetedMethod[L]):
     def apply(self, model: Any, start: Start) -> Any:
         from raytune_lora.models.shape import biases as biases_of
 
+        met = {name for name, _ in biases_of(model)}  # before PEFT renames them
         adapted = super().apply(model, start)
         if self.cfg.bias is Bias.all:  # PEFT lets a vision tower's train as well
-            met = {name for name, _ in biases_of(model)}
             for name, p in adapted.named_parameters():
                 plain = name.removeprefix(_BASE).replace(".base_layer.", ".")
                 if plain.endswith(".bias") and plain not in met and ".modules_to_save." not in plain:
