@@ -83,8 +83,8 @@ def problems(cfg: LoraMethodConfig, shape: Shape, targets: list[Linear]) -> list
             f"method.modules_to_save: the model has no module called {', '.join(unknown)} with parameters; its "
             f"embedding and head are {usual}"
         )
-    targeted = {linear.name for linear in targets}
-    if shape.tied and shape.head in targeted and shape.embedding in saved(cfg, shape):
+    named = shape.head is not None and any(matches(word, shape.head) for word in cfg.target_modules)
+    if shape.tied and named and shape.embedding in saved(cfg, shape):
         found.append(
             f"method.target_modules: {shape.head} shares its weight with {shape.embedding}, which "
             "method.modules_to_save trains whole; take it out of one of them"
