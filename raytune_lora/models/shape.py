@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 import re
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator
 from dataclasses import asdict
 from functools import cache
 from importlib import metadata
@@ -87,7 +87,7 @@ def auto_class(config: Any) -> Any:
 
     for cls in (AutoModelForCausalLM, AutoModelForImageTextToText):
         own_code = cls.__name__ in (getattr(config, "auto_map", None) or {})
-        if own_code or type(config) in cls._model_mapping:  # type: ignore[attr-defined]  # made by a decorator
+        if own_code or type(config) in cls._model_mapping:
             return cls
     raise UserError(
         f"model: transformers has no language model of the architecture {config.model_type!r}; name a decoder that "
@@ -210,10 +210,10 @@ def _linears(skeleton: Skeleton, *, mixture: bool) -> list[Linear]:
 
 
 @cache
-def _weights_read(cls: type) -> set[str]:
+def _weights_read(cls: Hashable) -> set[str]:
     """Layers of a module whose weights its own code reads, as it hands them to a kernel: Mamba's on a GPU alone."""
     found: set[str] = set()
-    for owner in cls.__mro__:
+    for owner in inspect.getmro(cls):  # type: ignore[arg-type]  # a class, which mypy does not take for hashable
         if owner.__module__.startswith("torch"):
             continue
         for name, method in vars(owner).items():
@@ -239,7 +239,8 @@ def _claimed(config: Any) -> tuple[str, ...]:
     """Names that PEFT's LoRA takes for experts that were linear layers once, whatever layer else has them."""
     from peft.utils import transformers_weight_conversion as conversion
 
-    pattern = conversion._MODEL_TO_CONVERSION_PATTERN.get(config.model_type)
+    kinds: dict[str, str] = vars(conversion)["_MODEL_TO_CONVERSION_PATTERN"]
+    pattern = kinds.get(config.model_type)
     return tuple(conversion._MOE_TARGET_MODULE_MAPPING.get(pattern, ()) if pattern else ())
 
 
