@@ -199,7 +199,7 @@ def _linears(skeleton: Skeleton, *, mixture: bool) -> list[Linear]:
         transposed = is_transposed(module)
         d_in, d_out = module.weight.shape if isinstance(module, Conv1D) else module.weight.shape[::-1]
         apart = ""
-        if leaf in _weights_read(type(skeleton.model.get_submodule(parent))):
+        if leaf in _weights_read(type(skeleton.model.get_submodule(parent))):  # type: ignore[arg-type]
             apart = BYPASSED
         elif name not in skeleton.called:
             apart = UNMET if f"{name}.weight" not in skeleton.trains else BYPASSED
