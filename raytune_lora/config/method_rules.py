@@ -15,8 +15,8 @@ from raytune_lora.config.methods import (
 
 
 def problems(method: MethodConfig) -> list[str]:
-    """All that is wrong, each naming the key as the user types it."""
-    found = _target_problems(method) if isinstance(method, TargetedMethodConfig) else []
+    """What of several fields does not go together, each naming the key as the user types it."""
+    found: list[str] = []
     if isinstance(method, LoraMethodConfig):
         found += _lora_problems(method)
     if isinstance(method, AdaloraMethodConfig):
@@ -24,7 +24,10 @@ def problems(method: MethodConfig) -> list[str]:
     return found
 
 
-def _target_problems(method: TargetedMethodConfig) -> list[str]:
+def target_problems(method: MethodConfig) -> list[str]:
+    """What is wrong with ``target_modules``, where the method has them."""
+    if not isinstance(method, TargetedMethodConfig):
+        return []
     words = list(method.target_modules)
     if not words:
         return ["method.target_modules is empty; name modules (q_proj,v_proj), or all-linear"]

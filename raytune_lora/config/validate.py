@@ -9,6 +9,7 @@ from typing import Any
 
 from raytune_lora.config.data import Action, FileDataConfig
 from raytune_lora.config.method_rules import problems as method_problems
+from raytune_lora.config.method_rules import target_problems
 from raytune_lora.config.schema import (
     Attention,
     Offload,
@@ -122,7 +123,7 @@ def problems(cfg: RunConfig, *, here: bool = True) -> list[str]:
         cfg: composed.
         here: whether it is to run on this machine, with what is installed here.
     """
-    found = [*_range_problems(cfg), *_choice_problems(cfg, here)]
+    found = [*_range_problems(cfg), *_choice_problems(cfg, here), *target_problems(cfg.method)]
     if not found:
         found += [*_model_problems(cfg), *method_problems(cfg.method), *_batch_problems(cfg), *_data_problems(cfg)]
         found += _deepspeed_problems(cfg)

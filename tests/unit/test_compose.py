@@ -234,7 +234,6 @@ def test_a_dimension_is_added_to_the_space() -> None:
         ("method.r=null", "not Optional"),
         ("training.learning_rate=fast", "could not be converted to Float"),
         ("training.gradient_checkpointing=perhaps", "not a valid bool"),
-        ("method.target_modules=q_proj", "not a ListConfig, list or tuple"),
         ("model.precision=fp16", "expected one of [auto, fp32, bf16]"),
     ],
 )

@@ -143,6 +143,7 @@ def test_the_summary_says_it_and_counts_the_search_s_trials_alone() -> None:
         "baseline": {"eval_loss": 2.0, "exact_match": None},
         "best": {"trial_id": "0000", "eval_loss": 1.0, "exact_match": None, "adapter": "best/adapter"},
         "trials": [{"status": t.status, "confirms": t.confirms, "error": None} for t in trials],
+        "data": {"rows": {"validation": 8, "test": 8}},
         "seconds": {"total": 1.0},
         "confirmation": found(*trials, confirmed=["0000"]),
         "ended_by": {"budget": "hours", "why": "it was late", "remedy": "budget.hours=<more> (or null)"},

@@ -183,7 +183,7 @@ def test_a_number_is_finite(key: str, value: float) -> None:
     ("section", "leaf", "value", "remedy"),
     [
         ("training", "lr_scheduler", "cosin", "known: constant, constant_with_warmup, cosine"),
-        ("method", "target_modules", [], "['all-linear']"),
+        ("method", "target_modules", [], "name modules (q_proj,v_proj), or all-linear"),
         ("tracking", "trackers", ["tensorbord"], "known: tensorboard, wandb, mlflow, ray"),
         ("tracking", "trackers", ["wandb", "ray", "wandb"], "names one twice (got wandb, ray, wandb)"),
         ("tracking", "project", "", "name the W&B project or MLflow experiment"),
