@@ -102,6 +102,16 @@ def test_goes_on_with_other_workers_under_another_stage(
     assert found == pytest.approx(whole[CUT:], abs=TOLERANCE)
 
 
+def test_modules_trained_whole_go_on_under_another_stage(
+    cut: Any, single: Pool, store: TokenStore, configure: Configure, tmp_path: Path
+) -> None:
+    saved = "method.modules_to_save=lm_head,norm"
+    whole, folder = cut(2, "deepspeed=zero3", saved)
+    cfg = configure(*RUN, "deepspeed=off", saved)
+    found = gone_on(folder, tmp_path / "on", single, store, cfg)
+    assert found == pytest.approx(whole[CUT:], abs=TOLERANCE)
+
+
 @pytest.mark.parametrize(
     "method",
     [

@@ -160,7 +160,6 @@ def test_a_layer_that_is_not_there_is_refused_with_those_that_are(folders: dict[
         (["method=diff_pruning", "deepspeed=zero3"], ["method=diff_pruning", "zero0, zero1, zero2, off"]),
         (["method=dora", "deepspeed=zero3", "quantization=nf4"], ["quantization=nf4", "deepspeed=zero2"]),
         (["method=p_tuning", "training.packing=true"], ["method=p_tuning", "training.packing=true"]),
-        (["method.modules_to_save=lm_head", "deepspeed=zero3"], ["method.modules_to_save", "deepspeed=zero3", "zero2"]),
         (["method=layernorm", "deepspeed=zero3"], ["method=layernorm", "zero0, zero1, zero2, off"]),
         (["method=loftq", "quantization=none"], ["method=loftq", "nf4"]),
         (["method=prefix_tuning", "training.gradient_checkpointing=true"], ["method=prefix_tuning"]),

@@ -37,11 +37,6 @@ def problems(cfg: RunConfig) -> list[str]:
             "method.experts=true does not work with deepspeed=zero3: PEFT adds to the experts' weights as they lie in "
             "the model, and ZeRO-3 has divided them among the workers; take deepspeed=zero2"
         )
-    if isinstance(cfg.method, LoraMethodConfig) and cfg.method.modules_to_save and _stage(cfg) == 3:
-        found.append(
-            "method.modules_to_save does not work with deepspeed=zero3 (it does with zero0, zero1, zero2, off): PEFT "
-            "trains copies of the modules, which ZeRO-3's divided weights are not made for"
-        )
     if cfg.training.packing and not method.packable:
         found.append(
             f"method={kind} does not work with training.packing=true: what it puts before a row would stand before the "
@@ -53,10 +48,6 @@ def problems(cfg: RunConfig) -> list[str]:
             "handed over in the cache that gradient checkpointing has to leave out"
         )
     return found
-
-
-def _stage(cfg: RunConfig) -> int:
-    return cfg.deepspeed.stage if cfg.deepspeed.enabled else 0
 
 
 def model_problems(cfg: RunConfig, shape: Shape) -> list[str]:
