@@ -296,6 +296,8 @@ def _gate(cfg: DataConfig, report: dict[str, Any]) -> list[str]:
     reasons = why_left_out(report)
     first = next((f["examples"][0] for f in dropped.values() if f["examples"]), None)
     example = f"; the first at {first['where']}: {first['detail']}" if first else ""
+    if rows["reasons"].get(TOO_LONG) and cfg.truncation is Truncation.drop:
+        example += "; for those that are too long raise data.max_length, or set data.truncation=right to cut them"
     if not rows["splits"]["train"]:
         reasons = reasons or f"rows of the splits: {rows['splits']}"
         return [*found, f"data: no row is left to train on, of {read} read ({reasons}{example})"]

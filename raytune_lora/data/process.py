@@ -172,7 +172,8 @@ class Processor:
         if of.role == BENCHMARK:
             return _Usable(source, record.where, row, name)
         if row.unused and self._actions["unused_fields"] is not Action.off:
-            findings.add("unused_fields", record.where, _shown(record.value), ", ".join(row.unused), row.unused)
+            names = [name or "(a column without a name)" for name in row.unused]
+            findings.add("unused_fields", record.where, _shown(record.value), ", ".join(names), names)
             if self._actions["unused_fields"] is Action.drop:
                 self._leave_out(source, "unused_fields")
                 return None
