@@ -273,13 +273,7 @@ def open_job(kind: str, cfg: SweepConfig, moved: Sequence[str], run: Callable[[J
         began = time.monotonic()
         cache = Path(cfg.cache).expanduser().absolute()
         with progress.doing("preparing the model and the data"), explained(cache, "start it again"):
-            inputs = prepare_inputs(cfg)
-            if found := limits.problems(cfg, inputs.shape, inputs.store):
-                raise UserError(found)
-            searching = kind == SWEEP  # a run that does not fit goes on with a smaller micro batch
-            constraints = Constraints(cfg, memory_limit(cfg, inputs.shape, inputs.store) if searching else None)
-            if searching:
-                constraints.check()
+            inputs, constraints = _prepared(kind, cfg)
         if fresh:
             _room(cfg, inputs.shape, folder.path, kind)
             with explained(folder.path, "start it again"):
@@ -301,16 +295,34 @@ def open_job(kind: str, cfg: SweepConfig, moved: Sequence[str], run: Callable[[J
         progress.know(job.plan.total, journal.record)
         if finished:
             return job.write_results()
-        shutil.copyfile(inputs.store.folder / REPORT, folder.path / REPORT)
-        folder.copy.send(folder.path / REPORT)
-        for note in model_notes(cfg, inputs.shape):
-            progress.note(note)
-        progress.note(in_short(json.loads((folder.path / REPORT).read_text())))
-        rows = inputs.store.rows["train"]
-        for note in (*limits.notes(cfg, inputs.shape, inputs.store), *remarks(cfg, rows, searching=searching)):
-            progress.note(note)
+        _report_inputs(job, inputs.shape)
         journal.append("phase", name=PREPARE, seconds=round(time.monotonic() - began, 3), **data)
         return _work(job, run)
+
+
+def _prepared(kind: str, cfg: SweepConfig) -> tuple[Inputs, Constraints]:
+    """Model and data, which fit together and into memory."""
+    inputs = prepare_inputs(cfg)
+    if found := limits.problems(cfg, inputs.shape, inputs.store):
+        raise UserError(found)
+    searching = kind == SWEEP  # a run that does not fit is tried with a smaller micro batch
+    constraints = Constraints(cfg, memory_limit(cfg, inputs.shape, inputs.store) if searching else None)
+    if searching:
+        constraints.check()
+    return inputs, constraints
+
+
+def _report_inputs(job: Job, shape: Shape) -> None:
+    """Copy the report on the data into the job's folder, and say what one should know before it trains."""
+    shutil.copyfile(job.store.folder / REPORT, job.folder.path / REPORT)
+    job.folder.copy.send(job.folder.path / REPORT)
+    for note in (
+        *model_notes(job.cfg, shape),
+        in_short(json.loads((job.folder.path / REPORT).read_text())),
+        *limits.notes(job.cfg, shape, job.store),
+        *remarks(job.cfg, job.store.rows["train"], searching=job.kind == SWEEP),
+    ):
+        job.progress.note(note)
 
 
 @contextlib.contextmanager
