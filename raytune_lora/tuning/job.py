@@ -284,8 +284,8 @@ def open_job(kind: str, cfg: SweepConfig, moved: Sequence[str], run: Callable[[J
         parts = None if claim is None else Parts(f"{folder.uri}/{JOURNAL}", claim.label, claim.check)
         journal = Journal(folder.journal, progress.watch, began, parts)
         data = {name: inputs.store.manifest[name] for name in ("content", "inputs")}
-        finished = BEST in journal.record.phases
-        if not finished and (changed := changed_data(journal.record.phases.get(PREPARE, {}), data)):
+        trains = bool(changes) or BEST not in journal.record.phases
+        if trains and (changed := changed_data(journal.record.phases.get(PREPARE, {}), data)):
             raise UserError(f"{typed('resume', folder.address)}: {changed}")
         if changes:
             journal.append("moved", changes=to_plain(changes))
@@ -293,7 +293,7 @@ def open_job(kind: str, cfg: SweepConfig, moved: Sequence[str], run: Callable[[J
             reopen_search(journal, cfg.budget, math.inf if cfg.scheduler.goes_on else cfg.search.trials)
         job = Job(kind, cfg, folder, journal, progress, inputs.store, inputs.model, interrupts, constraints)
         progress.know(job.plan.total, journal.record)
-        if finished:
+        if BEST in journal.record.phases:
             return job.write_results()
         _report_inputs(job, inputs.shape)
         journal.append("phase", name=PREPARE, seconds=round(time.monotonic() - began, 3), **data)
