@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,19 +23,12 @@ from tests.unit import zoo
 from tests.unit.method_bench import Bench, config
 from tests.unit.test_method_contract import loaded_by_peft, resumed, same
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 MODELS = ("gemma3", "mixtral", "qwen3_moe", "gpt_oss", "deepseek_v3", "mamba", "lfm2")
 MIXTURES = ("mixtral", "qwen3_moe", "gpt_oss", "deepseek_v3")
 UNQUANTIZED = [kind_of(cls) for cls in METHODS if kind_of(cls) not in ("loftq", "ir_qlora")]
 BATCH = {"input_ids": torch.arange(3, 51).reshape(2, 24), "attention_mask": torch.ones(2, 24).long()}
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """Threads cost more than they give on so small a model."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,8 @@ from raytune_lora.training.batches import collate
 from tests.unit import zoo
 from tests.unit.chat_templates import CHAT, FAMILIES, Family, byte_level_tokenizer, talk
 from tests.unit.method_bench import Bench, config
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 NEW = 5
 STOP = [zoo.VOCAB - 1]
@@ -41,14 +43,6 @@ COMBINATIONS = [
     *((model, kind) for model in ("gpt2", "gemma2", "opt") for kind in PROMPT),
     *((model, None) for model in MODELS),
 ]
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="session")

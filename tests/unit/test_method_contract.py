@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,8 @@ from raytune_lora.models.methods import fit, method_for
 from raytune_lora.models.methods.peft_method import CONFIG
 from tests.unit import zoo
 from tests.unit.method_bench import STEPS, Bench, config
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 _WIDE = {"hidden_size": 64, "intermediate_size": 128, "initializer_range": 0.1}  # 64: a block of 4-bit weights
 MODELS: dict[str, dict[str, Any]] = {
@@ -41,15 +43,6 @@ REFUSED = {  # what cannot work, and a word of the reason
     **{(kind, "gpt2"): "Conv1D" for kind in ("loha", "lokr", "shira")},
     **{("bitfit", model): "trains biases" for model in ("llama", "tied_llama", "qwen3", "gemma2", "phi3", "mixtral")},
 }
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """Threads cost more than they give on so small a model."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="session")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,17 +18,10 @@ from raytune_lora.models.shape import known_shape, shape_of, shape_of_folder
 from raytune_lora.models.sources import materialize
 from tests.unit.method_bench import STEPS, Bench, config
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 KINDS = [kind_of(cls) for cls in METHODS]
 NEEDS = {"bitfit": {"bias": True}}  # of the tiny model
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """Threads cost more than they give on so small a model."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")
