@@ -186,13 +186,14 @@ def fail(cfg: Any, store: Any, place: Any) -> None:
 
 
 def count_models(cfg: Any, store: Any, place: Any) -> None:
-    """Report how many base models the process still holds."""
+    """Report how many base models the process still holds; skeletons, which are kept, have no weights."""
     import gc
 
     from transformers import PreTrainedModel
 
     gc.collect()
-    place.report({"models": sum(isinstance(o, PreTrainedModel) for o in gc.get_objects())})
+    models = [o for o in gc.get_objects() if isinstance(o, PreTrainedModel)]
+    place.report({"models": sum(any(not p.is_meta for p in model.parameters()) for model in models)})
 
 
 def measure(cfg: Any, store: Any, place: Any, adapter: str | None) -> None:
