@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import json
 import re
-from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -62,6 +61,7 @@ class _Chat:
     tools: Tools = None
     shape: str = ""
     style: Style = STYLES[0]
+    unfolded: Sequence[Message] = ()  # the messages with the system's apart, where the prompt is written so
 
 
 class ChatWriter:
@@ -72,7 +72,7 @@ class ChatWriter:
         self._marked = _MARK.search(self._template) is not None
         self._special = dict(tokenizer.special_tokens_map)
         self._ends = Ends(_end_tokens(tokenizer))
-        self._folds: bool | None = None
+        self._writes_system: dict[bool, bool] = {}  # by whether it is asked for a generation prompt
         self._has_prompt: bool | None = None
         self._styles: dict[str, Style] = {}  # by the shape of a row with calls
         self._skeletons: dict[str, Skeleton] = {}  # by shape
@@ -82,8 +82,10 @@ class ChatWriter:
     def __call__(self, row: Row) -> Rendered:
         if len(row.turns) == 1 and row.turns[0].role == ASSISTANT:
             return self._text_writer(row)  # plain text is no conversation
-        folds = row.turns[0].role == SYSTEM and self._takes_no_system()
+        folds = row.turns[0].role == SYSTEM and not self._takes_system(prompt=False)
         chat = self._chat(messages_of(row, folds), list(row.tools) or None)
+        if folds and self._takes_system(prompt=True):
+            chat = replace(chat, unfolded=messages_of(row, False))
         text, spans, closed = self._written(chat)
         text, spans, notes = self._as_prompted(chat, text, spans)
         notes += _lost(chat.messages, text, spans)
@@ -128,15 +130,19 @@ class ChatWriter:
         (text,), marks = rendered
         return text, [(start, end) for start, end in marks[0] if end > start] if self._marked else []
 
-    def _takes_no_system(self) -> bool:
-        """Whether a system message must go into the first user message, as for Gemma and Mistral."""
-        if self._folds is None:
+    def _takes_system(self, *, prompt: bool) -> bool:
+        """Whether a system message is written, or must go into the first user message, as for Gemma.
+
+        Mistral's templates write it with the last message, if that is the user's: in a prompt alone.
+        """
+        if prompt not in self._writes_system:
             words = [Message(role, word(TEXT, n), n) for n, role in enumerate((SYSTEM, USER, ASSISTANT))]
+            words = words[:2] if prompt else words
             try:
-                self._folds = words[0].text not in self._render(_Chat(words), words)[0]
+                self._writes_system[prompt] = words[0].text in self._render(_Chat(words), words, prompt)[0]
             except RowRefused:
-                self._folds = True
-        return self._folds
+                self._writes_system[prompt] = False
+        return self._writes_system[prompt]
 
     def _prompts(self) -> bool:
         """Whether the template has a generation prompt."""
@@ -244,13 +250,12 @@ class ChatWriter:
         return spans, closed
 
     def _turns_of(self, chat: _Chat, text: str, marks: list[tuple[int, int]]) -> list[int]:
-        """The turn that each mark belongs to: one each, or by where the answers are."""
+        """The turn of each mark: one each, or that of the answer that it covers most of, or is nearest to."""
         answers = [message.turn for message in chat.messages if message.role == ASSISTANT]
         if len(marks) == len(answers):
             return answers
         spans = self._located(chat, text)
-        ends = [end for _, end, _ in spans]
-        return [spans[min(bisect_left(ends, end), len(ends) - 1)][2] for _, end in marks]
+        return [max(spans, key=lambda s: min(s[1], end) - max(s[0], start))[2] for start, end in marks]
 
     # ----------------------------------------------------------------------------------------------------- the prompt
 
@@ -258,17 +263,25 @@ class ChatWriter:
         """The text with the last answer after what the model is prompted with for it."""
         messages = chat.messages
         plain_row = not (chat.tools or any(m.calls or m.reasoning for m in messages))
-        if plain_row and not self._marked and self._skeleton(chat).last.prompted:
+        if plain_row and not self._marked and not chat.unfolded and self._skeleton(chat).last.prompted:
             return text, spans, ()  # what the skeleton says of the header holds for every row of this shape
-        before = replace(chat, messages=messages[:-1])
-        (asked, _), (plain, _) = self._render(before, messages[:-1], prompt=True), self._render(before, messages[:-1])
+        before = replace(chat, messages=(chat.unfolded or messages)[:-1])
+        asked, plain = (self._render(before, before.messages, prompt)[0] for prompt in (True, False))
         begin, end, turn = spans[-1]
-        if asked == plain and not self._prompts():
-            return text, spans, ()
         if text.startswith(asked):
-            if not self._marked:
-                begin = len(asked)
-            return text, [*spans[:-1], (begin, end, turn)], ()
+            if asked == plain and not self._prompts():
+                return text, spans, ()
+            if self._marked:  # what the marks leave out of an answer stays out
+                return (
+                    text,
+                    [
+                        (max(s, len(asked)) if t == turn else s, e, t)
+                        for s, e, t in spans
+                        if e > len(asked) or t != turn
+                    ],
+                    (),
+                )
+            return text, [*spans[:-1], (len(asked), end, turn)], ()
         if thinking := self._asked_to_think(before, text, asked, messages[-1]):
             note = Note(
                 "generation_prompt",
@@ -281,10 +294,13 @@ class ChatWriter:
         if len(common_start(text, asked)) < len(common_start(plain, asked).rstrip()):  # it reads otherwise
             if not asked.startswith(plain.rstrip()):
                 raise RowRefused(f"the chat template's generation prompt rewrites what comes before it: {MARKS_REMEDY}")
-            earlier = self._written(self._chat(messages[:-1], chat.tools))[1] if earlier else []
+            earlier = self._written(self._chat(before.messages, chat.tools))[1] if earlier else []
         lead, body = _after_prompt(asked, text[begin:end], messages[-1])
-        said = asked[len(common_start(plain, asked)) :] or asked
-        notes = [Note("generation_prompt", f"the model is prompted with {said[-_SHOWN:]!r}, trained as prompted", turn)]
+        said = asked[len(common_start(plain, asked)) :]
+        how = (
+            f"the model is prompted with {said[-_SHOWN:]!r}" if said else "the prompt is written otherwise than the row"
+        )
+        notes = [Note("generation_prompt", f"{how}, trained as prompted", turn)]
         if lead:
             notes += [Note("generation_prompt", _UNPROMPTED, at) for *_, at in earlier]
         whole = asked + lead + body

@@ -215,7 +215,7 @@ def _answer(
     message = words[number]
     last = not any(each.role == ASSISTANT for each in words[number + 1 :])
     before, after = text[around[0] : run[0].start], text[run[-1].end : around[1]]
-    begin, prompted = _begin(before, number, words, render)
+    begin, prompted = _begin(before, number, words, text, render)
     alone = text if number == len(words) - 1 else render(words[: number + 1], False)
     tail = alone[_found(alone)[-1].end :] if _found(alone) else after
     kinds = [each.kind for each in run]
@@ -240,7 +240,7 @@ def _answer(
     return answer, closed
 
 
-def _begin(before: str, number: int, words: Sequence[Message], render: Render) -> tuple[int, bool]:
+def _begin(before: str, number: int, words: Sequence[Message], whole: str, render: Render) -> tuple[int, bool]:
     """Where in the text before an answer's words the model's own part begins, and whether the model is prompted so.
 
     It begins after the generation prompt, since what is rendered beyond that (Qwen3's empty thought, Llama-2's space)
@@ -253,7 +253,7 @@ def _begin(before: str, number: int, words: Sequence[Message], render: Render) -
     header = _after_last(asked)
     beyond = before[len(header) :]
     if before.startswith(header) and (asked != plain or not beyond.strip()):
-        return len(header), True
+        return len(header), whole.startswith(asked)
     message = words[number]
     if not message.calls and not message.thought:
         return len(before), False

@@ -84,7 +84,7 @@ class Split:
         first_of: dict[int, int] = {}
         for members in duplicates.groups(self.prompt[asked]):
             rows = asked[members]
-            self._otherwise[rows[1:]] = True
+            self._otherwise[rows[1:]] = self.row[rows[1:]] != self.row[rows[0]]
             first_of |= dict.fromkeys(map(int, rows[1:]), int(rows[0]))
         self._find("contradictions", self._otherwise, lambda i: f"answers otherwise than {self._where(first_of[i])}")
 

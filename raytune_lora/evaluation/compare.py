@@ -123,13 +123,15 @@ def _answers(cfg: RunConfig, store: TokenStore, place: Place, model: Any, tokeni
     mine = range(place.rank, count, place.workers)
     prompts = [row["input_ids"][: row["prompt_length"]] for row in rows]
     expected = [row["input_ids"][row["prompt_length"] :][: row["answer_length"]] for row in rows]
+    stop_ids = stops(model, tokenizer, store.stop_ids, expected)
     given = answer(
         model,
         tokenizer,
         [prompts[i] for i in mine],
-        stop_ids=stops(model, tokenizer, store.stop_ids, expected),
+        stop_ids=stop_ids,
         batch=cfg.evaluation.generate_batch,
         max_new_tokens=cfg.evaluation.max_new_tokens,
+        within=[sum(token in stop_ids for token in expected[i]) for i in mine],
     )
     parts: list[Any] = [dict(zip(mine, given, strict=True))]
     if place.workers > 1:

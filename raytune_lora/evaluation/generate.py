@@ -11,6 +11,21 @@ import torch
 from raytune_lora.data.encode import spell
 
 _PROBED = 4  # tokens written to see whether padding changes them
+_PLAIN: dict[
+    str, Any
+] = {  # one token after the other, whatever a model's own settings want of chance, length and search
+    "do_sample": False,
+    "num_beams": 1,
+    "num_return_sequences": 1,
+    "use_cache": True,
+    "min_length": 0,
+    "min_new_tokens": None,
+    "max_time": None,
+    "penalty_alpha": None,
+    "dola_layers": None,
+    "prompt_lookup_num_tokens": None,
+    "return_dict_in_generate": False,
+}
 _ROUNDING = {True: 0.1, False: 1e-3}  # what it may change of the logits, in standard deviations: in 16 or 8 bits, or 32
 
 
@@ -23,25 +38,24 @@ def answer(
     stop_ids: Sequence[int],
     batch: int,
     max_new_tokens: int,
+    within: Sequence[int] | None = None,
 ) -> list[str]:
     """Greedy answers, the same for every ``batch``: prompts are padded only where that changes nothing.
 
     Args:
-        model: a causal language model; its ``generation_config`` applies but for chance and ends.
+        model: a causal language model; its ``generation_config`` applies but for chance, length and ends.
         tokenizer: of the model.
         prompts: token ids of each prompt, at least one each.
         stop_ids: tokens that end an answer.
         batch: prompts answered at once, at most.
         max_new_tokens: tokens after which an answer is cut off.
+        within: how many tokens of ``stop_ids`` stand in each answer before the one that ends it; None: none in any.
 
     Returns:
-        The text of each answer up to the first token of ``stop_ids``, in the order of the prompts.
+        The text of each answer up to the token that ends it, in the order of the prompts.
     """
-    greedy = {
-        "do_sample": False,
-        "num_beams": 1,
-        "num_return_sequences": 1,
-        "use_cache": True,
+    within = within or [0] * len(prompts)
+    greedy = _PLAIN | {
         "max_new_tokens": max_new_tokens,
         "eos_token_id": list(stop_ids),
         "pad_token_id": tokenizer.pad_token_id,
@@ -51,11 +65,15 @@ def answer(
     ends = (prompts[by_length[0]], prompts[by_length[-1]]) if prompts else ([], [])
     padded = batch > 1 and len(ends[0]) < len(ends[1]) and _may_pad(model, ends, greedy)
     alike = [by_length] if padded else [list(g) for _, g in groupby(by_length, key=lambda i: len(prompts[i]))]
+    # What ends one answer may stand within another, as between its thought and its text: that one is cut afterwards.
+    alike = [[i for i in group if bool(within[i]) is several] for group in alike for several in (False, True)]
     given: dict[int, list[int]] = {}
     for chosen in chain.from_iterable(_batches(group, batch) for group in alike):
-        output_BT = _generate(model, [prompts[i] for i in chosen], greedy).tolist()
+        ends = {"eos_token_id": None} if within[chosen[0]] else {}
+        output_BT = _generate(model, [prompts[i] for i in chosen], greedy | ends).tolist()
         for i, ids in zip(chosen, output_BT, strict=True):
-            given[i] = ids[: next((at for at, token in enumerate(ids) if token in stop_ids), len(ids))]
+            found = [at for at, token in enumerate(ids) if token in stop_ids]
+            given[i] = ids[: found[within[i]]] if len(found) > within[i] else ids
     return spell([given[i] for i in range(len(prompts))], tokenizer)
 
 
@@ -123,4 +141,4 @@ def _generate(model: Any, prompts: Sequence[Sequence[int]], settings: dict[str, 
         mask_BT[row, width - len(prompt) :] = 1
     device = next(model.parameters()).device
     output = model.generate(input_ids=ids_BT.to(device), attention_mask=mask_BT.to(device), **settings)
-    return output if "return_dict_in_generate" in settings else output[:, width:]
+    return output if settings["return_dict_in_generate"] else output[:, width:]

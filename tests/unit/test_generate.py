@@ -149,6 +149,8 @@ def test_chance_is_left_out_and_the_other_settings_of_the_model_apply(
     model = Bench("full", folder("llama")).base()
     plain = answer(model, tokenizer, prompts(), stop_ids=STOP, batch=2, max_new_tokens=8)
     model.generation_config.update(do_sample=True, temperature=5.0, top_k=3, num_beams=2, max_length=3)
+    model.generation_config.update(return_dict_in_generate=True, min_new_tokens=8, penalty_alpha=0.6, top_k=4)
+    model.generation_config.update(prompt_lookup_num_tokens=3, min_length=100)
     assert answer(model, tokenizer, prompts(), stop_ids=STOP, batch=2, max_new_tokens=8) == plain
     banned = by_a_plain_loop(model, prompts()[0], [])[0]
     model.generation_config.suppress_tokens = [banned]
@@ -162,6 +164,18 @@ def test_answers_end_at_any_of_the_stops(folder: Callable[[str], Path], tokenize
     stop_ids = sorted({whole[0][3], whole[1][1]})
     expected = spell([by_a_plain_loop(model, prompt, stop_ids, 8) for prompt in prompts()], tokenizer)
     assert answer(model, tokenizer, prompts(), stop_ids=stop_ids, batch=5, max_new_tokens=8) == expected
+
+
+def test_an_end_within_an_expected_answer_does_not_end_it(folder: Callable[[str], Path], tokenizer: Any) -> None:
+    model = Bench("full", folder("llama")).base()
+    whole = [by_a_plain_loop(model, prompt, [], 8) for prompt in prompts()]
+    stop_ids = sorted({whole[0][3], whole[0][5], whole[1][1]})
+    within = [1, 0, 2, 0, 8]
+    ends = [[at for at, token in enumerate(ids) if token in stop_ids] for ids in whole]
+    expected = [ids[: ([*at, *[8] * 9])[n]] for ids, at, n in zip(whole, ends, within, strict=True)]
+    for batch in (1, 5):
+        given = answer(model, tokenizer, prompts(), stop_ids=stop_ids, batch=batch, max_new_tokens=8, within=within)
+        assert given == spell(expected, tokenizer)
 
 
 def test_a_models_own_ends_count_unless_an_expected_answer_holds_one(

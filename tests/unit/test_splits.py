@@ -356,3 +356,15 @@ def test_a_leak_from_what_is_mixed_in_is_found(prepared: Prepare, tmp_path: Path
     store = prepared(cfg)
     assert findings(store)["leakage"]["count"] == 20
     assert not any(answer.startswith("a1-") for answer in store.split("train")["answer"])
+
+
+def test_rows_held_out_that_are_also_trained_on_do_not_contradict(prepared: Prepare, tmp_path: Path) -> None:
+    content = rows(30)
+    cfg = mine(tmp_path, content)
+    held = tmp_path / "held.jsonl"
+    held.write_text("".join(json.dumps(row) + "\n" for row in content[:5]))
+    cfg.validation_path = str(held)
+    store = prepared(cfg)
+    assert findings(store)["contradictions"]["count"] == 0
+    assert findings(store)["leakage"]["count"] > 0
+    assert not {row["output"] for row in content[:5]} & {a for a, split in where(store).items() if split == "train"}

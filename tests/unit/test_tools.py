@@ -165,8 +165,44 @@ def test_marks_train_the_calls_within_them() -> None:
     theirs = tokenizer(marked).apply_chat_template(
         ASKED[:2], tools=[TOOL], return_assistant_tokens_mask=True, return_dict=True
     )
-    assert [int(label != IGNORED) for label in found.labels] == theirs["assistant_masks"]
+    prompt = tokenizer(marked).apply_chat_template(ASKED[:1], tools=[TOOL], add_generation_prompt=True)["input_ids"]
+    expected = [int(mask and at >= len(prompt)) for at, mask in enumerate(theirs["assistant_masks"])]
+    assert [int(label != IGNORED) for label in found.labels] == expected
     assert found.input_ids == theirs["input_ids"]
+
+
+def test_a_mark_that_reaches_past_an_answer_is_that_answers() -> None:
+    marked = (
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.role == 'assistant' %}{% generation %}"
+        "{{ m.content }}<|im_end|>\n{% endgeneration %}{% else %}{{ m.content }}<|im_end|>\n{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% else %}{% generation %}<|im_end|>{% endgeneration %}"
+        "{% endif %}"
+    )
+    turns = [said("user", "one"), said("assistant", "BAD", weight=0), said("user", "two"), said("assistant", "GOOD")]
+    assert trained(marked, encoded(marked, turns)) == ["GOOD<|im_end|>\n<|im_end|>"]
+    turns[1].pop("weight")
+    assert trained(marked, encoded(marked, turns)) == ["BAD<|im_end|>\n", "GOOD<|im_end|>\n<|im_end|>"]
+
+
+def test_a_system_prompt_that_moves_with_the_last_question_is_trained_where_it_is_asked() -> None:
+    moving = (
+        "{% set start = 1 if messages[0].role == 'system' else 0 %}{% for m in messages[start:] %}"
+        "{% if m.role == 'user' %}[INST]{% if start and messages[-1 if messages[-1].role == 'user' else 1] == m %}"
+        "{{ messages[0].content }}\n\n{% endif %}{{ m.content }}[/INST]{% else %} {{ m.content }}<|im_end|>{% endif %}"
+        "{% endfor %}"
+    )
+    turns = [
+        said("system", "S"),
+        said("user", "one"),
+        said("assistant", "1"),
+        said("user", "two"),
+        said("assistant", "2"),
+    ]
+    found = encoded(moving, turns)
+    asked = tokenizer(moving).apply_chat_template(turns[:-1], add_generation_prompt=True)["input_ids"]
+    assert found.input_ids[: len(asked)] == asked
+    assert found.labels[len(asked) - 1] == IGNORED != found.labels[len(asked)]
+    assert [note.finding for note in found.notes] == ["generation_prompt"]
 
 
 # ------------------------------------------------------------------------------------------------------------- thoughts
