@@ -30,7 +30,16 @@ from raytune_lora.data.chat_messages import (
     word,
     words_of,
 )
-from raytune_lora.data.chat_skeleton import MARKS_REMEDY, Ends, Skeleton, Span, common_start, locate, make_skeleton
+from raytune_lora.data.chat_skeleton import (
+    MARKS_REMEDY,
+    Ends,
+    Skeleton,
+    Span,
+    common_start,
+    locate,
+    make_skeleton,
+    parting,
+)
 from raytune_lora.data.findings import excerpt
 from raytune_lora.data.rows import ASSISTANT, SYSTEM, USER, Row
 from raytune_lora.data.templates import Note, Rendered, RowRefused, Segment, TextWriter, Tokenizer
@@ -72,6 +81,8 @@ class ChatWriter:
         self._marked = _MARK.search(self._template) is not None
         self._special = dict(tokenizer.special_tokens_map)
         self._ends = Ends(_end_tokens(tokenizer))
+        self._end = tokenizer.eos_token
+        self._always: str | None = None  # what it prompts with even unasked
         self._writes_system: dict[bool, bool] = {}  # by whether it is asked for a generation prompt
         self._has_prompt: bool | None = None
         self._styles: dict[str, Style] = {}  # by the shape of a row with calls
@@ -128,7 +139,28 @@ class ChatWriter:
             about = "" if WORD.search(messages[-1].text) else f" that ends with {excerpt(messages[-1].text, 60)!r}"
             raise RowRefused(f"{what} ({error}): {remedy}", f"{what}{about} ({error}): {remedy}") from error
         (text,), marks = rendered
+        if not prompt and not settings:
+            text = text.removesuffix(self._prompted_unasked())
         return text, [(start, end) for start, end in marks[0] if end > start] if self._marked else []
+
+    def _prompted_unasked(self) -> str:
+        """The generation prompt that a template writes whether asked or not, as Cohere's do; else nothing.
+
+        Then what follows a conversation's last answer does not begin what follows an answer that is not the last. It
+        begins after the end-of-sequence token, as what follows a question does.
+        """
+        if self._always is None:
+            self._always = ""  # of the renderings that tell
+            words = [Message(role, word(TEXT, n), n) for n, role in enumerate((USER, ASSISTANT, USER))]
+            try:
+                question, answer, two = (self._render(_Chat(words[:n]), words[:n])[0] for n in (1, 2, 3))
+            except RowRefused:
+                return ""
+            tail, between = answer.partition(words[1].text)[2], two.partition(words[1].text)[2]
+            prompt = tail.rpartition(self._end)[2] if self._end else ""
+            if prompt.strip() and not between.startswith(tail.rstrip()) and question.endswith(prompt):
+                self._always = prompt
+        return self._always
 
     def _takes_system(self, *, prompt: bool) -> bool:
         """Whether a system message is written, or must go into the first user message, as for Gemma.
@@ -295,6 +327,7 @@ class ChatWriter:
             if not asked.startswith(plain.rstrip()):
                 raise RowRefused(f"the chat template's generation prompt rewrites what comes before it: {MARKS_REMEDY}")
             earlier = self._written(self._chat(before.messages, chat.tools))[1] if earlier else []
+        begin = min(begin, parting(text, asked)) if text.startswith(plain) else begin
         lead, body = _after_prompt(asked, text[begin:end], messages[-1])
         said = asked[len(common_start(plain, asked)) :]
         how = (
@@ -358,12 +391,18 @@ def _chat_template(cfg: TemplateConfig, tokenizer: Tokenizer) -> str:
     if cfg.chat_template is not None:
         return Path(cfg.chat_template).expanduser().read_text(encoding="utf-8")
     try:
-        return str(tokenizer.get_chat_template())
+        plain = str(tokenizer.get_chat_template())
+        with_tools = str(tokenizer.get_chat_template(tools=[]))
     except ValueError as error:  # none, or several of which none is the default
         raise UserError(
             "data.template: the model's tokenizer has no chat template; use data/template=alpaca, or name a file "
             "with a Jinja template: data.template.chat_template=my.jinja"
         ) from error
+    if plain == with_tools:
+        return plain
+    # One file for both; a newline after a tag, and one that ends a template, are not written.
+    both = (text.removesuffix("\n") for text in (with_tools, plain))
+    return "{% if tools is defined and tools is not none %}\n" + "{% else %}\n".join(both) + "{% endif %}"
 
 
 def _end_tokens(tokenizer: Tokenizer) -> list[str]:

@@ -111,6 +111,11 @@ def common_start(first: str, second: str) -> str:
     return first[: next((at for at, (a, b) in enumerate(pairs) if a != b), min(len(first), len(second)))]
 
 
+def parting(first: str, second: str) -> int:
+    """Where the first text begins to read otherwise, a tag that they share in part included."""
+    return len(_PART_OF_TAG.sub("", common_start(first, second)))
+
+
 # --------------------------------------------------------------------------------------------------------------- making
 
 

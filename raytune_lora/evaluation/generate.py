@@ -69,8 +69,8 @@ def answer(
     alike = [[i for i in group if bool(within[i]) is several] for group in alike for several in (False, True)]
     given: dict[int, list[int]] = {}
     for chosen in chain.from_iterable(_batches(group, batch) for group in alike):
-        ends = {"eos_token_id": None} if within[chosen[0]] else {}
-        output_BT = _generate(model, [prompts[i] for i in chosen], greedy | ends).tolist()
+        settings = greedy | ({"eos_token_id": None} if within[chosen[0]] else {})
+        output_BT = _generate(model, [prompts[i] for i in chosen], settings).tolist()
         for i, ids in zip(chosen, output_BT, strict=True):
             found = [at for at, token in enumerate(ids) if token in stop_ids]
             given[i] = ids[: found[within[i]]] if len(found) > within[i] else ids

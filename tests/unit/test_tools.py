@@ -205,6 +205,29 @@ def test_a_system_prompt_that_moves_with_the_last_question_is_trained_where_it_i
     assert [note.finding for note in found.notes] == ["generation_prompt"]
 
 
+def test_a_template_that_prompts_unasked_ends_its_answers_where_they_end() -> None:
+    header = "<|im_start|>assistant\n<|endoftext|>"
+    always = (
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n"
+        "{{ ('<think>' if m.role == 'assistant' else '') + m.content }}<|im_end|>{% endfor %}" + header
+    )
+    turns = [said("user", "one"), said("assistant", "1"), said("user", "two"), said("assistant", "2")]
+    found = encoded(always, turns)
+    asked = tokenizer(always).apply_chat_template(turns[:-1], add_generation_prompt=True)["input_ids"]
+    assert found.input_ids[: found.prompt_length] == asked
+    assert trained(always, found) == ["1<|im_end|>", "<think>2<|im_end|>"]
+
+
+def test_a_tokenizers_own_template_for_tools_is_taken_where_there_are_tools() -> None:
+    plain = "{% for m in messages %}<|im_start|>{{ m.role }} {{ m.content }}<|im_end|>\n{% endfor %}\n"
+    talker = tokenizer.__wrapped__(plain)
+    talker.chat_template = {"default": plain, "tool_use": "\n" + QWEN25 + "\n"}
+    for messages, tools in ((ASKED[:2], [TOOL]), ([said("user", "one"), said("assistant", "1")], None)):
+        (found,) = encode([row(messages, tools)], CHAT, talker)
+        assert found is not None
+        assert found.input_ids == talker.apply_chat_template(messages, tools=tools)["input_ids"]
+
+
 # ------------------------------------------------------------------------------------------------------------- thoughts
 
 
