@@ -101,7 +101,7 @@ def parse(
         if name != "text" and "reasoning" in columns:
             thought = reasoning(fields["reasoning"], "reasoning")
             turns = (*turns[:-1], replace(turns[-1], thought=thought or turns[-1].thought))
-        tools = () if name == "text" else _tools(fields)
+        tools = () if name == "text" else _tools(fields, unused)
         check_calls(turns, tools)
         row = Row(turns, _stratum(value, stratify) if stratify else "", tools, tuple(sorted(unused)))
     except FaultError as error:
@@ -223,7 +223,7 @@ def _chat(fields: dict[str, Any], names: tuple[str, ...], unused: set[str]) -> t
     turns = messages(fields[names[0]], names[0], unused)
     if turns and turns[-1].role == USER:
         _refuse_preferences(fields)
-    return _conversation(fields, turns)
+    return _conversation(fields, turns, unused)
 
 
 def _completion(fields: dict[str, Any], names: tuple[str, ...], unused: set[str]) -> tuple[Turn, ...]:
@@ -232,7 +232,7 @@ def _completion(fields: dict[str, Any], names: tuple[str, ...], unused: set[str]
         content = fields[name]
         is_list = isinstance(content, list)
         turns += messages(content, name, unused) if is_list else [Turn(role, checked_text(content, name))]
-    return _conversation(fields, [*_history(fields, unused), *turns])
+    return _conversation(fields, [*_history(fields, unused), *turns], unused)
 
 
 def _plain(fields: dict[str, Any], names: tuple[str, ...], unused: set[str]) -> tuple[Turn, ...]:
@@ -248,8 +248,10 @@ _TURNS: dict[str, Callable[[dict[str, Any], tuple[str, ...], set[str]], tuple[Tu
 }
 
 
-def _conversation(fields: dict[str, Any], turns: list[Turn]) -> tuple[Turn, ...]:
-    if "system" in fields and not (turns and turns[0].role == SYSTEM):
+def _conversation(fields: dict[str, Any], turns: list[Turn], unused: set[str]) -> tuple[Turn, ...]:
+    if turns and turns[0].role == SYSTEM:
+        unused |= {"system"} if filled(fields.get("system")) and fields["system"] != turns[0].text else set()
+    else:
         turns = [*_system(fields), *turns]
     return conversation(turns)
 
@@ -277,7 +279,8 @@ def _history(fields: dict[str, Any], unused: set[str]) -> list[Turn]:
     return [Turn(ASSISTANT if number % 2 else USER, text) for number, text in enumerate(texts)]
 
 
-def _tools(fields: dict[str, Any]) -> tuple[dict[str, Any], ...]:
+def _tools(fields: dict[str, Any], unused: set[str]) -> tuple[dict[str, Any], ...]:
     """The tools' definitions: of the first of the fields that may hold them."""
-    name = next((name for name in ("tools", "functions") if filled(fields.get(name))), None)
-    return definitions(fields[name], name) if name else ()
+    names = [name for name in ("tools", "functions") if filled(fields.get(name))]
+    unused |= set(names[1:])
+    return definitions(fields[names[0]], names[0]) if names else ()

@@ -1,6 +1,7 @@
 """Splits that data gives itself: by the names of its files and folders, or by the keys of a JSON object.
 
-The words are those of the ``datasets`` library, so that a folder that ``load_dataset`` divides is divided alike here.
+The words are those of the ``datasets`` library, so that a folder that ``load_dataset`` divides is divided alike here,
+and others that say the same, so that no test rows are trained on.
 """
 
 from __future__ import annotations
@@ -8,6 +9,7 @@ from __future__ import annotations
 import glob
 import os
 import re
+import unicodedata
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import PurePosixPath
@@ -18,14 +20,18 @@ from raytune_lora.errors import UserError
 
 TRAIN, VALIDATION, TEST = "train", "validation", "test"
 _WORDS = {
-    TRAIN: ("train", "training"),
-    VALIDATION: ("validation", "valid", "val", "dev"),
-    TEST: ("test", "testing", "eval", "evaluation"),
+    TRAIN: ("train", "training", "훈련", "학습"),
+    VALIDATION: ("validation", "valid", "val", "dev", "validate", "devel", "development", "검증"),
+    TEST: ("test", "testing", "eval", "evaluation", "tests", "evals", "heldout", "holdout", "테스트", "시험", "평가"),
 }
 _SPLIT_OF = {
-    word + ending: split for split, words in _WORDS.items() for word in words for ending in ("", "set", "data")
+    word + ending: split
+    for split, words in _WORDS.items()
+    for word in words
+    for ending in ("", "set", "data", "용", "셋", "세트", "데이터")
 }
-_WORD = re.compile(r"[A-Z]?[a-z]+|[A-Z]+")
+_WORD = re.compile(r"[A-Z]?[a-z]+|[A-Z]+|[가-힣]+")
+_HELD_OUT = re.compile(r"(?<![a-z])h[eo]ld[-_ ]?out", re.IGNORECASE)
 _SHOWN = 4  # files that a message names
 
 
@@ -49,6 +55,7 @@ Pieces = dict[str | None, list[Piece]]  # by split; None: of no named one
 
 def split_named(name: str) -> str | None:
     """The split that a name says (``train-00000-of-00002``, ``dev``, ``test_sft``); None for none or several."""
+    name = unicodedata.normalize("NFC", _HELD_OUT.sub("_heldout", name))
     found = {split for word in _WORD.findall(name) if (split := _SPLIT_OF.get(word.lower()))}
     return found.pop() if len(found) == 1 else None
 
@@ -69,8 +76,10 @@ def pieces(path: str, but: Collection[str] = ()) -> Pieces:
     for file in kept or expanded:
         label = os.path.basename(file) if file == os.path.expanduser(path) else _below(path, file)
         split = next((split for name in _names(label) if (split := split_named(name))), None) if label else None
-        for of_key, piece in _by_key(file, label):
-            found.setdefault(of_key or split, []).append(piece)
+        keyed = list(_by_key(file, label))
+        by_file = split if len(keyed) == 1 else None
+        for of_key, piece in keyed:
+            found.setdefault(of_key or by_file, []).append(piece)
     return found
 
 

@@ -179,7 +179,9 @@ def _turn(message: Any, where: str, name: str, unused: set[str]) -> Turn:
         raise FaultError("wrong_types", f"{where}.{keys[0]} is {said!r}; known are {listed((*ROLES, *_CALLING))}")
     if calls and role != ASSISTANT:
         raise FaultError("wrong_types", f"{where}: only the assistant calls tools, and this message is the {role}'s")
-    own = {ASSISTANT: (*_THOUGHTS, "tool_calls", "function_call"), TOOL: ("name", "tool_call_id")}.get(role, ())
+    thoughts = [key for key in _THOUGHTS if filled(message.get(key))]
+    thoughts = [key for key in thoughts if key == thoughts[0] or message[key] == message[thoughts[0]]]
+    own = {ASSISTANT: (*thoughts, "tool_calls", "function_call"), TOOL: ("name", "tool_call_id")}.get(role, ())
     used = {*keys, *_FLAGS, *own}
     unused.update(f"{name}.{key}" for key, value in message.items() if key not in used and filled(value))
     text, thought = ("", "") if calling else _content(content, role, place, bool(calls))
@@ -271,10 +273,13 @@ def _label(content: Any, name: str) -> str:
 
 
 def _message_calls(message: dict[str, Any], where: str) -> tuple[Call, ...]:
+    """The calls of a message; one that is said in the older field too is the same."""
     found: tuple[Call, ...] = ()
     for key in ("tool_calls", "function_call"):
         if filled(message.get(key)):
-            found += _calls(message[key], f"{where}.{key}")
+            known = [(call.name, call.arguments) for call in found]
+            calls = _calls(message[key], f"{where}.{key}")
+            found += tuple(call for call in calls if (call.name, call.arguments) not in known)
     return found
 
 

@@ -409,3 +409,19 @@ def test_a_format_that_is_named_is_the_only_one(format: Format, reason: str) -> 
     kind, found = fault({"messages": SAID}, format)
     assert kind == "missing_fields"
     assert found.startswith(reason)
+
+
+def test_of_two_fields_that_say_the_same_otherwise_one_is_used_and_the_other_counted() -> None:
+    call = {"name": "f", "arguments": "{}"}
+    asked = [{"role": "system", "content": "one"}, {"role": "user", "content": "q"}]
+    answer = {"role": "assistant", "content": "a", "reasoning_content": "t", "thinking": "u", "reasoning": "t"}
+    parsed = parse({"messages": [*asked, answer], "system": "two"}, Format.auto, {})
+    assert not isinstance(parsed, Fault)
+    assert parsed[0].unused == ("messages.thinking", "system")
+    assert parsed[0].turns[-1].thought == "t"
+    answer = {"role": "assistant", "content": "", "tool_calls": [{"function": call}], "function_call": call}
+    tools = [{"name": "f", "parameters": {}}]
+    parsed = parse({"messages": [*asked, answer], "system": "one", "tools": tools, "functions": tools}, Format.auto, {})
+    assert not isinstance(parsed, Fault)
+    assert parsed[0].unused == ("functions",)
+    assert len(parsed[0].turns[-1].calls) == 1

@@ -72,7 +72,26 @@ def test_a_word_within_another_and_two_splits_at_once_say_nothing(name: str) -> 
     assert split_named(name) is None
 
 
-@pytest.mark.parametrize(("name", "split"), [("trainset", "train"), ("myTest", "test"), ("VAL2", "validation")])
+def test_rows_beside_named_keys_are_trained_on_whatever_the_files_name(tmp_path: Path) -> None:
+    (tmp_path / "eval_suite.json").write_text(json.dumps({"data": rows(5), "test": rows(2)}))
+    assert divided(path=str(tmp_path)) == {MAIN: 5, TEST: 2}
+
+
+@pytest.mark.parametrize(
+    ("name", "split"),
+    [
+        ("trainset", "train"),
+        ("myTest", "test"),
+        ("VAL2", "validation"),
+        ("held_out", "test"),
+        ("my-holdout", "test"),
+        ("unit_tests", "test"),
+        ("validate", "validation"),
+        ("학습데이터", "train"),
+        ("검증", "validation"),
+        ("평가용", "test"),
+    ],
+)
 def test_a_split_is_seen_however_it_is_written(name: str, split: str) -> None:
     assert split_named(name) == split
 
@@ -125,13 +144,13 @@ def test_keys_of_a_json_object_say_the_split(content: Any, expected: Any, indent
 
 
 def test_rows_of_a_list_without_a_known_name_are_counted_one_by_one(tmp_path: Path) -> None:
-    (tmp_path / "x.json").write_text(json.dumps({"holdout": rows(3), "train": rows(5), "test": rows(2)}))
+    (tmp_path / "x.json").write_text(json.dumps({"bonus": rows(3), "train": rows(5), "test": rows(2)}))
     train, test = sources(FileDataConfig(path=str(tmp_path / "x.json")))
     found = [(record.where.rpartition("#")[2], record.value) for record in train.records()]
     assert [number for number, value in found if not isinstance(value, Fault)] == ["4", "5", "6", "7", "8"]
     strays = [value.reason for _, value in found if isinstance(value, Fault)]
     assert len(strays) == 3
-    assert "'holdout'" in strays[0]
+    assert "'bonus'" in strays[0]
     assert [record.where.rpartition("#")[2] for record in test.records()] == ["9", "10"]
 
 
