@@ -19,6 +19,16 @@ _OF_THE_RUN = ("bnb_4bit_compute_dtype", "llm_int8_threshold")  # of bitsandbyte
 _SLICE = 2**20  # weights quantized at once; a multiple of every block size, so that the result is the same
 
 
+def cache(model: Any, *, keep: bool) -> None:
+    """Whether a model's forward keeps keys and values for the next token: of no use in training, and in its memory."""
+    for config in (
+        model.config,
+        model.config.get_text_config(),
+    ):  # the second of a language model within
+        if hasattr(config, "use_cache"):
+            config.use_cache = keep
+
+
 def load_model(
     folder: Path, cfg: ModelConfig, quantization: QuantizationConfig, *, where_it_computes: bool = False
 ) -> Any:
@@ -49,7 +59,7 @@ def load_model(
         )
     if quantized:
         _stay_trainable(model)
-    model.config.use_cache = False
+    cache(model, keep=False)
     divided = any(hasattr(p, "ds_id") for p in model.parameters())  # DeepSpeed's engine decides their precision
     if quantized and not divided:
         from peft import prepare_model_for_kbit_training

@@ -168,3 +168,20 @@ def test_an_adapter_without_a_gradient_is_found_at_the_first_step() -> None:
     backward(tuned)
     with pytest.raises(UserError, match=r"4 of 8 trainable parameters get no gradient .*dt_proj\.lora_A"):
         heard.check("lora")
+
+
+@pytest.mark.parametrize("model", ["gemma3", "deepseek_v3", "gpt_oss", "mamba"])
+def test_full_saves_also_what_does_not_train(model: str, folder: Callable[[str], Path], tmp_path: Path) -> None:
+    bench = Bench("full", folder(model), Quantization.none)
+    trained = bench.applied()
+    bench.train(trained)
+    bench.method.save(trained, bench.state(trained), tmp_path)
+    found, told = type(trained).from_pretrained(tmp_path, output_loading_info=True)
+    assert not told["missing_keys"]
+    own, theirs = trained.state_dict(), found.state_dict()
+    assert own.keys() == theirs.keys()
+    assert all(torch.equal(own[name], theirs[name]) for name in own)
+    assert found.config.get_text_config().use_cache
+    cfg = compose(["model=tiny", "method=full", "deepspeed=zero3"])
+    refused = fit.model_problems(cfg, bench.shape())
+    assert bool(refused) == (model == "gemma3")

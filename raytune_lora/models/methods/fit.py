@@ -55,6 +55,12 @@ def model_problems(cfg: RunConfig, shape: Shape) -> list[str]:
     found = method_for(cfg.method).problems(shape)
     if isinstance(cfg.method, LoraMethodConfig) and cfg.quantization.kind is not Quantization.none:
         found += quantized_problems(cfg.method, shape)
+    if cfg.method.kind == "full" and shape.unmet and cfg.deepspeed.enabled and cfg.deepspeed.stage == 3:
+        found.append(
+            f"method=full does not work with deepspeed=zero3 on this model: {shape.unmet:,} of its parameters do not "
+            "train (text does not pass through them), and ZeRO-3 has divided them among the workers, so that no whole "
+            "model could be saved; take deepspeed=zero2"
+        )
     return found
 
 

@@ -42,19 +42,32 @@ class Full(Method[FullMethodConfig]):
         return Added(self.count(shape), own=True, inputs=shape.linears, per_token=normed, from_start=True)
 
     def save(self, model: Any, state: dict[str, Any], folder: Path) -> None:
-        weights = {name: tensor.to(model.dtype) for name, tensor in state.items()}
-        used = model.config.use_cache  # off for the training alone
-        model.config.use_cache = True
+        from raytune_lora.models.loading import cache
+
+        weights = _untrained(model, set(state)) | {name: tensor.to(model.dtype) for name, tensor in state.items()}
+        used = getattr(model.config.get_text_config(), "use_cache", True)
+        cache(model, keep=True)  # it is off for the training alone
         model.save_pretrained(folder, state_dict=weights)
-        model.config.use_cache = used
+        cache(model, keep=used)
 
     def load(self, model: Any, folder: Path, weights: Path) -> Any:
+        from raytune_lora.models.loading import cache
+
         tuned = type(model).from_pretrained(folder, dtype=model.dtype)
-        tuned.config.use_cache = model.config.use_cache
+        cache(tuned, keep=getattr(model.config.get_text_config(), "use_cache", True))
         return tuned.requires_grad_(False).eval()
 
     def merge(self, model: Any) -> Any:
         return model
+
+
+def _untrained(model: Any, trained: set[str]) -> dict[str, Any]:
+    """What a model holds beside what trains: weights that text does not meet, and buffers."""
+    names: dict[int, set[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), set()).add(name)
+    known = {name for alike in names.values() if alike & trained for name in alike}
+    return {name: tensor for name, tensor in model.state_dict().items() if name not in known}
 
 
 class Bitfit(OwnMethod[BitfitMethodConfig]):
