@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers.loss.loss_utils import ForCausalLMLoss
 
 from raytune_lora.artifacts import folder_bytes
 from raytune_lora.config.schema import RunConfig
@@ -32,6 +33,18 @@ from raytune_lora.training.state import put_optimizer
 
 _OVER_QUOTA = 3  # beside what a place can ask for
 _STATE_BYTES = 16  # of a trained parameter in a checkpoint: fp32, as the adapter has it, and AdamW's two states
+
+
+def _loss_of_batch(outputs: Any, labels: torch.Tensor, num_items_in_batch: torch.Tensor) -> torch.Tensor:
+    """The loss of a model that knows no more than its micro-batch, and so would weigh the tokens of each otherwise.
+
+    Args:
+        outputs: of the model, whose logits (B, T or more, V) may begin with those of learned vectors.
+        labels: (B, T).
+        num_items_in_batch: trained tokens of the whole batch.
+    """
+    logits_BTV = outputs.logits[:, -labels.shape[1] :].contiguous()
+    return ForCausalLMLoss(logits_BTV, labels, logits_BTV.shape[-1], num_items_in_batch=num_items_in_batch)
 
 
 class PlannedTrainer(Trainer):
@@ -61,6 +74,8 @@ class PlannedTrainer(Trainer):
             kwargs: of ``Trainer``.
         """
         super().__init__(**kwargs)
+        if not self.model_accepts_loss_kwargs:
+            self.compute_loss_func = _loss_of_batch
         self._method = method
         self._cfg = cfg
         self._plan = plan
