@@ -6,6 +6,7 @@ accuracy over the whole vocabulary to every step.
 
 from __future__ import annotations
 
+import inspect
 import math
 import resource
 import time
@@ -35,8 +36,20 @@ _OVER_QUOTA = 3  # beside what a place can ask for
 _STATE_BYTES = 16  # of a trained parameter in a checkpoint: fp32, as the adapter has it, and AdamW's two states
 
 
+def _takes_common_loss(model: Any) -> bool:
+    """Whether a model's loss is that of transformers' causal language models: of the next token, weighed by the batch.
+
+    That of Bart, Pegasus or XLNet is of the token itself: what they are trained on brings labels that are shifted.
+    """
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    try:
+        return "loss_function(" in inspect.getsource(type(base).forward)
+    except (OSError, TypeError):
+        return False
+
+
 def _loss_of_batch(outputs: Any, labels: torch.Tensor, num_items_in_batch: torch.Tensor) -> torch.Tensor:
-    """The loss of a model that knows no more than its micro-batch, and so would weigh the tokens of each otherwise.
+    """The loss of the next token, for models whose own is another or knows no more than its micro-batch.
 
     Args:
         outputs: of the model, whose logits (B, T or more, V) may begin with those of learned vectors.
@@ -74,7 +87,7 @@ class PlannedTrainer(Trainer):
             kwargs: of ``Trainer``.
         """
         super().__init__(**kwargs)
-        if not self.model_accepts_loss_kwargs:
+        if not (self.model_accepts_loss_kwargs and _takes_common_loss(self.model)):
             self.compute_loss_func = _loss_of_batch
         self._method = method
         self._cfg = cfg
