@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 import re
+import sys
 from collections.abc import Hashable, Iterator
 from dataclasses import asdict
 from functools import cache
@@ -31,6 +32,7 @@ _FUSED_DIMENSIONS = 3
 _WEIGHT_READ = re.compile(r"self\.(\w+)\.weight\b(?!\[|\.(?:dtype|device|shape|ndim|dim|size|numel)\b)")
 _SHAPES: dict[Skeleton, Shape] = {}
 _GATES = {"gate_proj", "gate_up_proj", "w3"}
+_BIDIRECTIONAL = {"xlnet", "cpmant", "xlm"}
 _TABLE = re.compile(r"(^|\.)(wpe|\w*position\w*)(\.|$)")  # names of embeddings that are looked up by position
 _COMPUTED = re.compile(r"(^|\.)(embed_positions|pos_encoding)$")  # names of buffers that are
 _KEPT = {"gelu_new": 4, "gelu_fast": 4, "quick_gelu": 2}  # tensors that activations of several operations keep
@@ -74,7 +76,30 @@ def shape_of_folder(folder: Path, cfg: ModelConfig) -> Shape:
 
     config = AutoConfig.from_pretrained(folder, trust_remote_code=trusted(cfg))
     with torch.device("meta"):
-        return shape_of(auto_class(config).from_config(config, trust_remote_code=trusted(cfg)))
+        model = auto_class(config).from_config(config, trust_remote_code=trusted(cfg))
+    _check_causal(model)
+    return shape_of(model)
+
+
+def _check_causal(model: Any) -> None:
+    """Raise for a model whose tokens see those that come after them: it would be trained on answers that it is shown.
+
+    Raises:
+        UserError: it is of this kind.
+    """
+    config, code = model.config, inspect.getsource(sys.modules[type(model).__module__])
+    reason = ""
+    if getattr(config, "is_decoder", True) is False and "create_bidirectional_mask" in code:
+        reason = "is_decoder=false in its config.json: set it to true there, if its weights are those of a decoder"
+    if getattr(config.get_text_config(), "use_bidirectional_attention", None) in (True, "all"):
+        reason = "use_bidirectional_attention in its config.json"
+    if config.model_type in _BIDIRECTIONAL:
+        reason = f"the architecture {config.model_type}"
+    if reason:
+        raise UserError(
+            f"model: its tokens see those after them ({reason}), so that it would be trained on answers that it "
+            "is shown; name a decoder"
+        )
 
 
 def auto_class(config: Any) -> Any:

@@ -14,9 +14,11 @@ import transformers as T
 
 from raytune_lora.cache import Cache
 from raytune_lora.config.compose import compose
+from raytune_lora.config.schema import ModelConfig
 from raytune_lora.data.prepare import prepare
 from raytune_lora.data.store import TokenStore
-from raytune_lora.models.shape import shape_of
+from raytune_lora.errors import UserError
+from raytune_lora.models.shape import shape_of, shape_of_folder
 from raytune_lora.planning.shape import Shape
 from raytune_lora.tuning import limits
 from tests.unit import zoo
@@ -203,3 +205,26 @@ def test_rows_without_an_answer_to_compare_are_said(tmp_path: Path, tokenizer: A
     assert len(store.answered(1000)) == sum(whole)
     (note,) = limits.notes(cfg, shape("llama"), store)
     assert f"{len(whole) - sum(whole)} of {len(whole)} test rows are not answered" in note
+
+
+@pytest.mark.parametrize(
+    ("config", "word"),
+    [
+        (T.BertConfig, "is_decoder"),
+        (T.RobertaConfig, "is_decoder"),
+        (T.ElectraConfig, "is_decoder"),
+        (T.XLNetConfig, "xlnet"),
+        (partial(zoo.gemma3_text, use_bidirectional_attention=True), "use_bidirectional_attention"),
+        (T.PaliGemmaConfig, "use_bidirectional_attention"),
+    ],
+)
+def test_a_model_that_sees_what_it_is_to_predict_is_refused(config: Any, word: str, tmp_path: Path) -> None:
+    config().save_pretrained(tmp_path)
+    with pytest.raises(UserError, match=word):
+        shape_of_folder(tmp_path, ModelConfig())
+
+
+@pytest.mark.parametrize("config", [partial(T.BertConfig, is_decoder=True), zoo.gpt_neox, T.BartConfig, zoo.gemma3])
+def test_a_decoder_is_not(config: Any, tmp_path: Path) -> None:
+    config().save_pretrained(tmp_path)
+    assert shape_of_folder(tmp_path, ModelConfig()).parameters
