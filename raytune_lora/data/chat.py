@@ -13,21 +13,14 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Any
+from dataclasses import replace
 
 from raytune_lora.config.data import TemplateConfig
 from raytune_lora.data.chat_messages import (
-    STYLES,
-    TEXT,
-    WORD,
     Message,
     Style,
-    calls_written,
     messages_of,
     shape_of,
-    word,
     words_of,
 )
 from raytune_lora.data.chat_skeleton import (
@@ -40,12 +33,11 @@ from raytune_lora.data.chat_skeleton import (
     make_skeleton,
     parting,
 )
+from raytune_lora.data.chat_template import Chat, ChatTemplate, Tools, end_tokens
 from raytune_lora.data.findings import excerpt
-from raytune_lora.data.rows import ASSISTANT, SYSTEM, USER, Row
+from raytune_lora.data.rows import ASSISTANT, SYSTEM, Row
 from raytune_lora.data.templates import Note, Rendered, RowRefused, Segment, TextWriter, Tokenizer
-from raytune_lora.errors import UserError
 
-_MARK = re.compile(r"\{%-?\s*generation\s*-?%\}")
 _TAGS = "think|thinking|thought|reasoning|THINK"
 _OPEN, _CLOSE = rf"[<\[](?:{_TAGS})[>\]]", rf"[<\[]/(?:{_TAGS})[>\]]"
 _OPEN_THOUGHT = re.compile(rf"([<\[])({_TAGS})([>\]])(\s*)\Z")
@@ -58,33 +50,13 @@ _UNPROMPTED = (
 _THOUGHT = "the thought, for which the template has no place"
 _EARLIER = "the thought of an earlier answer, which the template leaves out: data.train_on=last trains the last alone"
 
-Tools = list[dict[str, Any]] | None
-
-
-@dataclass(frozen=True)
-class _Chat:
-    """A conversation as a template gets it."""
-
-    messages: Sequence[Message]
-    words: Sequence[Message] = ()  # for its skeleton
-    tools: Tools = None
-    shape: str = ""
-    style: Style = STYLES[0]
-    unfolded: Sequence[Message] = ()  # the messages with the system's apart, where the prompt is written so
-
 
 class ChatWriter:
     """Writes rows with a chat template, and tells the assistant's part of the text from the rest."""
 
     def __init__(self, cfg: TemplateConfig, tokenizer: Tokenizer) -> None:
-        self._template = _chat_template(cfg, tokenizer)
-        self._marked = _MARK.search(self._template) is not None
-        self._special = dict(tokenizer.special_tokens_map)
-        self._ends = Ends(_end_tokens(tokenizer))
-        self._end = tokenizer.eos_token
-        self._always: str | None = None  # what it prompts with even unasked
-        self._writes_system: dict[bool, bool] = {}  # by whether it is asked for a generation prompt
-        self._has_prompt: bool | None = None
+        self._template = ChatTemplate(cfg, tokenizer)
+        self._ends = Ends(end_tokens(tokenizer))
         self._styles: dict[str, Style] = {}  # by the shape of a row with calls
         self._skeletons: dict[str, Skeleton] = {}  # by shape
         self._whole: set[str] = set()  # shapes that a template with marks writes all of
@@ -93,142 +65,45 @@ class ChatWriter:
     def __call__(self, row: Row) -> Rendered:
         if len(row.turns) == 1 and row.turns[0].role == ASSISTANT:
             return self._text_writer(row)  # plain text is no conversation
-        folds = row.turns[0].role == SYSTEM and not self._takes_system(prompt=False)
+        folds = row.turns[0].role == SYSTEM and not self._template.writes_system
         chat = self._chat(messages_of(row, folds), list(row.tools) or None)
-        if folds and self._takes_system(prompt=True):
+        if folds and self._template.prompts_system:
             chat = replace(chat, unfolded=messages_of(row, False))
         text, spans, closed = self._written(chat)
         text, spans, notes = self._as_prompted(chat, text, spans)
         notes += _lost(chat.messages, text, spans)
         return _split(text, spans, closed, len(row.turns) - 1, notes)
 
-    def _chat(self, messages: Sequence[Message], tools: Tools) -> _Chat:
+    def _chat(self, messages: Sequence[Message], tools: Tools) -> Chat:
         """The row as the template is to get it: its messages in the spelling in which it writes their calls."""
         words = words_of(messages)
-        chat = _Chat(messages, words, tools, shape_of(words) + json.dumps(tools))
+        chat = Chat(messages, words, tools, shape_of(words) + json.dumps(tools))
         if tools is not None and chat.shape not in self._skeletons:
-            self._check_tools(tools)
+            self._template.check_tools(tools)
         if any(message.calls for message in messages):
             if chat.shape not in self._styles:
                 if len(self._styles) == _MOST_SHAPES:
                     self._styles.clear()
-                self._styles[chat.shape] = self._style(chat)
+                self._styles[chat.shape] = self._template.style(chat)
             chat = replace(chat, style=self._styles[chat.shape])
         return chat
 
-    def _render(
-        self, chat: _Chat, messages: Sequence[Message], prompt: bool = False, **settings: Any
-    ) -> tuple[str, list[tuple[int, int]]]:
-        """Text and the marked ranges of characters, as ``apply_chat_template`` has them before it tokenizes."""
-        from transformers.utils.chat_template_utils import render_jinja_template
-
-        try:
-            rendered: Any = render_jinja_template(
-                conversations=[[message.plain(chat.style) for message in messages]],
-                tools=None if chat.tools is None else [*chat.tools],
-                chat_template=self._template,
-                return_assistant_tokens_mask=self._marked,
-                add_generation_prompt=prompt,
-                **self._special,
-                **settings,
-            )
-        except Exception as error:  # whatever a template's own code raises
-            roles = ", ".join(message.role for message in messages)
-            what, remedy = f"the chat template refuses a conversation of {roles}", "leave such rows out"
-            remedy += "" if chat.tools or any(m.calls for m in messages) else ", or use data/template=alpaca"
-            about = "" if WORD.search(messages[-1].text) else f" that ends with {excerpt(messages[-1].text, 60)!r}"
-            raise RowRefused(f"{what} ({error}): {remedy}", f"{what}{about} ({error}): {remedy}") from error
-        (text,), marks = rendered
-        if not prompt and not settings:
-            text = text.removesuffix(self._prompted_unasked())
-        return text, [(start, end) for start, end in marks[0] if end > start] if self._marked else []
-
-    def _prompted_unasked(self) -> str:
-        """The generation prompt that a template writes whether asked or not, as Cohere's do; else nothing.
-
-        Then what follows a conversation's last answer does not begin what follows an answer that is not the last. It
-        begins after the end-of-sequence token, as what follows a question does.
-        """
-        if self._always is None:
-            self._always = ""  # of the renderings that tell
-            words = [Message(role, word(TEXT, n), n) for n, role in enumerate((USER, ASSISTANT, USER))]
-            try:
-                question, answer, two = (self._render(_Chat(words[:n]), words[:n])[0] for n in (1, 2, 3))
-            except RowRefused:
-                return ""
-            tail, between = answer.partition(words[1].text)[2], two.partition(words[1].text)[2]
-            prompt = tail.rpartition(self._end)[2] if self._end else ""
-            if prompt.strip() and not between.startswith(tail.rstrip()) and question.endswith(prompt):
-                self._always = prompt
-        return self._always
-
-    def _takes_system(self, *, prompt: bool) -> bool:
-        """Whether a system message is written, or must go into the first user message, as for Gemma.
-
-        Mistral's templates write it with the last message, if that is the user's: in a prompt alone.
-        """
-        if prompt not in self._writes_system:
-            words = [Message(role, word(TEXT, n), n) for n, role in enumerate((SYSTEM, USER, ASSISTANT))]
-            words = words[:2] if prompt else words
-            try:
-                self._writes_system[prompt] = words[0].text in self._render(_Chat(words), words, prompt)[0]
-            except RowRefused:
-                self._writes_system[prompt] = False
-        return self._writes_system[prompt]
-
-    def _prompts(self) -> bool:
-        """Whether the template has a generation prompt."""
-        if self._has_prompt is None:
-            asked = [Message(USER, word(TEXT, 0), 0)]
-            chat = _Chat(asked)
-            self._has_prompt = self._render(chat, asked) != self._render(chat, asked, prompt=True)
-        return self._has_prompt
-
-    def _check_tools(self, tools: list[dict[str, Any]]) -> None:
-        """Raise where the template does not write the tools' definitions."""
-        asked = [Message(USER, word(TEXT, 0), 0)]
-        text, _ = self._render(_Chat(asked, tools=tools), asked, prompt=True)
-        missing = [str(tool["function"]["name"]) for tool in tools if tool["function"]["name"] not in text]
-        if missing:
-            raise RowRefused(
-                "the chat template does not write the definitions of tools, so that the model would not know what it "
-                "may call: leave such rows out, or take a template that does (data.template.chat_template=…)"
-            )
-
-    def _style(self, chat: _Chat) -> Style:
-        """The first spelling of messages in which the template writes every call."""
-        refused: list[RowRefused] = []
-        for style in STYLES:
-            try:
-                text, _ = self._render(replace(chat, style=style), chat.words)
-            except RowRefused as error:
-                refused.append(error)
-                continue
-            if calls_written(chat.words, text):
-                return style
-        if len(refused) == len(STYLES):
-            raise refused[0]
-        raise RowRefused(
-            "the chat template does not write all calls of tools: leave such rows out, or take a template that does "
-            "(data.template.chat_template=…)"
-        )
-
     # ----------------------------------------------------------------------------------------------------- the spans
 
-    def _written(self, chat: _Chat) -> tuple[str, list[Span], bool]:
+    def _written(self, chat: Chat) -> tuple[str, list[Span], bool]:
         """A conversation's text, the trained part of each answer, and whether an end token closes the last."""
-        text, marks = self._render(chat, chat.messages)
-        if self._marked:
+        text, marks = self._template.render(chat, chat.messages)
+        if self._template.marked:
             self._check_words(chat)
             return text, *self._marked_spans(chat, text, marks)
         skeleton = self._skeleton(chat)
         return text, self._located(chat, text), skeleton.ends
 
-    def _check_words(self, chat: _Chat) -> None:
+    def _check_words(self, chat: Chat) -> None:
         """Raise where a template with marks leaves a message's text out."""
         if chat.shape in self._whole:
             return
-        text, _ = self._render(chat, chat.words)
+        text, _ = self._template.render(chat, chat.words)
         missing = [m.role for m in chat.words if m.text and not m.calls and m.text not in text]
         if missing:
             raise RowRefused(
@@ -239,16 +114,16 @@ class ChatWriter:
             self._whole.clear()
         self._whole.add(chat.shape)
 
-    def _skeleton(self, chat: _Chat) -> Skeleton:
+    def _skeleton(self, chat: Chat) -> Skeleton:
         if chat.shape not in self._skeletons:
             if len(self._skeletons) == _MOST_SHAPES:
                 self._skeletons.clear()
             self._skeletons[chat.shape] = make_skeleton(
-                chat.words, lambda words, prompt: self._render(chat, words, prompt)[0], self._ends
+                chat.words, lambda words, prompt: self._template.render(chat, words, prompt)[0], self._ends
             )
         return self._skeletons[chat.shape]
 
-    def _located(self, chat: _Chat, text: str) -> list[Span]:
+    def _located(self, chat: Chat, text: str) -> list[Span]:
         spans = locate(chat.messages, text, self._skeleton(chat))
         if spans is None and any(message.reasoning and not message.thought for message in chat.messages):
             # The template takes thoughts out of the answers' text and writes them as it writes those given apart.
@@ -261,7 +136,7 @@ class ChatWriter:
             )
         return spans
 
-    def _marked_spans(self, chat: _Chat, text: str, marks: list[tuple[int, int]]) -> tuple[list[Span], bool]:
+    def _marked_spans(self, chat: Chat, text: str, marks: list[tuple[int, int]]) -> tuple[list[Span], bool]:
         """The marked parts, with the end token that follows where the marks leave it out."""
         if not marks:
             raise RowRefused(
@@ -281,7 +156,7 @@ class ChatWriter:
             spans.append((start, end, turns[at]))
         return spans, closed
 
-    def _turns_of(self, chat: _Chat, text: str, marks: list[tuple[int, int]]) -> list[int]:
+    def _turns_of(self, chat: Chat, text: str, marks: list[tuple[int, int]]) -> list[int]:
         """The turn of each mark: one each, or that of the answer that it covers most of, or is nearest to."""
         answers = [message.turn for message in chat.messages if message.role == ASSISTANT]
         if len(marks) == len(answers):
@@ -291,29 +166,23 @@ class ChatWriter:
 
     # ----------------------------------------------------------------------------------------------------- the prompt
 
-    def _as_prompted(self, chat: _Chat, text: str, spans: list[Span]) -> tuple[str, list[Span], tuple[Note, ...]]:
+    def _as_prompted(self, chat: Chat, text: str, spans: list[Span]) -> tuple[str, list[Span], tuple[Note, ...]]:
         """The text with the last answer after what the model is prompted with for it."""
         messages = chat.messages
         plain_row = not (chat.tools or any(m.calls or m.reasoning for m in messages))
-        if plain_row and not self._marked and not chat.unfolded and self._skeleton(chat).last.prompted:
+        if plain_row and not self._template.marked and not chat.unfolded and self._skeleton(chat).last.prompted:
             return text, spans, ()  # what the skeleton says of the header holds for every row of this shape
         before = replace(chat, messages=(chat.unfolded or messages)[:-1])
-        asked, plain = (self._render(before, before.messages, prompt)[0] for prompt in (True, False))
+        asked, plain = (self._template.render(before, before.messages, prompt)[0] for prompt in (True, False))
         begin, end, turn = spans[-1]
         if text.startswith(asked):
-            if asked == plain and not self._prompts():
+            if asked == plain and not self._template.prompts:
                 return text, spans, ()
-            if self._marked:  # what the marks leave out of an answer stays out
-                return (
-                    text,
-                    [
-                        (max(s, len(asked)) if t == turn else s, e, t)
-                        for s, e, t in spans
-                        if e > len(asked) or t != turn
-                    ],
-                    (),
-                )
-            return text, [*spans[:-1], (len(asked), end, turn)], ()
+            if self._template.marked:  # what the marks leave out of an answer stays out
+                last = [(max(s, len(asked)), e, turn) for s, e, t in spans if t == turn and e > len(asked)]
+            else:
+                last = [(len(asked), end, turn)]
+            return text, [*(span for span in spans[:-1] if span[2] != turn), *last], ()
         if thinking := self._asked_to_think(before, text, asked, messages[-1]):
             note = Note(
                 "generation_prompt",
@@ -339,12 +208,12 @@ class ChatWriter:
         whole = asked + lead + body
         return whole + text[end:], [*earlier, (len(asked), len(whole), turn)], tuple(notes)
 
-    def _asked_to_think(self, before: _Chat, text: str, asked: str, answer: Message) -> str:
+    def _asked_to_think(self, before: Chat, text: str, asked: str, answer: Message) -> str:
         """The generation prompt for an answer with a thought, where the default one closes it; else nothing."""
         if not answer.reasoning or not _CLOSED_THOUGHT.search(asked):
             return ""
         for setting in ("enable_thinking", "thinking"):
-            thinking, _ = self._render(before, before.messages, prompt=True, **{setting: True})
+            thinking, _ = self._template.render(before, before.messages, prompt=True, **{setting: True})
             if text.startswith(thinking) and not _CLOSED_THOUGHT.search(thinking):
                 return thinking
         return ""
@@ -385,32 +254,6 @@ def _lost(messages: Sequence[Message], text: str, spans: Sequence[Span]) -> tupl
         if message.calls and message.text.strip() not in said:
             notes.append(Note("unwritten", "the text beside a call, which the template leaves out", message.turn))
     return tuple(notes)
-
-
-def _chat_template(cfg: TemplateConfig, tokenizer: Tokenizer) -> str:
-    if cfg.chat_template is not None:
-        return Path(cfg.chat_template).expanduser().read_text(encoding="utf-8")
-    try:
-        plain = str(tokenizer.get_chat_template())
-        with_tools = str(tokenizer.get_chat_template(tools=[]))
-    except ValueError as error:  # none, or several of which none is the default
-        raise UserError(
-            "data.template: the model's tokenizer has no chat template; use data/template=alpaca, or name a file "
-            "with a Jinja template: data.template.chat_template=my.jinja"
-        ) from error
-    if plain == with_tools:
-        return plain
-    # One file for both; a newline after a tag, and one that ends a template, are not written.
-    both = (text.removesuffix("\n") for text in (with_tools, plain))
-    return "{% if tools is defined and tools is not none %}\n" + "{% else %}\n".join(both) + "{% endif %}"
-
-
-def _end_tokens(tokenizer: Tokenizer) -> list[str]:
-    """The tokens that may end a turn: end-of-sequence and every special token but the one that begins a sequence."""
-    special = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
-    special -= {tokenizer.bos_token}
-    special |= {tokenizer.eos_token} if tokenizer.eos_token else set()
-    return sorted(special, key=lambda token: (-len(token), token))
 
 
 def _split(text: str, spans: Sequence[Span], closed: bool, last: int, notes: tuple[Note, ...]) -> Rendered:

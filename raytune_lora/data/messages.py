@@ -187,7 +187,8 @@ def _turn(message: Any, where: str, name: str, unused: set[str]) -> Turn:
     text, thought = ("", "") if calling else _content(content, role, place, bool(calls))
     turn = Turn(role, text, trained=_trained(message, role, where), calls=calls)
     if role == ASSISTANT:
-        return replace(turn, thought=_thought(message, where) or thought)
+        apart = reasoning(message[thoughts[0]], f"{where}.{thoughts[0]}") if thoughts else ""
+        return replace(turn, thought=apart or thought)
     if role == TOOL:
         name, call_id = (_label(message.get(key), f"{where}.{key}") for key in ("name", "tool_call_id"))
         return replace(turn, name=name, call_id=call_id)
@@ -246,14 +247,6 @@ def _trained(message: dict[str, Any], role: str, where: str) -> bool:
             "out there (data.train_on=all trains every token)",
         )
     return wanted != {False} if role == ASSISTANT else True
-
-
-def _thought(message: dict[str, Any], where: str) -> str:
-    """The first of the fields that may hold an answer's thought."""
-    for key in _THOUGHTS:
-        if filled(thought := message.get(key)):
-            return reasoning(thought, f"{where}.{key}")
-    return ""
 
 
 def reasoning(content: Any, name: str) -> str:

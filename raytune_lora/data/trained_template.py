@@ -43,9 +43,9 @@ def write_template(cfg: TemplateConfig, tokenizer: Tokenizer, folder: Path) -> N
         UserError: the tokenizer has no chat template, and the config names none.
     """
     if cfg.kind is TemplateKind.chat:
-        from raytune_lora.data.chat import _chat_template
+        from raytune_lora.data.chat_template import template_text
 
-        texts = [_chat_template(cfg, tokenizer)]
+        texts = [template_text(cfg, tokenizer)]
     else:
         texts = [jinja(cfg, *gaps, bos=_begins(tokenizer)) for gaps in product(_GAPS, repeat=3)]
     best = max(texts, key=lambda text: list(tried(text, cfg, tokenizer).values()))  # the first of equals

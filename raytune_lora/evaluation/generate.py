@@ -11,9 +11,8 @@ import torch
 from raytune_lora.data.encode import spell
 
 _PROBED = 4  # tokens written to see whether padding changes them
-_PLAIN: dict[
-    str, Any
-] = {  # one token after the other, whatever a model's own settings want of chance, length and search
+# One token after the other, whatever a model's own settings want of chance, length and search.
+_PLAIN: dict[str, Any] = {
     "do_sample": False,
     "num_beams": 1,
     "num_return_sequences": 1,

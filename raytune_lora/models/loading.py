@@ -19,12 +19,14 @@ _OF_THE_RUN = ("bnb_4bit_compute_dtype", "llm_int8_threshold")  # of bitsandbyte
 _SLICE = 2**20  # weights quantized at once; a multiple of every block size, so that the result is the same
 
 
-def cache(model: Any, *, keep: bool) -> None:
-    """Whether a model's forward keeps keys and values for the next token: of no use in training, and in its memory."""
-    for config in (
-        model.config,
-        model.config.get_text_config(),
-    ):  # the second of a language model within
+def keeps_cache(model: Any) -> bool:
+    """Whether a forward pass keeps keys and values for the next token."""
+    return bool(getattr(model.config.get_text_config(), "use_cache", True))
+
+
+def keep_cache(model: Any, keep: bool) -> None:
+    """Set whether it does: of no use in training, and in its memory."""
+    for config in (model.config, model.config.get_text_config()):  # a language model within another has its own
         if hasattr(config, "use_cache"):
             config.use_cache = keep
 
@@ -59,7 +61,7 @@ def load_model(
         )
     if quantized:
         _stay_trainable(model)
-    cache(model, keep=False)
+    keep_cache(model, False)
     divided = any(hasattr(p, "ds_id") for p in model.parameters())  # DeepSpeed's engine decides their precision
     if quantized and not divided:
         from peft import prepare_model_for_kbit_training

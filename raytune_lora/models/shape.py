@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import inspect
 import re
 import sys
@@ -87,7 +86,7 @@ def _check_causal(model: Any) -> None:
     Raises:
         UserError: it is of this kind.
     """
-    config, code = model.config, inspect.getsource(sys.modules[type(model).__module__])
+    config, code = model.config, source_of(sys.modules[type(model).__module__])
     reason = ""
     if getattr(config, "is_decoder", True) is False and "create_bidirectional_mask" in code:
         reason = "is_decoder=false in its config.json: set it to true there, if its weights are those of a decoder"
@@ -243,9 +242,16 @@ def _weights_read(cls: Hashable) -> set[str]:
             continue
         for name, method in vars(owner).items():
             if inspect.isfunction(method) and "init" not in name:
-                with contextlib.suppress(OSError, TypeError):  # code without a source
-                    found |= set(_WEIGHT_READ.findall(inspect.getsource(inspect.unwrap(method))))
+                found |= set(_WEIGHT_READ.findall(source_of(inspect.unwrap(method))))
     return found
+
+
+def source_of(code: Any) -> str:
+    """The source of a function or module; empty where it has none."""
+    try:
+        return inspect.getsource(code)
+    except (OSError, TypeError):
+        return ""
 
 
 def _experts(model: Any) -> Iterator[Experts]:

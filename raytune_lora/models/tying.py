@@ -49,7 +49,9 @@ def _own(module: Any) -> dict[str, Any]:
 
 
 def _say_if_untied(model: Any) -> None:
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    from transformers.trainer_utils import unwrap_peft_model
+
+    base = unwrap_peft_model(model)
     try:
         first, last = base.get_input_embeddings(), base.get_output_embeddings()
     except NotImplementedError:

@@ -6,7 +6,6 @@ accuracy over the whole vocabulary to every step.
 
 from __future__ import annotations
 
-import inspect
 import math
 import resource
 import time
@@ -17,11 +16,13 @@ import torch
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.loss.loss_utils import ForCausalLMLoss
+from transformers.trainer_utils import unwrap_peft_model
 
 from raytune_lora.artifacts import folder_bytes
 from raytune_lora.config.schema import RunConfig
 from raytune_lora.errors import DivergedError, QuotaError
 from raytune_lora.models.methods import Method
+from raytune_lora.models.shape import source_of
 from raytune_lora.training.batches import training_loader
 from raytune_lora.training.checkpoint import Checkpoint, commit, write_parts
 from raytune_lora.training.delivery import Delivery
@@ -41,11 +42,7 @@ def _takes_common_loss(model: Any) -> bool:
 
     That of Bart, Pegasus or XLNet is of the token itself: what they are trained on brings labels that are shifted.
     """
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    try:
-        return "loss_function(" in inspect.getsource(type(base).forward)
-    except (OSError, TypeError):
-        return False
+    return "loss_function(" in source_of(type(unwrap_peft_model(model)).forward)
 
 
 def _loss_of_batch(outputs: Any, labels: torch.Tensor, num_items_in_batch: torch.Tensor) -> torch.Tensor:

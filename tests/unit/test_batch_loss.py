@@ -21,8 +21,8 @@ from tests.unit.test_exported import heard
 pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.timeout(120)]
 
 
-def vision_language() -> Any:
-    """A Qwen3-VL, whose loss is the mean of what it is given (``accepts_loss_kwargs`` is false)."""
+def qwen3_vl() -> Any:
+    """Its loss is the mean of what it is given (``accepts_loss_kwargs`` is false)."""
     text = zoo.qwen3(rope_parameters={"rope_type": "default", "mrope_section": [2, 3, 3], "rope_theta": 1e4}).to_dict()
     vision = {
         "depth": 1,
@@ -37,7 +37,9 @@ def vision_language() -> Any:
     places = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
     ids = {name: zoo.VOCAB - 1 - at for at, name in enumerate(places)}
     text = {name: value for name, value in text.items() if name != "model_type"}
-    return T.Qwen3VLConfig(text_config=text, vision_config=vision, **ids)
+    model = T.Qwen3VLForConditionalGeneration(T.Qwen3VLConfig(text_config=text, vision_config=vision, **ids))
+    assert not model.accepts_loss_kwargs
+    return model
 
 
 def bart() -> Any:
@@ -45,12 +47,6 @@ def bart() -> Any:
     heads = {f"{side}_attention_heads": 4 for side in ("encoder", "decoder")}
     config = T.BartConfig(vocab_size=zoo.VOCAB, d_model=32, decoder_layers=2, decoder_ffn_dim=64, dropout=0.0, **heads)
     return T.BartForCausalLM(config)
-
-
-def qwen3_vl() -> Any:
-    model = T.Qwen3VLForConditionalGeneration(vision_language())
-    assert not model.accepts_loss_kwargs
-    return model
 
 
 @pytest.mark.parametrize("made", [qwen3_vl, bart])

@@ -42,19 +42,19 @@ class Full(Method[FullMethodConfig]):
         return Added(self.count(shape), own=True, inputs=shape.linears, per_token=normed, from_start=True)
 
     def save(self, model: Any, state: dict[str, Any], folder: Path) -> None:
-        from raytune_lora.models.loading import cache
+        from raytune_lora.models.loading import keep_cache, keeps_cache
 
         weights = _untrained(model, set(state)) | {name: tensor.to(model.dtype) for name, tensor in state.items()}
-        used = getattr(model.config.get_text_config(), "use_cache", True)
-        cache(model, keep=True)  # it is off for the training alone
+        before = keeps_cache(model)
+        keep_cache(model, True)  # it is off for the training alone
         model.save_pretrained(folder, state_dict=weights)
-        cache(model, keep=used)
+        keep_cache(model, before)
 
     def load(self, model: Any, folder: Path, weights: Path) -> Any:
-        from raytune_lora.models.loading import cache
+        from raytune_lora.models.loading import keep_cache, keeps_cache
 
         tuned = type(model).from_pretrained(folder, dtype=model.dtype)
-        cache(tuned, keep=getattr(model.config.get_text_config(), "use_cache", True))
+        keep_cache(tuned, keeps_cache(model))
         return tuned.requires_grad_(False).eval()
 
     def merge(self, model: Any) -> Any:
