@@ -137,19 +137,25 @@ class Tree:
 
     def send(self, number: signal.Signals) -> set[int]:
         """Signal all of it; the processes that were there."""
+        return {process.pid for process in self._signal(number)}
+
+    def end(self) -> set[int]:
+        """Kill all of it, and wait until it is gone; the processes that were there."""
+        self._signal(signal.SIGSTOP)  # so that none of them starts another one meanwhile
+        tree = self._signal(signal.SIGKILL)
+        self.process.wait()
+        psutil.wait_procs(tree, timeout=30)
+        return {process.pid for process in tree}
+
+    def _signal(self, number: signal.Signals) -> list[psutil.Process]:
         with contextlib.suppress(psutil.Error):
             root = psutil.Process(self.process.pid)
             tree = [root, *root.children(recursive=True)]
             for process in tree:
                 with contextlib.suppress(psutil.Error):
                     process.send_signal(number)
-            return {process.pid for process in tree}
-        return set()
-
-    def end(self) -> set[int]:
-        found = self.send(signal.SIGKILL)
-        self.process.wait()
-        return found
+            return tree
+        return []
 
 
 class Cluster:
@@ -159,10 +165,13 @@ class Cluster:
         self._home, self._port, self._count, self._skew = home, free_port(), machines, skew
         self.address = f"127.0.0.1:{self._port}"
         self.machines: list[Tree] = []
+        self._changes = threading.Lock()  # held while a machine starts or the cluster ends
+        self._closed = False
         self.start()
 
     def start(self) -> None:
         """The head, and its machines."""
+        self._closed = False
         head = ("--head", f"--port={self._port}", "--num-cpus=0", "--include-dashboard=false")
         self.head = self._node(*head, f"--temp-dir={self._home}", f"--system-config={json.dumps(NOTICING)}")
         self.machines = []
@@ -191,13 +200,18 @@ class Cluster:
         return node
 
     def replace(self, machine: Tree) -> None:
-        """Another machine in the place of one that is gone."""
-        place = self.machines.index(machine)
-        self.machines[place] = self._add(place)
+        """Another machine in the place of one that is gone; none where the cluster itself is gone."""
+        with self._changes:
+            if not self._closed:
+                place = self.machines.index(machine)
+                self.machines[place] = self._add(place)
 
     def close(self) -> None:
-        for tree in (*self.machines, self.head):
-            tree.end()
+        """End every machine, also one that is only starting: nothing is left that writes to the cluster's folder."""
+        with self._changes:
+            self._closed = True
+            for tree in (*self.machines, self.head):
+                tree.end()
 
 
 def wrong_clock(seconds: int) -> dict[str, str]:
