@@ -20,6 +20,7 @@ from raytune_lora.models.loading import load_model, precision
 from raytune_lora.models.methods import method_for
 from raytune_lora.models.sources import materialize
 from raytune_lora.models.tokenizer import load_tokenizer
+from raytune_lora.training.leaks import check_causal
 from raytune_lora.training.metrics import mean_loss, row_losses, rows_measured
 from raytune_lora.training.place import Place
 from raytune_lora.working_copy import WorkingCopy
@@ -38,6 +39,9 @@ def measure(cfg: RunConfig, store: TokenStore, place: Place, *, adapter: str | N
         store: the data.
         place: of this worker.
         adapter: folder of an adapter, or its URI in a checkpoint of the sweep; None measures the untouched model.
+
+    Raises:
+        UserError: it is no causal model.
     """
     began = time.perf_counter()
     folder = materialize(cfg.model, Cache.of(cfg.cache, cfg.cluster.node_cache))
@@ -52,6 +56,8 @@ def measure(cfg: RunConfig, store: TokenStore, place: Place, *, adapter: str | N
             model = method.merge(model)
     if cfg.gpus_per_worker:
         model = model.to(torch.device("cuda", torch.cuda.current_device()))
+    if adapter is None:  # which is before the first trial
+        check_causal(model, store, tokenizer.pad_token_id)
     facts = _losses(cfg, store, place, model, tokenizer.pad_token_id)
     answers = _answers(cfg, store, place, model, tokenizer)
     match = exact_match([a["answer"] for a in answers], [a["expected"] for a in answers]) if answers else None

@@ -232,10 +232,10 @@ def _measure(*arguments: Any, **extra: Any) -> None:
 
 
 def _probe_packing(*arguments: Any) -> None:
-    """``training.packing.probe``, likewise."""
-    from raytune_lora.training import packing
+    """``training.leaks.probe_packing``, likewise."""
+    from raytune_lora.training import leaks
 
-    packing.probe(*arguments)
+    leaks.probe_packing(*arguments)
 
 
 def plain_run(cfg: SweepConfig) -> RunConfig:

@@ -1,14 +1,16 @@
-"""Whether a model keeps rows apart that are packed into one sequence. T: time (tokens), V: vocabulary.
+"""What a model lets a token see that it must not: the tokens after it, and rows that are packed beside its own.
 
-Packed rows are told apart by nothing but their positions, which begin anew with each row. Many models do not look
-there: they count positions by themselves, mask by the attention mask alone, or carry a state or a convolution from one
-token to the next whatever its position (OPT, BLOOM, Falcon, Mamba, LFM2 in transformers 5.23). So the model itself is
-asked, with the attention and in the number format that it trains with.
+A model whose tokens see those after them is trained on answers that it is shown. Packed rows are told apart by nothing
+but their positions, which begin anew with each row, and many models do not look there: they count positions by
+themselves, mask by the attention mask alone, or carry a state or a convolution from one token to the next whatever its
+position (OPT, BLOOM, Falcon, Mamba, LFM2 in transformers 5.23). So the model itself is asked, with the attention and in
+the number format that it trains with. T: time (tokens), V: vocabulary.
 """
 
 from __future__ import annotations
 
 import random
+import sys
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -17,6 +19,7 @@ import torch
 from raytune_lora.cache import Cache
 from raytune_lora.config.schema import RunConfig
 from raytune_lora.data.store import TokenStore
+from raytune_lora.errors import UserError
 from raytune_lora.models.loading import load_model
 from raytune_lora.models.sources import materialize
 from raytune_lora.models.tokenizer import load_tokenizer
@@ -24,7 +27,8 @@ from raytune_lora.training.batches import collate, pack
 from raytune_lora.training.place import Place
 
 _LENGTHS = (9, 14, 6)  # tokens of the rows that are packed
-_VERSIONS = 4  # of the first row
+_SEEN_PART, _END = 8, 8  # tokens of a row that stay, and of its ends
+_VERSIONS = 4  # of what the others must not see
 _ROWS = 64  # of the training split, from whose tokens the rows are drawn
 _BEYOND = 10.0  # times the noise of a batch that counts as a difference
 # The least differences that count, as shares of the logits' norm, by what the model computes in. Of other words in
@@ -34,7 +38,21 @@ _SEEN = {torch.float32: 2e-6, torch.float16: 2e-5, torch.bfloat16: 1e-4}
 _MOVED = {torch.float32: 1e-4, torch.float16: 5e-2, torch.bfloat16: 5e-2}
 
 
-def probe(cfg: RunConfig, store: TokenStore, place: Place) -> None:
+def check_causal(model: Any, store: TokenStore, pad_id: int) -> None:
+    """Raise where the tokens of a base model see those after them, whatever its config says.
+
+    Raises:
+        UserError: they do.
+    """
+    seen = sees_ahead(model, _tokens(store), pad_id)
+    if seen is not None:
+        raise UserError(
+            f"model: its tokens see those after them (other ends of a row change the logits before them by {seen:.2g} "
+            "of their norm), so that it would be trained on answers that it is shown; name a decoder"
+        )
+
+
+def probe_packing(cfg: RunConfig, store: TokenStore, place: Place) -> None:
     """Report ``leak``: why packed rows of the data do not train on this model as they do alone; None where they do.
 
     The first worker asks, on the whole base model; no method that can pack adds anything that joins tokens.
@@ -46,27 +64,57 @@ def probe(cfg: RunConfig, store: TokenStore, place: Place) -> None:
     model = load_model(folder, cfg.model, cfg.quantization)
     if cfg.gpus_per_worker:
         model = model.to(torch.device("cuda", torch.cuda.current_device()))
+    longest = min(cfg.training.micro_batch * cfg.data.max_length, int(store.lengths("train").sum()))
+    place.report({"leak": packed_leak(model, _tokens(store), tokenizer.pad_token_id, longest)})
+
+
+def _tokens(store: TokenStore) -> list[int]:
     rows = store.split("train").select(range(min(_ROWS, store.rows["train"])))
-    tokens = sorted({token for row in rows["input_ids"] for token in row})
-    place.report({"leak": leak(model, tokens, tokenizer.pad_token_id)})
+    return sorted({token for row in rows["input_ids"] for token in row})
 
 
 @torch.no_grad()
-def leak(model: Any, tokens: Sequence[int], pad_id: int) -> str | None:
+def sees_ahead(model: Any, tokens: Sequence[int], pad_id: int) -> float | None:
+    """How far a row's logits change with the tokens after them, as a share of their norm; None where they do not.
+
+    Args:
+        model: takes input_ids and attention_mask; in evaluation mode.
+        tokens: to make rows of.
+        pad_id: fills short rows.
+    """
+    draw = random.Random(0)
+    (start,) = _rows(draw, tokens, _SEEN_PART)
+    rows = [start + end for end in _rows(draw, tokens, *[_END] * _VERSIONS)]
+    others = _rows(draw, tokens, *[_SEEN_PART + _END] * _VERSIONS)
+
+    def changes(pairs: list[list[list[int]]]) -> float:
+        logits = [next(_side_by_side(model, pair, pad_id))[:_SEEN_PART] for pair in pairs]
+        return max(_difference(each, logits[0]) for each in logits[1:])
+
+    seen, noise = changes([[row, others[0]] for row in rows]), changes([[rows[0], other] for other in others])
+    return None if seen <= max(_SEEN[_computes_in(model)], _BEYOND * noise) else seen
+
+
+@torch.no_grad()
+def packed_leak(model: Any, tokens: Sequence[int], pad_id: int, longest: int) -> str | None:
     """How the logits of packed rows differ from what they are without the other rows; None where they do not.
 
     Args:
         model: takes input_ids, position_ids and attention_mask; in evaluation mode.
         tokens: to make rows of.
         pad_id: fills short rows.
+        longest: the most tokens that rows packed into one sequence may have.
     """
     draw = random.Random(0)
-    firsts = [[draw.choice(tokens) for _ in range(_LENGTHS[0])] for _ in range(_VERSIONS)]
-    later = [[draw.choice(tokens) for _ in range(length)] for length in _LENGTHS[1:]]
+    firsts, later = _rows(draw, tokens, *[_LENGTHS[0]] * _VERSIONS), _rows(draw, tokens, *_LENGTHS[1:])
     alone = torch.cat([row for each in (firsts[0], *later) for row in _side_by_side(model, [each], pad_id)])
     side = [list(_side_by_side(model, [first, *later], pad_id)) for first in firsts]
+    together = torch.cat(list(_side_by_side(model, firsts, pad_id)))
+    one_by_one = torch.cat([row for first in firsts for row in _side_by_side(model, [first], pad_id)])
     try:
         packed = [_packed(model, [first, *later]) for first in firsts]
+        if (table := _causal_table(model)) < longest:  # a forward pass tells whether it is used
+            _packed(model, _rows(draw, tokens, *[table // 2 + 1] * 2))
     except torch.cuda.OutOfMemoryError:
         raise
     except Exception as error:  # whatever the model says of one sequence with several beginnings, having taken each
@@ -77,11 +125,20 @@ def leak(model: Any, tokens: Sequence[int], pad_id: int) -> str | None:
     seen = max(_difference(logits[start:], packed[0][start:]) for logits in packed[1:])
     if not seen <= max(_SEEN[dtype], _BEYOND * batch):
         return f"other words in one row change the logits of the next by {seen:.2g} of their norm"
-    padding = _difference(torch.cat(side[0]), alone)
     moved = _difference(packed[0], alone)
-    if not moved <= max(_MOVED[dtype], _BEYOND * padding):
+    if not moved <= max(_MOVED[dtype], _BEYOND * _difference(together, one_by_one)):
         return f"a row's logits differ by {moved:.2g} of their norm from those of the row alone"
     return None
+
+
+def _rows(draw: random.Random, tokens: Sequence[int], *lengths: int) -> list[list[int]]:
+    return [[draw.choice(tokens) for _ in range(length)] for length in lengths]
+
+
+def _causal_table(model: Any) -> int:
+    """Side of the least table that a model keeps of which token sees which; where it keeps none, of the largest one."""
+    tables = (b for b in model.buffers() if b.dtype in (torch.bool, torch.uint8) and b.dim() > 1)
+    return min((b.shape[-1] for b in tables if b.shape[-1] == b.shape[-2]), default=sys.maxsize)
 
 
 def _packed(model: Any, rows: Sequence[list[int]]) -> torch.Tensor:

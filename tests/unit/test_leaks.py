@@ -1,14 +1,25 @@
-"""Whether a model keeps packed rows apart: what the probe finds, against the losses of rows alone."""
+"""What a model lets a token see: what the probes find, against the losses of rows alone and against encoders."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, XGLMConfig
+from datasets import Dataset
+from transformers import (
+    AutoModelForCausalLM,
+    BertConfig,
+    CpmAntConfig,
+    GPTNeoConfig,
+    RemBertConfig,
+    RobertaConfig,
+    XGLMConfig,
+    XLMConfig,
+)
 
-from raytune_lora.training.packing import leak
+from raytune_lora.errors import UserError
+from raytune_lora.training.leaks import check_causal, packed_leak, sees_ahead
 from tests.unit import zoo
 from tests.unit.zoo import VOCAB, ZOO
 
@@ -40,7 +51,7 @@ def losses(model: torch.nn.Module, rows: list[torch.Tensor]) -> tuple[float, flo
 @pytest.mark.parametrize("name", ZOO)
 def test_a_model_that_lets_packed_rows_see_each_other_is_told(name: str) -> None:
     model = build(name)
-    assert (leak(model, TOKENS, 0) is not None) == (name in JOIN)
+    assert (packed_leak(model, TOKENS, 0, 0) is not None) == (name in JOIN)
     for parameter in model.parameters():
         if parameter.dim() > 1:
             torch.nn.init.normal_(parameter, std=0.25)  # so that what a row sees matters for its loss
@@ -62,7 +73,7 @@ def test_a_model_that_lets_packed_rows_see_each_other_is_told(name: str) -> None
 )
 def test_in_bf16_and_by_each_attention(name: str, attention: str) -> None:
     model = build(name, attn_implementation=attention).to(torch.bfloat16)
-    assert (leak(model, TOKENS, 0) is not None) == (name in JOIN)
+    assert (packed_leak(model, TOKENS, 0, 0) is not None) == (name in JOIN)
 
 
 def test_positions_that_do_not_begin_anew_are_told() -> None:
@@ -84,7 +95,7 @@ def test_positions_that_do_not_begin_anew_are_told() -> None:
                 inputs["position_ids"] = torch.arange(row.shape[1])[None]
             return self.inner(**inputs)
 
-    found = leak(GoingOn().eval(), TOKENS, 0)
+    found = packed_leak(GoingOn().eval(), TOKENS, 0, 0)
     assert found is not None
     assert found.startswith("a row's logits differ by ")
 
@@ -92,7 +103,7 @@ def test_positions_that_do_not_begin_anew_are_told() -> None:
 def test_a_model_that_counts_positions_itself_is_told() -> None:
     config = XGLMConfig(vocab_size=VOCAB, d_model=32, num_layers=2, attention_heads=4, ffn_dim=64)
     torch.manual_seed(0)
-    assert leak(AutoModelForCausalLM.from_config(config).eval(), TOKENS, 1) is not None
+    assert packed_leak(AutoModelForCausalLM.from_config(config).eval(), TOKENS, 1, 0) is not None
 
 
 def test_a_model_that_takes_no_positions_is_told() -> None:
@@ -105,7 +116,48 @@ def test_a_model_that_takes_no_positions_is_told() -> None:
         def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> object:
             return self.inner(input_ids=input_ids, attention_mask=attention_mask)
 
-    found = leak(Without().eval(), TOKENS, 0)
+    found = packed_leak(Without().eval(), TOKENS, 0, 0)
     assert found is not None
     assert found.startswith("it cannot take them: TypeError: ")
     assert "position_ids" in found
+
+
+def test_a_table_of_the_causal_mask_that_packed_rows_outgrow_is_told() -> None:
+    sizes = {"hidden_size": 32, "num_layers": 2, "num_heads": 4, "intermediate_size": 64, "window_size": 32}
+    layers = [[["global", "local"], 1]]
+    config = GPTNeoConfig(vocab_size=VOCAB, max_position_embeddings=64, attention_types=layers, **sizes)
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
+    model.config.use_cache = False
+    assert packed_leak(model, TOKENS, 0, 64) is None
+    assert (packed_leak(model, TOKENS, 0, 65) or "").startswith("it cannot take them: RuntimeError: ")
+
+
+@pytest.mark.parametrize("name", ZOO)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_decoders_do_not_see_ahead(name: str, dtype: torch.dtype) -> None:
+    assert sees_ahead(build(name).to(dtype), TOKENS, 0) is None
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("config", [BertConfig, RobertaConfig, RemBertConfig, XLMConfig, CpmAntConfig])
+def test_models_that_see_ahead_are_told(config: Any, dtype: torch.dtype) -> None:
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "dim_head": 8, "dim_ff": 64}
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config(vocab_size=VOCAB, **sizes)).eval().to(dtype)
+    assert (sees_ahead(model, TOKENS, 0) or 0) > 1e-4
+
+
+def test_a_baseline_of_a_model_that_sees_ahead_is_refused() -> None:
+    class Store:
+        rows: ClassVar = {"train": 2}
+
+        def split(self, name: str) -> Any:
+            return Dataset.from_dict({"input_ids": [list(range(3, 40)), list(range(50, 90))]})
+
+    sizes = {"vocab_size": VOCAB, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4}
+    decoder, encoder = (
+        AutoModelForCausalLM.from_config(BertConfig(is_decoder=d, **sizes)).eval() for d in (True, False)
+    )
+    check_causal(decoder, Store(), 0)  # type: ignore[arg-type]
+    with pytest.raises(UserError, match="its tokens see those after them"):
+        check_causal(encoder, Store(), 0)  # type: ignore[arg-type]
