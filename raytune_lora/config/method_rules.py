@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from math import inf
 
 from raytune_lora.config.methods import (
     ALL_LINEAR,
@@ -48,7 +49,7 @@ def _lora_problems(method: LoraMethodConfig) -> list[str]:
     ]
     found += [f"method.rank_pattern.{key} must be >= 1 (got {r})" for key, r in method.rank_pattern.items() if r < 1]
     alphas = method.alpha_pattern.items()
-    found += [f"method.alpha_pattern.{key} must be > 0 (got {a:g})" for key, a in alphas if a <= 0]
+    found += [f"method.alpha_pattern.{key} must be > 0 and finite (got {a:g})" for key, a in alphas if not 0 < a < inf]
     if ALL_LINEAR in method.modules_to_save:
         found.append(
             f"method.modules_to_save={ALL_LINEAR}: to train every weight, take method=full; here, name single modules, "

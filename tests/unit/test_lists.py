@@ -93,6 +93,8 @@ def test_a_pattern_of_a_method_without_one_is_an_unknown_key() -> None:
         ("method.target_modules=.*(q", "not a regular expression"),
         ("method.rank_pattern={q_proj: 0}", "method.rank_pattern.q_proj must be >= 1"),
         ("method.alpha_pattern={q_proj: 0}", "method.alpha_pattern.q_proj must be > 0"),
+        ("method.alpha_pattern={q_proj: .nan}", "method.alpha_pattern.q_proj must be > 0 and finite"),
+        ("method.alpha_pattern={q_proj: .inf}", "method.alpha_pattern.q_proj must be > 0 and finite"),
         ("method.layers_to_transform=[-1]", "from 0"),
         ("method.layers_pattern=h", "method.layers_to_transform"),
         ("method.modules_to_save=all-linear", "method=full"),

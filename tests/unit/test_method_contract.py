@@ -208,12 +208,14 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "embedding": {"modules_to_save": ["embed_tokens"]},
     "head": {"modules_to_save": ["lm_head"]},
     "norm": {"modules_to_save": ["norm"], "target_modules": [r".*layers\.\d+\..*(q|v)_proj"]},
+    "experts": {"experts": True, "modules_to_save": ["layers.0.mlp.experts"]},
     "conv": {"layers_to_transform": [0], "layers_pattern": "h", "bias": Bias.all, "modules_to_save": ["wte"]},
 }
 USED = [  # the options that each model has something for
     ("qwen2", "bias"), ("qwen2", "own_bias"), ("opt", "own_bias"), ("opt", "bias"), ("llama", "layers"),
     ("llama", "patterns"), ("llama", "embedding"), ("llama", "head"), ("llama", "norm"), ("tied_llama", "embedding"),
     ("tied_llama", "head"), ("gemma2", "embedding"), ("gpt2", "conv"), ("opt", "embedding"),
+    ("mixtral", "experts"),
 ]  # fmt: skip
 
 
@@ -240,6 +242,15 @@ def test_an_option_of_lora_keeps_its_promises(
         ),
         ("llama", {"rank_pattern": {"c_attn": 4}}, ["method.rank_pattern", "c_attn", "q_proj"]),
         ("llama", {"layers_to_transform": [0], "alpha_pattern": {r"layers\.1\..*": 4}}, ["method.alpha_pattern"]),
+        (
+            "llama",
+            {"rank_pattern": {"q_proj": 4, "layers.0.self_attn.q_proj": 2, "k_proj": 4, "layers.0.*k_proj": 4}},
+            [
+                "method.rank_pattern",
+                "layers.0.self_attn.q_proj several values",
+                "q_proj: 4, layers.0.self_attn.q_proj: 2",
+            ],
+        ),
         ("gpt2", {"modules_to_save": ["embed_tokens"]}, ["method.modules_to_save", "embed_tokens", "transformer.wte"]),
         ("llama", {"bias": Bias.all}, ["method.bias=all", "none"]),
         ("qwen2", {"bias": Bias.lora_only, "target_modules": ["o_proj"]}, ["method.bias=lora_only", "target layers"]),

@@ -78,9 +78,10 @@ class LoraFamily(TargetedMethod[L]):
         return [(linear, options.value_of(pattern, linear.name, self.cfg.r)) for linear in self.targets(shape)]
 
     def experts(self, shape: Shape) -> tuple[Experts, ...]:
-        """The experts' parameters it works on."""
-        found = shape.experts if self.cfg.experts else ()
-        return tuple(e for e in found if options.in_layers(self.cfg, e.name))
+        """The experts' parameters it works on; likewise."""
+        whole = options.saved(self.cfg, shape)
+        inside = [e for e in shape.experts if self.cfg.experts and options.in_layers(self.cfg, e.name)]
+        return tuple(e for e in inside if not options.within(e.name, whole))
 
     def left_out(self, shape: Shape) -> list[str]:
         names = list(self.cfg.target_modules)

@@ -76,6 +76,7 @@ def problems(cfg: LoraMethodConfig, shape: Shape, targets: list[Linear]) -> list
                 f"({', '.join(sorted({linear.name.rpartition('.')[2] for linear in targets})) or 'there is none'}), or "
                 "write a regular expression for the end of its name"
             )
+        found += _contradictions(key, pattern, targets)
     unknown = [w for w in cfg.modules_to_save if not any(matches(w, name) for name, _ in shape.modules)]
     if unknown:
         usual = ", ".join(name for name in (shape.embedding, shape.head) if name)
@@ -123,6 +124,20 @@ def _layer_problems(cfg: LoraMethodConfig, shape: Shape) -> list[str]:
         f"method.layers_to_transform: the model has layers {min(numbers)} to {max(numbers)} "
         f"(got {', '.join(str(n) for n in asked if n not in there)})"
     ]
+
+
+def _contradictions(key: str, pattern: dict[str, Any], targets: list[Linear]) -> list[str]:
+    """Layers that keys give different values: PEFT takes the first key, and writes them in another order."""
+    for linear in targets:
+        values = {rule: value for rule, value in pattern.items() if _fits(rule, linear.name)}
+        if len(set(values.values())) > 1:
+            said = ", ".join(f"{rule}: {value:g}" for rule, value in values.items())
+            return [
+                f"method.{key} gives {linear.name} several values ({said}); PEFT would take another one of them when "
+                "the adapter is loaded; write keys that do not share layers, such as regular expressions with the "
+                "numbers of the layers (layers[.](1|2|3)[.].*q_proj)"
+            ]
+    return []
 
 
 def _fits(key: str, name: str) -> bool:
