@@ -131,8 +131,8 @@ def _kind(record: dict[str, Any]) -> str:
     return str(record["quantization"]["kind"])
 
 
-def recipe(record: dict[str, Any]) -> str:
-    """Python that loads the adapter, as ``model`` and ``tokenizer``, where ``adapter`` is its folder."""
+def recipe(record: dict[str, Any], adapter: str = ".") -> str:
+    """Python that loads the adapter in a folder, as ``model`` and ``tokenizer``."""
     kind = record["method"]["kind"]
     if kind == "ir_qlora":  # its calibrated quantization is this package's own
         body = _ADAPTER
@@ -148,7 +148,10 @@ def recipe(record: dict[str, Any]) -> str:
     imports = ["import torch"] if "torch." in body else []
     imports += [line for name, line in _IMPORTS.items() if name in body]
     imports.append(f"from transformers import {', '.join(names)}")
-    return "\n".join(sorted(imports, key=lambda line: line.startswith("from"))) + f'\n\nadapter = "."\n{body}'
+    return (
+        "\n".join(sorted(imports, key=lambda line: line.startswith("from")))
+        + f"\n\nadapter = {json.dumps(adapter)}\n{body}"
+    )
 
 
 def _base(record: dict[str, Any], name: str) -> str:

@@ -45,7 +45,7 @@ _TRIAL |= dict.fromkeys(
     ("confirms", "parent", "born", "eval_loss", "samples_seen", "seconds", "training_seconds", "error", "log")
 )
 _BEST: dict[str, Any] = {"trial_id": "", "params": {}, "mismatch": None}
-_BEST |= dict.fromkeys(("eval_loss", "trial_loss", "exact_match", "adapter"))
+_BEST |= dict.fromkeys(("eval_loss", "trial_loss", "exact_match", "adapter", "loading"))
 
 _STAGES = {
     "prepare": "data and model",
@@ -120,7 +120,7 @@ def template(name: str) -> Template:
     folder = FileSystemLoader(Path(__file__).parent)
     environment = Environment(loader=folder, autoescape=True, undefined=StrictUndefined)
     environment.trim_blocks = environment.lstrip_blocks = True
-    environment.filters |= {"value": shown, "loss": loss_text, "duration": duration, "literal": literal}
+    environment.filters |= {"value": shown, "loss": loss_text, "duration": duration}
     environment.globals["status"] = lambda name: STATUS.get(name, (name, "quiet"))
     return environment.get_template(name)
 

@@ -29,6 +29,7 @@ from raytune_lora.data.trained_template import TEMPLATE, TRIED
 from raytune_lora.errors import JobFailed, Refused, StorageError, UserError
 from raytune_lora.evaluation import ANSWERS
 from raytune_lora.evaluation.figures import disagreement
+from raytune_lora.models.card import recipe
 from raytune_lora.models.export import ADAPTER, export_adapter
 from raytune_lora.models.methods import method_for
 from raytune_lora.models.methods.fit import model_problems
@@ -141,7 +142,8 @@ class Job:
             self._see_that_it_is_what_was_trained(best, facts)
             checkpoint = self.folder.copy.here(best.checkpoint)
             target = self.folder.best / "adapter"
-            export(plain_run(winner), self.store, self.model_folder, checkpoint, target, facts)
+            record = export(plain_run(winner), self.store, self.model_folder, checkpoint, target, facts)
+            facts["loading"] = recipe(record, str(target.relative_to(self.folder.path)))
             config = segments(self.journal.record.lineage(best)) + dump(winner)
             (self.folder.best / "config.yaml").write_text(config)
             write_json(self.folder.best / "params.json", best.params)
@@ -189,8 +191,8 @@ class Job:
 
 def export(
     cfg: RunConfig, store: TokenStore, model_folder: Path, checkpoint: Path, target: Path, measured: dict[str, Any]
-) -> None:
-    """Export what a checkpoint learned, with all that is known of it.
+) -> dict[str, Any]:
+    """Export what a checkpoint learned, with all that is known of it: the record, which is returned.
 
     Args:
         cfg: of the run.
@@ -211,6 +213,7 @@ def export(
         measured={name: measured[name] for name in figures} | rows,
     )
     export_adapter(checkpoint, target, model_folder=model_folder, record=record, template=store.folder / TEMPLATE)
+    return record
 
 
 def segments(lineage: Sequence[Trial]) -> str:

@@ -12,6 +12,7 @@ Schema, version 2. Null stands for what was not measured.
   ``eval_loss_interval`` and ``exact_match_interval``: 95 % intervals, low and high, as estimates for rows of that kind
 - ``best``: the same, measured on the exported adapter, and null before it is; but ``trial_loss`` is what the trial
   reported. And ``trial_id``, ``params``, ``adapter`` (folder relative to the sweep's; null before it is exported),
+  ``loading`` (Python that loads it, run in the sweep's folder; null before),
   ``mismatch`` (why it is not exported, where its loss is another than the trial reported: ``trial_id``, ``trial``,
   ``measured``, ``tolerance`` in nats a token, ``why``; else null), and ``segments``: the parameters that trained it in
   turn (``trial_id``, ``from_samples``, ``params``), one but for a child of a population; null without one
@@ -148,6 +149,7 @@ def _best(folder: SweepFolder, record: Record) -> dict[str, Any] | None:
         "trial_loss": _number(trial.eval_loss),
         "mismatch": record.mismatch and {**record.mismatch, "measured": _number(record.mismatch["measured"])},
         "adapter": str((folder.best / "adapter").relative_to(folder.path)) if BEST in record.phases else None,
+        "loading": record.phases.get(BEST, {}).get("loading"),
         "segments": [
             {"trial_id": part.trial_id, "from_samples": part.born, "params": part.params}
             for part in record.lineage(trial)

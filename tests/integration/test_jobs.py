@@ -14,10 +14,8 @@ from typing import Any
 
 import optuna
 import pytest
-import torch
+from markupsafe import escape
 from mlflow import MlflowClient
-from peft import PeftModel
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from raytune_lora.config.compose import load
 from raytune_lora.data.store import TokenStore
@@ -161,13 +159,16 @@ def test_the_report_holds_everything_itself(sweep: tuple[Path, str, str]) -> Non
     assert 'src="http' not in page
 
 
-def test_best_adapter_works_with_plain_peft(sweep: tuple[Path, str, str]) -> None:
-    """Loaded without this package, it gives the validation loss that the sweep reports."""
-    folder, adapter = sweep[0], sweep[0] / "best" / "adapter"
+def test_best_adapter_works_with_plain_peft(sweep: tuple[Path, str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Loaded by the report's own lines, without this package, it gives the validation loss that the sweep reports."""
+    folder, scope = sweep[0], dict[str, Any]()
     results = json.loads((folder / "results.json").read_text())
-    base = json.loads((adapter / "adapter_config.json").read_text())["base_model_name_or_path"]
-    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), adapter).eval()
-    tokenizer = AutoTokenizer.from_pretrained(adapter)
+    lines = results["best"]["loading"]
+    assert "raytune_lora" not in lines
+    assert escape(lines) in (folder / "report.html").read_text()
+    monkeypatch.chdir(folder)
+    exec(lines, scope)
+    model, tokenizer = scope["model"], scope["tokenizer"]
     cfg = load(folder / "config.yaml")
     store = TokenStore(Path(cfg.cache) / "tokens" / results["data"]["fingerprint"], {})
     loss = validation_loss(
