@@ -19,8 +19,8 @@ from raytune_lora.errors import UserError
 from raytune_lora.models import sources as model_sources
 from raytune_lora.models import stored
 from raytune_lora.models.methods import fit
-from raytune_lora.tuning import limits, samplers, secrets, space
-from raytune_lora.tuning.preflight import extremes
+from raytune_lora.tuning import samplers, secrets, space
+from raytune_lora.tuning.preflight import extremes, model_problems
 
 _KNOWN_THERE = {
     "output": "sweeps/mine",
@@ -132,6 +132,5 @@ def _content_problems(cfg: SweepConfig) -> list[str]:
     if not found and model.path is not None and _files(model.path) and importlib.util.find_spec("torch") is not None:
         from raytune_lora.models.shape import shape_of_folder
 
-        shape = shape_of_folder(Path(model.path), model)
-        found += fit.model_problems(cfg, shape) + limits.config_problems(cfg, shape)
+        found += model_problems(cfg, shape_of_folder(Path(model.path), model), searching=True)
     return found

@@ -32,7 +32,6 @@ from raytune_lora.evaluation.figures import disagreement
 from raytune_lora.models.card import recipe
 from raytune_lora.models.export import ADAPTER, export_adapter
 from raytune_lora.models.methods import method_for
-from raytune_lora.models.methods.fit import model_problems
 from raytune_lora.models.methods.fit import notes as model_notes
 from raytune_lora.models.record import make_record
 from raytune_lora.models.shape import known_shape
@@ -55,7 +54,7 @@ from raytune_lora.tuning.gauges import exported
 from raytune_lora.tuning.interrupt import Interrupts
 from raytune_lora.tuning.isolated import attempts
 from raytune_lora.tuning.parts import Parts
-from raytune_lora.tuning.preflight import check
+from raytune_lora.tuning.preflight import check, model_problems
 from raytune_lora.tuning.progress import Progress
 from raytune_lora.tuning.results import BASELINE, BEST, remarks, write_results
 from raytune_lora.tuning.resume import changed_data
@@ -305,10 +304,10 @@ def open_job(kind: str, cfg: SweepConfig, moved: Sequence[str], run: Callable[[J
 
 def _prepared(kind: str, cfg: SweepConfig) -> tuple[Inputs, Constraints]:
     """Model and data, which fit together and into memory."""
-    inputs = prepare_inputs(cfg)
+    searching = kind == SWEEP  # a run that does not fit is tried with a smaller micro batch
+    inputs = prepare_inputs(cfg, searching=searching)
     if found := limits.problems(cfg, inputs.shape, inputs.store):
         raise UserError(found)
-    searching = kind == SWEEP  # a run that does not fit is tried with a smaller micro batch
     constraints = Constraints(cfg, memory_limit(cfg, inputs.shape, inputs.store) if searching else None)
     if searching:
         constraints.check()
@@ -397,17 +396,17 @@ class Inputs:
     store: TokenStore
 
 
-def prepare_inputs(cfg: SweepConfig) -> Inputs:
+def prepare_inputs(cfg: SweepConfig, *, searching: bool = False) -> Inputs:
     """The base model and the token store, made where they are missing.
 
     Raises:
-        UserError: the model does not fit the config, or the data cannot be prepared.
+        UserError: the model does not fit the config or the bounds of its search, or the data cannot be prepared.
         StorageError: the cache's object store refuses or does not answer.
     """
     cache = Cache.of(cfg.cache, cfg.cluster.node_cache)
     folder = materialize(cfg.model, cache)
     shape = known_shape(folder, cfg.model, cache)
-    if found := model_problems(cfg, shape) + limits.config_problems(cfg, shape):
+    if found := model_problems(cfg, shape, searching=searching):
         raise UserError(found)
     cache.publish(folder)
     store = prepare(cfg.data, partial(load_tokenizer, folder, cfg.model), tokenizer_identity(folder, cfg.model), cache)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 
 from raytune_lora import storage
 from raytune_lora.cache import Cache
@@ -15,9 +16,10 @@ from raytune_lora.data import templates
 from raytune_lora.errors import UserError
 from raytune_lora.models import sources as model_sources
 from raytune_lora.models import stored
-from raytune_lora.models.methods.fit import problems as method_problems
+from raytune_lora.models.methods import fit
+from raytune_lora.planning.shape import Shape
 from raytune_lora.training import tracking
-from raytune_lora.tuning import constraints, folder, search, secrets, space
+from raytune_lora.tuning import constraints, folder, limits, search, secrets, space
 
 _MLFLOW = "MLFLOW_TRACKING_URI"
 
@@ -36,7 +38,7 @@ def check(cfg: SweepConfig, *, searching: bool, fresh: bool) -> None:
     found = validate.problems(cfg) + secrets.problems(cfg)
     if searching:
         found += space.problems(cfg.space, cfg) or extremes(cfg) or search.problems(cfg) or constraints.problems(cfg)
-    found += stored.problems(cfg) or method_problems(cfg)
+    found += stored.problems(cfg) or fit.problems(cfg)
     found += tracking.problems(cfg.tracking) + _input_problems(cfg)
     if fresh:
         found += _output_problems(cfg)
@@ -96,12 +98,22 @@ def _output_problems(cfg: SweepConfig) -> list[str]:
     return found
 
 
-def extremes(cfg: SweepConfig) -> list[str]:
-    """What goes wrong at the bounds of each dimension, where it goes well at the configured value."""
+def model_problems(cfg: SweepConfig, shape: Shape, *, searching: bool) -> list[str]:
+    """Why the config does not fit the model, nor the bounds of a search."""
 
     def problems(trial: SweepConfig) -> list[str]:
-        return validate.problems(trial) or method_problems(trial)
+        return fit.model_problems(trial, shape) + limits.config_problems(trial, shape)
 
+    return problems(cfg) + (extremes(cfg, problems) if searching else [])
+
+
+def config_problems(cfg: SweepConfig) -> list[str]:
+    """What is wrong with the config of a trial, whatever the model."""
+    return validate.problems(cfg) or fit.problems(cfg)
+
+
+def extremes(cfg: SweepConfig, problems: Callable[[SweepConfig], list[str]] = config_problems) -> list[str]:
+    """What goes wrong at the bounds of each dimension, where it goes well at the configured value."""
     base = set(problems(cfg))
     found: list[str] = []
     for name, params in space.extremes(cfg.space, cfg):

@@ -16,8 +16,10 @@ from raytune_lora.config.data import FakeDataConfig
 from raytune_lora.config.methods import LoraMethodConfig
 from raytune_lora.config.schema import Optimizer, Quantization, SweepConfig, TinyModelConfig
 from raytune_lora.config.search import DimensionConfig, DimensionKind
+from raytune_lora.models.shape import shape_of
 from raytune_lora.tuning import preflight
 from raytune_lora.tuning.space import apply, configured_point, extremes, fitting, lookup, points, problems, sample
+from tests.unit import zoo
 
 INT, FLOAT, CATEGORICAL = DimensionKind.int, DimensionKind.float, DimensionKind.categorical
 
@@ -472,3 +474,13 @@ def test_apply_keeps_the_type_of_the_key(key: str, given: Any, kept: Any) -> Non
 def test_there_is_no_value_at_a_wrong_path(key: str) -> None:
     with pytest.raises(KeyError):
         lookup(config(), key)
+
+
+def test_choices_that_the_model_does_not_have_are_refused() -> None:
+    shape = shape_of(zoo.build("llama"))
+    dimension = "+space.targets={key: method.target_modules, kind: categorical, choices: [q_proj, c_attn]}"
+    cfg = compose(["experiment=tiny", "method=lora", dimension])
+    (problem,) = preflight.model_problems(cfg, shape, searching=True)
+    assert problem.startswith("space.targets: method.target_modules: ")
+    assert "c_attn" in problem
+    assert preflight.model_problems(cfg, shape, searching=False) == []
