@@ -60,6 +60,7 @@ def known_shape(folder: Path, cfg: ModelConfig, cache: Cache) -> Shape:
         "claimed": tuple(found["claimed"]),
         "sublayers": tuple(found["sublayers"]),
         "modules": tuple(map(tuple, found["modules"])),
+        "biases": tuple(map(tuple, found["biases"])),
     }
     return Shape(**{**found, **parts})
 
@@ -145,7 +146,7 @@ def _shape(skeleton: Skeleton) -> Shape:
         head=names.get(id(head)),
         linears=linears,
         norms=sum(p.numel() for _, norm in norms(model) for p in norm.parameters()),
-        biases=sum(p.numel() for _, p in biases(model)),
+        biases=tuple((name, p.numel()) for name, p in biases(model)),
         parameters=sum(p.numel() for p in model.parameters()),
         softcap=getattr(config, "final_logit_softcapping", None) is not None,
         sublayers=_sublayers(model),

@@ -70,7 +70,7 @@ class Shape:
     head: str | None  # name of the linear layer that gives the logits
     linears: tuple[Linear, ...]
     norms: int  # parameters of all normalization layers
-    biases: int  # parameters called bias
+    biases: tuple[tuple[str, int], ...]  # name and size of each parameter called bias
     parameters: int  # all, shared ones once
     softcap: bool = False  # whether the logits are capped
     sublayers: tuple[str, ...] = ()  # names of the modules that every decoder layer has

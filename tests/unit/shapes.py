@@ -17,7 +17,7 @@ def _llama_1b() -> Shape:
         linears.append(Linear(f"{mlp}.down_proj", 8192, 2048, f"{mlp}.inside"))
     block = Block(32, 2048, 512, 8192, 3, 4096, True)
     linears.append(Linear("lm_head", 2048, 128256, ".input"))
-    return Shape(2048, 16, block, 128256, "lm_head", tuple(linears), 67584, 0, 1_235_814_400)
+    return Shape(2048, 16, block, 128256, "lm_head", tuple(linears), 67584, (), 1_235_814_400)
 
 
 LLAMA = _llama_1b()

@@ -209,13 +209,14 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "head": {"modules_to_save": ["lm_head"]},
     "norm": {"modules_to_save": ["norm"], "target_modules": [r".*layers\.\d+\..*(q|v)_proj"]},
     "experts": {"experts": True, "modules_to_save": ["layers.0.mlp.experts"]},
+    "bias_beside_norm": {"bias": Bias.all, "modules_to_save": ["final_layer_norm"]},
     "conv": {"layers_to_transform": [0], "layers_pattern": "h", "bias": Bias.all, "modules_to_save": ["wte"]},
 }
 USED = [  # the options that each model has something for
     ("qwen2", "bias"), ("qwen2", "own_bias"), ("opt", "own_bias"), ("opt", "bias"), ("llama", "layers"),
     ("llama", "patterns"), ("llama", "embedding"), ("llama", "head"), ("llama", "norm"), ("tied_llama", "embedding"),
     ("tied_llama", "head"), ("gemma2", "embedding"), ("gpt2", "conv"), ("opt", "embedding"),
-    ("mixtral", "experts"),
+    ("mixtral", "experts"), ("opt", "bias_beside_norm"),
 ]  # fmt: skip
 
 

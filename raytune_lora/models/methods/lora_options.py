@@ -61,8 +61,7 @@ def biases(cfg: LoraMethodConfig, shape: Shape, targets: list[Linear]) -> int:
     if cfg.bias is Bias.none:
         return 0
     whole = saved(cfg, shape)
-    inside = [linear for linear in shape.linears if linear.bias and within(linear.name, whole)]
-    return shape.biases - sum(linear.d_out for linear in inside)  # PEFT trains a copy of those
+    return sum(size for name, size in shape.biases if not within(name, whole))  # PEFT trains a copy of the others
 
 
 def problems(cfg: LoraMethodConfig, shape: Shape, targets: list[Linear]) -> list[str]:

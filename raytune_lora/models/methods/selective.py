@@ -84,7 +84,7 @@ class Bitfit(OwnMethod[BitfitMethodConfig]):
         return model
 
     def count(self, shape: Shape) -> int:
-        return shape.biases
+        return sum(size for _, size in shape.biases)
 
     def added(self, shape: Shape) -> Added:
         return Added(trained=self.count(shape), own=True)
