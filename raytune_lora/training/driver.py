@@ -18,7 +18,7 @@ import ray
 import ray.train
 from ray import cloudpickle
 from ray._private.state import state as ray_state
-from ray.exceptions import RayActorError
+from ray.exceptions import OutOfMemoryError, RayActorError
 from ray.train import FailureConfig, ScalingConfig
 from ray.train import RunConfig as RayRunConfig
 from ray.util import placement_group_table
@@ -33,6 +33,10 @@ from raytune_lora.training.task import Task, stream
 _MORE_STARTS = 1  # at least, after one that failed, before a pool goes on with a group less
 _WATCH = 1.0  # seconds between two looks at the groups
 _PATIENCE = 15.0  # seconds that a group waits for room before that is said
+PROCESS_ENDED = (
+    RayActorError,
+    OutOfMemoryError,
+)  # what Ray raises of an actor; the other where its own guard of memory ended it
 
 
 class Pool:
@@ -103,7 +107,7 @@ class Pool:
 
     def _keep(self, number: int) -> None:
         """Keep one group at work until the pool closes, or its board is gone: then whoever reads hears of it too."""
-        with contextlib.suppress(RayActorError):
+        with contextlib.suppress(*PROCESS_ENDED):
             self._keep_group(number)
 
     def _keep_group(self, number: int) -> None:
@@ -128,7 +132,7 @@ class Pool:
                 self._closing.wait(2.0**failed_starts - 1)
 
     def _watch(self) -> None:
-        with contextlib.suppress(RayActorError):
+        with contextlib.suppress(*PROCESS_ENDED):
             self._look_after_groups()
 
     def _look_after_groups(self) -> None:

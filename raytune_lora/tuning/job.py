@@ -13,8 +13,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from ray.exceptions import RayActorError
-
 from raytune_lora import storage
 from raytune_lora.artifacts import remove_folder, write_json
 from raytune_lora.cache import Cache
@@ -39,7 +37,7 @@ from raytune_lora.models.sources import display_name, materialize
 from raytune_lora.models.stored import as_stored
 from raytune_lora.models.tokenizer import load_tokenizer, tokenizer_identity
 from raytune_lora.planning.shape import Shape
-from raytune_lora.training.driver import Pool
+from raytune_lora.training.driver import PROCESS_ENDED, Pool
 from raytune_lora.training.failures import DISK
 from raytune_lora.training.place import LOGS
 from raytune_lora.training.plan import Plan, plan_run
@@ -364,7 +362,7 @@ def _work(job: Job, run: Callable[[Job], None]) -> dict[str, Any]:
         except BaseException as error:
             with contextlib.suppress(OSError, StorageError, JobFailed):  # where storage is full, that is said once
                 job.write_results()
-            if isinstance(error, RayActorError):
+            if isinstance(error, PROCESS_ENDED):
                 raise JobFailed(
                     f"a process of Ray that the job needs has ended ({str(error).splitlines()[0]}); "
                     f"go on with {typed('resume', job.folder.address)}"
