@@ -98,13 +98,19 @@ def latest(folder: Path) -> Checkpoint | None:
     return None
 
 
-def last_report(newest: Checkpoint) -> dict[str, Any] | None:
-    """What a trial measured last, as far as its checkpoints up to the newest whole one tell."""
-    for path in sorted(newest.path.parent.glob(CHECKPOINTS), reverse=True):
-        manifest = read_manifest(path) if path.name <= newest.path.name else None
-        if manifest is not None and manifest["report"]["eval_loss"] is not None:
-            return Checkpoint(path, manifest).report
-    return None
+def reports(copy: WorkingCopy, newest: Checkpoint) -> list[dict[str, Any]]:
+    """What a trial measured, in order, as far as its checkpoints up to the newest whole one tell.
+
+    Raises:
+        StorageError: the store refuses or does not answer.
+    """
+    found = copy.manifests(CHECKPOINTS)
+    known = {name: found[name]["report"] for name in found if name <= newest.path.name}
+    return [
+        report | {"checkpoint": copy.name(copy.path / name)}
+        for name, report in known.items()
+        if report["eval_loss"] is not None
+    ]
 
 
 def write_parts(folder: Path, model: Any, optimizer: Any, method: Method[Any], *, rank: int) -> None:

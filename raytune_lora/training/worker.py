@@ -29,7 +29,7 @@ from raytune_lora.models.methods import Start, method_for
 from raytune_lora.models.sources import materialize
 from raytune_lora.models.tokenizer import load_tokenizer
 from raytune_lora.training.batches import Samples, collate
-from raytune_lora.training.checkpoint import Checkpoint, bring_latest, last_report, latest
+from raytune_lora.training.checkpoint import Checkpoint, bring_latest, latest, reports
 from raytune_lora.training.deepspeed import deepspeed_config, release
 from raytune_lora.training.place import SAVING, Place
 from raytune_lora.training.plan import Plan, plan_run, stream
@@ -66,9 +66,8 @@ def train(cfg: RunConfig, store: TokenStore, place: Place, until: int | None = N
     _join_group(cfg)
     _same_everywhere(cfg, place)
     checkpoint = _agreed_checkpoint(place)
-    known = last_report(checkpoint) if checkpoint is not None and place.rank == 0 else None
-    if known is not None:  # whoever reads the reports may have been killed before it read this one
-        place.report(known | {"checkpoint": place.copy.name(Path(known["checkpoint"]))})
+    for known in reports(place.copy, checkpoint) if checkpoint is not None and place.rank == 0 else ():
+        place.report(known)  # whoever reads them may have been killed before it read this one
     if checkpoint is not None and (checkpoint.report["last"] or plan.pauses_at(checkpoint.report["samples_seen"])):
         return
     trainer, watching, reporter = _trainer(cfg, plan, store, place, checkpoint)

@@ -75,6 +75,11 @@ class Trial:
     def ended(self) -> bool:
         return self.status not in (RUNNING, PAUSED)
 
+    def measured(self, report: dict[str, Any]) -> bool:
+        """Whether a report is known: a trial that goes on from a checkpoint says again what it measured before."""
+        known = {point["samples_seen"]: point["eval_loss"] for point in self.curve}
+        return "samples_seen" in report and known.get(report["samples_seen"]) == report["eval_loss"]
+
 
 @dataclass
 class Record:
@@ -266,7 +271,9 @@ class Journal:
             self._watch(entry, self.record)
 
     def report(self, trial_id: str, report: dict[str, Any]) -> None:
-        """Record what a trial says while it runs: a measure, or that it was tried again."""
+        """Record what a trial says while it runs: a measure that is not known, or that it was tried again."""
+        if trial_id in self.record.trials and self.record.trials[trial_id].measured(report):
+            return
         event, keys = ("trial_retried", RETRIED) if "attempt" in report else ("trial_result", MEASURED)
         self.append(event, trial_id=trial_id, **{key: report[key] for key in keys})
 

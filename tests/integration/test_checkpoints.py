@@ -169,6 +169,17 @@ def test_a_damaged_checkpoint_is_passed_over_with_a_warning(
     assert f"checkpoint-{STEPS:08d} is damaged (optimizer-00000.safetensors)" in log
 
 
+def test_what_nobody_heard_is_said_again(single: Pool, store: TokenStore, configure: Configure, tmp_path: Path) -> None:
+    """A trial whose driver is killed trains on until Ray notices: none of its losses is lost, nor its best model."""
+    cfg = configure(*RUN)
+    heard = run(single, store, tmp_path / "heard", cfg)
+    assert len(heard) > 1
+    assert run(single, store, tmp_path / "unheard", cfg, tasks.train_unheard) == []
+    again = run(single, store, tmp_path / "unheard", cfg)
+    assert [report["eval_loss"] for report in again] == [report["eval_loss"] for report in heard]
+    assert all(Path(report["checkpoint"]).is_dir() for report in again)
+
+
 def test_killed_while_it_saves_it_goes_on_to_the_last_bit(
     pair: Pool, store: TokenStore, configure: Configure, tmp_path: Path
 ) -> None:

@@ -103,6 +103,18 @@ def test_a_trial_that_goes_on_replaces_what_it_measures_again(path: Path) -> Non
     assert (trial.eval_loss, trial.checkpoint, trial.samples_seen) == (2.0, "/checkpoint-32", 32)
 
 
+def test_what_a_trial_says_again_is_not_recorded_again(path: Path) -> None:
+    """It says all that its checkpoints tell, of which the journal may know any part."""
+    journal = Journal(path)
+    write(journal, "0000", 5.0, 3.0, 4.0)
+    lines = path.read_bytes()
+    for number, loss in ((1, 5.0), (3, 4.0)):
+        journal.report("0000", result(8 * number, loss))
+    assert path.read_bytes() == lines
+    journal.report("0000", result(32, 2.0))
+    assert curve(journal.record.trials["0000"]) == [(8, 5.0), (16, 3.0), (24, 4.0), (32, 2.0)]
+
+
 def test_the_seconds_of_all_starts_add_up(path: Path) -> None:
     journal = Journal(path)
     write(journal, "0000", 5.0, status="failed")
