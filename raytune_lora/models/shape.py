@@ -46,7 +46,7 @@ def known_shape(folder: Path, cfg: ModelConfig, cache: Cache) -> Shape:
         UserError: the model cannot be fine-tuned on text.
     """
     said = [folder / "config.json", *sorted(folder.glob("*.py")), *sorted(Path(__file__).parent.glob("s*.py"))]
-    versions = [metadata.version(name) for name in ("transformers", "peft")]
+    versions = [metadata.version(name) for name in ("transformers", "peft", "bitsandbytes")]
     name = fingerprint(*versions, trusted(cfg), [f.read_text() for f in said if f.is_file()])
     try:
         kept = cache.build_once(f"shapes/{name}", lambda _work: {"shape": asdict(shape_of_folder(folder, cfg))})
@@ -214,8 +214,12 @@ def _linears(skeleton: Skeleton, *, mixture: bool) -> list[Linear]:
     import torch
     from transformers.pytorch_utils import Conv1D
 
-    found = []
+    from raytune_lora.models.skeleton import quantized
+
+    found, packed, seen = [], quantized(skeleton), set()
     for name, module in skeleton.model.named_modules():
+        tied = id(getattr(module, "weight", None)) in seen
+        seen.add(id(getattr(module, "weight", None)))
         if not isinstance(module, (torch.nn.Linear, Conv1D)):
             continue
         parent, _, leaf = name.rpartition(".")
@@ -229,7 +233,8 @@ def _linears(skeleton: Skeleton, *, mixture: bool) -> list[Linear]:
             apart = UNMET if f"{name}.weight" not in skeleton.trains else BYPASSED
         elif mixture and _ROUTERS & set(name.split(".")[-2:]):
             apart = ROUTER
-        found.append(Linear(name, d_in, d_out, source, transposed, module.bias is not None, apart))
+        bias = module.bias is not None
+        found.append(Linear(name, d_in, d_out, source, transposed, bias, apart, name in packed, tied))
     return found
 
 

@@ -76,6 +76,24 @@ def _run(model: Any, place: AbstractContextManager[Any], *, masked: bool) -> tup
     return frozenset(called), frozenset(name for name, p in model.named_parameters() if p.grad is not None)
 
 
+def quantized(skeleton: Skeleton) -> frozenset[str]:
+    """The layers whose weights bitsandbytes holds once such a model is loaded in 4 or 8 bits.
+
+    Its own replacement is run on a copy: it takes neither subclasses of linear layers nor those that share weights.
+    """
+    from transformers import BitsAndBytesConfig
+    from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
+
+    model = _made(type(skeleton.model), skeleton.model.config, torch.device("meta"))
+    before = dict(model.named_modules())
+    said = getattr(model.config, "quantization_config", None) or {}  # of a checkpoint that is quantized already
+    said = said if isinstance(said, dict) else said.to_dict()
+    settings = BitsAndBytesConfig(load_in_4bit=True, llm_int8_skip_modules=said.get("llm_int8_skip_modules"))
+    with _quiet():
+        Bnb4BitHfQuantizer(settings, pre_quantized=bool(said))._process_model_before_weight_loading(model, None)
+    return frozenset(name for name, module in model.named_modules() if module is not before.get(name))
+
+
 def _language_model(model: Any) -> tuple[frozenset[str], frozenset[str]]:
     inside = [model.get_decoder(), model.get_output_embeddings(), model.get_input_embeddings()]
     modules = {id(m) for part in inside if part is not None for m in part.modules()}

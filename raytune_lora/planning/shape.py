@@ -19,6 +19,13 @@ class Linear:
     transposed: bool = False  # stored d_in x d_out, as GPT-2's Conv1D is, and not d_out x d_in
     bias: bool = False
     apart: str = ""  # why no adapter goes there, one of the words below; empty where one may
+    quantized: bool = True  # whether its weight is, where the model is
+    tied: bool = False  # whether its weight is that of a module before it, and counted there
+
+    @property
+    def numel(self) -> int:
+        """Of its weight."""
+        return self.d_in * self.d_out
 
 
 UNMET = "text does not pass through them"  # a vision tower
