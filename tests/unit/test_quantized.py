@@ -86,6 +86,29 @@ def test_what_stays_unquantized_is_said(folder: Callable[[str], Path]) -> None:
     assert dense == []
 
 
+@pytest.mark.parametrize("kind", [Quantization.nf4, Quantization.int8])
+@pytest.mark.parametrize("model", ["gemma3n_text", "mamba"])
+def test_weights_that_the_model_s_code_reads_are_unpacked(
+    model: str, kind: Quantization, folder: Callable[[str], Path]
+) -> None:
+    """They are what transformers' own quantization stands for, and the model trains."""
+    bench = Bench("lora", folder(model), kind)
+    base = bench.base()
+    names = {"gemma3n_text": "model.layers.0.altup.correction_coefs", "mamba": "backbone.layers.1.mixer.dt_proj"}
+    how = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
+    how = how if kind is Quantization.nf4 else BitsAndBytesConfig(load_in_8bit=True)
+    plain = AutoModelForCausalLM.from_pretrained(folder(model), quantization_config=how, dtype=torch.float32)
+    layer: Any = plain.train().get_submodule(names[model])
+    x = torch.eye(layer.in_features)
+    theirs = layer(x) - (0 if layer.bias is None else layer.bias)
+    own = base.get_submodule(names[model]).weight.T
+    torch.testing.assert_close(own, theirs, atol=1e-2, rtol=2e-2)
+    before = bench.loss(base)
+    trained = bench.applied()
+    bench.train(trained)
+    assert bench.loss(trained) < before
+
+
 def test_layers_that_lost_nothing_start_as_in_lora(folder: Callable[[str], Path]) -> None:
     """LoftQ's other layers start from what quantizing them lost."""
     bench = Bench("loftq", folder("zamba2"), Quantization.nf4, r=4)

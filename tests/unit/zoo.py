@@ -88,6 +88,21 @@ def gemma3(**changes: Any) -> Any:
     )
 
 
+def gemma3n_text(**changes: Any) -> Any:
+    """A width of its own for each layer's network, low-rank layers beside them, weights that are read directly."""
+    own = {"intermediate_size": [64, 96], "vocab_size_per_layer_input": VOCAB, "hidden_size_per_layer_input": 8}
+    own |= {"num_kv_shared_layers": 0, "laurel_rank": 4, "activation_sparsity_pattern": [0.0, 0.0]}
+    kinds = {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 32}
+    return T.Gemma3nTextConfig(**_HEADS_OF_16 | {"tie_word_embeddings": True} | own | kinds | changes)
+
+
+def gemma4_text(**changes: Any) -> Any:
+    """Heads of another size in the layers that attend to everything."""
+    own = {"global_head_dim": 32, "vocab_size_per_layer_input": VOCAB, "hidden_size_per_layer_input": 8}
+    kinds = {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 32}
+    return T.Gemma4TextConfig(**_HEADS_OF_16 | {"tie_word_embeddings": True} | own | kinds | changes)
+
+
 def phi3(**changes: Any) -> Any:
     """One layer gives queries, keys and values; one, gate and up."""
     return T.Phi3Config(**_GROUPED | changes)
@@ -138,6 +153,15 @@ def deepseek_v3(**changes: Any) -> Any:
     return T.DeepseekV3Config(**_PLAIN | {"num_key_value_heads": 4} | experts | routing | latent | changes)
 
 
+def deepseek_v32(**changes: Any) -> Any:
+    """Indexers pick the tokens that are attended to: no gradient comes back through them."""
+    plain = deepseek_v3().to_dict()
+    kept = {key: plain[key] for key in plain.keys() & set(T.DeepseekV32Config.__annotations__)}
+    rope = {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}}
+    indexer = {"index_topk": 4, "index_head_dim": 16, "index_n_heads": 2, "head_dim": 8}
+    return T.DeepseekV32Config(**kept | rope | indexer | _SPECIAL | changes)
+
+
 def dbrx(**changes: Any) -> Any:
     """Experts beneath each other in weights of two dimensions, with a config of their own."""
     attention = {"kv_n_heads": 2, "clip_qkv": 8.0, "rope_theta": 10000.0}
@@ -185,6 +209,8 @@ ZOO: dict[str, Callable[..., Any]] = {
         gemma2,
         gemma3_text,
         gemma3,
+        gemma3n_text,
+        gemma4_text,
         phi3,
         opt,
         falcon,
@@ -194,6 +220,7 @@ ZOO: dict[str, Callable[..., Any]] = {
         qwen3_moe,
         gpt_oss,
         deepseek_v3,
+        deepseek_v32,
         dbrx,
         mamba,
         lfm2,

@@ -64,6 +64,11 @@ def model_problems(cfg: RunConfig, shape: Shape) -> list[str]:
             f"quantization={cfg.quantization.kind.value} would quantize nothing of this model: bitsandbytes takes "
             f"{_QUANTIZABLE}, and it has none of these; set quantization=none"
         )
+    if cfg.training.gradient_checkpointing and not shape.checkpointable:
+        found.append(
+            "training.gradient_checkpointing=true: this model's code has none; set it to false, with a smaller "
+            "training.micro_batch or data.max_length where memory is short"
+        )
     if isinstance(cfg.method, LoraMethodConfig) and quantizing:
         found += quantized_problems(cfg.method, shape)
     if cfg.method.kind == "full" and shape.unmet and cfg.deepspeed.enabled and cfg.deepspeed.stage == 3:
