@@ -9,11 +9,14 @@ from typing import Any
 
 import torch
 from transformers import AutoConfig, BitsAndBytesConfig
+from transformers.pytorch_utils import Conv1D
 
 from raytune_lora.config.schema import Attention, ModelConfig, Precision, Quantization, QuantizationConfig
 from raytune_lora.models.shape import auto_class
+from raytune_lora.models.skeleton import skeleton_of
 from raytune_lora.models.stored import read_config, resolved, stored_as
 from raytune_lora.models.tokenizer import trusted
+from raytune_lora.models.weights import is_transposed
 
 _OF_THE_RUN = ("bnb_4bit_compute_dtype", "llm_int8_threshold")  # of bitsandbytes' settings, those of the arithmetic
 _SLICE = 2**20  # weights quantized at once; a multiple of every block size, so that the result is the same
@@ -60,6 +63,7 @@ def load_model(
             folder, dtype=precision(cfg.precision), trust_remote_code=trusted(cfg), use_safetensors=True, **settings
         )
     if quantized:
+        _unpack_what_is_read(model)
         _stay_trainable(model)
     keep_cache(model, False)
     divided = any(hasattr(p, "ds_id") for p in model.parameters())  # DeepSpeed's engine decides their precision
@@ -114,6 +118,21 @@ def _quantizing_in_slices() -> Iterator[None]:
         yield
     finally:
         operator.default = original
+
+
+def _unpack_what_is_read(model: Any) -> None:
+    """Give layers whose weights other modules read, as Mamba's do in training, the weights they stand for."""
+    from transformers.integrations.bitsandbytes import dequantize_bnb_weight
+
+    read = skeleton_of(model).read
+    for name, layer in [(n, m) for n, m in model.named_modules() if f"{n}.weight" in read]:
+        if hasattr(layer, "source_cls"):  # of a layer that bitsandbytes has taken over
+            weight = dequantize_bnb_weight(layer.weight, getattr(layer, "state", None)).to(model.dtype)
+            plain: Any = torch.nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
+            if is_transposed(layer):
+                plain, weight = Conv1D(layer.out_features, layer.in_features), weight.T.contiguous()
+            plain.weight, plain.bias = torch.nn.Parameter(weight), layer.bias
+            model.set_submodule(name, plain)
 
 
 def _stay_trainable(model: Any) -> None:

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import inspect
 import re
 import sys
-from collections.abc import Hashable, Iterator
 from dataclasses import asdict
-from functools import cache
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,19 +13,15 @@ from raytune_lora.artifacts import fingerprint, read_manifest
 from raytune_lora.cache import Cache
 from raytune_lora.config.schema import ModelConfig
 from raytune_lora.errors import UserError
+from raytune_lora.models import shape_parts as parts
+from raytune_lora.models import shape_settings as settings
 from raytune_lora.models.tokenizer import trusted
-from raytune_lora.models.weights import is_transposed
-from raytune_lora.planning.shape import BYPASSED, ROUTER, UNMET, Block, Experts, Linear, Shape
+from raytune_lora.planning.shape import UNMET, Block, Experts, Linear, Shape
 
 if TYPE_CHECKING:
     from raytune_lora.models.skeleton import Skeleton
 
-# linear layers that are fed what their sublayer has computed, rather than the sublayer's input
-_LAST = {"o_proj", "out_proj", "c_proj", "dense", "dense_4h_to_h", "down_proj", "fc2", "wo", "w2"}
 _FUSED = {"query_key_value", "qkv_proj", "c_attn", "Wqkv"}
-_ROUTERS = {"router", "gate", "shared_expert_gate"}
-_FUSED_DIMENSIONS = 3
-_WEIGHT_READ = re.compile(r"self\.(\w+)\.weight\b(?!\[|\.(?:dtype|device|shape|ndim|dim|size|numel)\b)")
 _SHAPES: dict[Skeleton, Shape] = {}
 _GATES = {"gate_proj", "gate_up_proj", "w3"}
 _BIDIRECTIONAL = {"xlnet", "cpmant", "xlm"}
@@ -46,7 +39,7 @@ def known_shape(folder: Path, cfg: ModelConfig, cache: Cache) -> Shape:
         UserError: the model cannot be fine-tuned on text.
     """
     said = [folder / "config.json", *sorted(folder.glob("*.py")), *sorted(Path(__file__).parent.glob("s*.py"))]
-    versions = [metadata.version(name) for name in ("transformers", "peft")]
+    versions = [metadata.version(name) for name in ("transformers", "peft", "bitsandbytes")]
     name = fingerprint(*versions, trusted(cfg), [f.read_text() for f in said if f.is_file()])
     try:
         kept = cache.build_once(f"shapes/{name}", lambda _work: {"shape": asdict(shape_of_folder(folder, cfg))})
@@ -87,7 +80,7 @@ def _check_causal(model: Any) -> None:
     Raises:
         UserError: it is of this kind.
     """
-    config, code = model.config, source_of(sys.modules[type(model).__module__])
+    config, code = model.config, parts.source_of(sys.modules[type(model).__module__])
     reason = ""
     if getattr(config, "is_decoder", True) is False and "create_bidirectional_mask" in code:
         reason = "is_decoder=false in its config.json: set it to true there, if its weights are those of a decoder"
@@ -135,8 +128,8 @@ def _shape(skeleton: Skeleton) -> Shape:
     head = model.get_output_embeddings()
     names = {id(module): name for name, module in model.named_modules()}
     config = model.config.get_text_config()
-    experts = tuple(_experts(model))
-    linears = tuple(_linears(skeleton, mixture=bool(experts) or _experts_per_token(config) > 0))
+    experts = tuple(parts.experts(model))
+    linears = tuple(parts.linears(skeleton, mixture=bool(experts) or settings.experts_per_token(config) > 0))
     met = [linear for linear in linears if linear.apart != UNMET]
     return Shape(
         hidden=config.hidden_size,
@@ -145,12 +138,14 @@ def _shape(skeleton: Skeleton) -> Shape:
         vocab=config.vocab_size,
         head=names.get(id(head)),
         linears=linears,
-        norms=sum(p.numel() for _, norm in norms(model) for p in norm.parameters()),
-        biases=tuple((name, p.numel()) for name, p in biases(model)),
+        norms=sum(p.numel() for _, norm in parts.norms(model) for p in norm.parameters()),
+        biases=tuple((name, p.numel()) for name, p in parts.biases(model)),
         parameters=sum(p.numel() for p in model.parameters()),
         softcap=getattr(config, "final_logit_softcapping", None) is not None,
         sublayers=_sublayers(model),
         prefixable=_prefixable(config),
+        promptable=skeleton.embeds,
+        checkpointable=_checkpointable(model),
         experts=experts,
         claimed=_claimed(model.config),
         unmet=sum(p.numel() for name, p in model.named_parameters() if name not in skeleton.trains),
@@ -160,7 +155,7 @@ def _shape(skeleton: Skeleton) -> Shape:
         context=_context(config),
         embedding=names.get(id(model.get_input_embeddings())),
         tied=head is not None and head.weight is model.get_input_embeddings().weight,
-        modules=_modules(skeleton),
+        modules=parts.modules(skeleton),
     )
 
 
@@ -181,90 +176,21 @@ def _sublayers(model: Any) -> tuple[str, ...]:
     return tuple(name for name in (layers[0] if layers else ()) if all(name in layer for layer in layers))
 
 
-def _modules(skeleton: Skeleton) -> tuple[tuple[str, int], ...]:
-    """Those whose forward runs, with parameters."""
-    named = [(name, m) for name, m in skeleton.model.named_modules() if name and name in skeleton.called]
-    sizes = ((name, sum(p.numel() for p in m.parameters())) for name, m in named)
-    return tuple((name, size) for name, size in sizes if size)
+def _checkpointable(model: Any) -> bool:
+    """Transformers' own condition: the class says so, and there is a module to switch."""
+    said = getattr(model, "supports_gradient_checkpointing", False)
+    return bool(said) and any(hasattr(module, "gradient_checkpointing") for module in model.modules())
 
 
 def _prefixable(config: Any) -> bool:
-    """Whether learned keys and values can stand before each layer's own: none convolves, scans or has latent ones."""
+    """Whether learned keys and values of one width can stand before each layer's own.
+
+    None convolves, scans, has latent ones or those of another layer.
+    """
     kinds = getattr(config, "layer_types", None) or ["full_attention"]
     attends = all("attention" in kind and "linear" not in kind for kind in kinds)
-    return attends and bool(getattr(config, "num_attention_heads", 0)) and not getattr(config, "kv_lora_rank", None)
-
-
-def norms(model: Any) -> list[tuple[str, Any]]:
-    """Normalization layers that text passes through, by name."""
-    from raytune_lora.models.skeleton import skeleton_of
-
-    called = skeleton_of(model).called
-    return [(name, m) for name, m in model.named_modules() if "norm" in type(m).__name__.lower() and name in called]
-
-
-def biases(model: Any) -> list[tuple[str, Any]]:
-    """Parameters called bias that text meets, by name."""
-    from raytune_lora.models.skeleton import skeleton_of
-
-    trains = skeleton_of(model).trains
-    return [(name, p) for name, p in model.named_parameters() if name.rpartition(".")[2] == "bias" and name in trains]
-
-
-def _linears(skeleton: Skeleton, *, mixture: bool) -> list[Linear]:
-    import torch
-    from transformers.pytorch_utils import Conv1D
-
-    found = []
-    for name, module in skeleton.model.named_modules():
-        if not isinstance(module, (torch.nn.Linear, Conv1D)):
-            continue
-        parent, _, leaf = name.rpartition(".")
-        source = f"{parent}.{'inside' if leaf in _LAST else 'input'}"
-        transposed = is_transposed(module)
-        d_in, d_out = module.weight.shape if isinstance(module, Conv1D) else module.weight.shape[::-1]
-        apart = ""
-        if leaf in _weights_read(type(skeleton.model.get_submodule(parent))):  # type: ignore[arg-type]
-            apart = BYPASSED
-        elif name not in skeleton.called:
-            apart = UNMET if f"{name}.weight" not in skeleton.trains else BYPASSED
-        elif mixture and _ROUTERS & set(name.split(".")[-2:]):
-            apart = ROUTER
-        found.append(Linear(name, d_in, d_out, source, transposed, module.bias is not None, apart))
-    return found
-
-
-@cache
-def _weights_read(cls: Hashable) -> set[str]:
-    """Layers of a module whose weights its own code reads, as it hands them to a kernel: Mamba's on a GPU alone."""
-    found: set[str] = set()
-    for owner in inspect.getmro(cls):  # type: ignore[arg-type]  # a class, which mypy does not take for hashable
-        if owner.__module__.startswith("torch"):
-            continue
-        for name, method in vars(owner).items():
-            if inspect.isfunction(method) and "init" not in name:
-                found |= set(_WEIGHT_READ.findall(source_of(inspect.unwrap(method))))
-    return found
-
-
-def source_of(code: Any) -> str:
-    """The source of a function or module; empty where it has none."""
-    try:
-        return inspect.getsource(code)
-    except (OSError, TypeError):
-        return ""
-
-
-def _experts(model: Any) -> Iterator[Experts]:
-    """Weights of all experts together: three dimensions, the outputs before the inputs or behind them."""
-    for name, module in model.named_modules():
-        if "experts" not in f"{name.rpartition('.')[2]} {type(module).__name__}".lower():
-            continue
-        for leaf, weight in module.named_parameters(recurse=False):
-            if weight.dim() == _FUSED_DIMENSIONS:
-                count, first, second = weight.shape
-                d_in, d_out = (first, second) if getattr(module, "is_transposed", False) else (second, first)
-                yield Experts(f"{name}.{leaf}", count, d_in, d_out)
+    others = getattr(config, "kv_lora_rank", None) or getattr(config, "num_kv_shared_layers", None)
+    return attends and not others and len({(count, size) for _, count, size in settings.heads(config)} - {(0, 0)}) == 1
 
 
 def _claimed(config: Any) -> tuple[str, ...]:
@@ -280,27 +206,17 @@ def _unlike_attention(config: Any) -> bool:
     """Whether some layers, or all of them, do not attend: convolutions, state spaces, recurrences."""
     kinds = getattr(config, "layer_types", None) or getattr(config, "layers_block_type", None) or []
     others = [kind for kind in kinds if "attention" not in str(kind) or "linear" in str(kind)]
-    return bool(others) or not isinstance(getattr(config, "num_attention_heads", None), int)
-
-
-def _experts_per_token(config: Any) -> int:
-    for name in ("num_experts_per_tok", "num_experts_per_token", "top_k_experts", "moe_top_k"):
-        if isinstance(count := getattr(config, name, None), int):
-            return count
-    return 0
+    return bool(others) or not all(count for count, _, _ in settings.heads(config))
 
 
 def _block(skeleton: Skeleton, config: Any, leaves: set[str]) -> Block:
-    heads = getattr(config, "num_attention_heads", None) or 0  # none: no layer attends
-    heads = heads if isinstance(heads, int) else max(heads)
-    kv_heads = getattr(config, "num_key_value_heads", None) or heads
-    kv_heads = kv_heads if isinstance(kv_heads, int) else max(kv_heads)
-    size = getattr(config, "head_dim", None) or config.hidden_size // max(1, heads)
-    experts = _experts_per_token(config)
+    attention = list(settings.heads(config))
+    heads, kv_heads, size = (settings.mean(list(values)) for values in zip(*attention, strict=True))
+    experts = settings.experts_per_token(config)
     gated = bool(leaves & _GATES) or experts > 0
-    activation = str(getattr(config, "hidden_act", None) or getattr(config, "activation_function", ""))
+    activation = next(iter(settings.each(config, "hidden_act", "activation_function")), "")
     normed, rms = 0, False
-    for name, norm in norms(skeleton.model):
+    for name, norm in parts.norms(skeleton.model):
         if any(part.isdigit() for part in name.split(".")):
             width = sum(p.numel() for p in norm.parameters(recurse=False)) // max(1, len(list(norm.parameters())))
             of_heads = {"q_norm": heads, "k_norm": kv_heads}.get(name.rpartition(".")[2], 1) if width == size else 1
@@ -308,17 +224,17 @@ def _block(skeleton: Skeleton, config: Any, leaves: set[str]) -> Block:
             rms = rms or "rms" in type(norm).__name__.lower()
     return Block(
         heads=heads,
-        query_width=heads * size,
-        kv_width=kv_heads * size,
-        feed_forward=_feed_forward(config, experts),
-        feed_forward_kept=_KEPT.get(activation, 1) + 2 * gated,
+        query_width=settings.mean([count * width for count, _, width in attention]),
+        kv_width=settings.mean([count * width for _, count, width in attention]),
+        feed_forward=settings.feed_forward(config),
+        feed_forward_kept=_KEPT.get(str(activation), 1) + 2 * gated,
         norm_width=normed // config.num_hidden_layers,
         rms=rms,
         experts=experts,
         fused=bool(leaves & _FUSED),
         softcap=getattr(config, "attn_logit_softcapping", None) is not None,
         eager=not getattr(type(skeleton.model), "_supports_sdpa", True),
-        dropout=any(getattr(config, name, 0.0) for name in ("attn_pdrop", "attention_dropout")),
+        dropout=any(settings.each(config, "attn_pdrop", "attention_dropout")),
         thinned=_thinned(skeleton, config),
     )
 
@@ -334,16 +250,6 @@ def _thinned(skeleton: Skeleton, config: Any) -> int:
     ]
     layered = [name for name in inside if any(part.isdigit() for part in name.split("."))]
     return len(layered) * config.hidden_size // config.num_hidden_layers
-
-
-def _feed_forward(config: Any, experts: int) -> int:
-    """The width inside the feed-forward network, which configs call by several names."""
-    names = ("intermediate_size", "ffn_dim", "n_inner", "ffn_hidden_size")
-    dense = next((width for name in names if (width := getattr(config, name, None))), 4 * config.hidden_size)
-    if not experts:
-        return int(dense)
-    one = getattr(config, "moe_intermediate_size", None) or dense
-    return int(experts * one + (getattr(config, "shared_expert_intermediate_size", None) or 0))
 
 
 def _positions(model: Any, config: Any) -> int | None:

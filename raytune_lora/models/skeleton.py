@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch.overrides import TorchFunctionMode
 
 _TOKENS = 8  # of the row; more than any convolution in use is wide
 _KNOWN: dict[tuple[type, str], Skeleton] = {}
@@ -27,6 +28,8 @@ class Skeleton:
     model: Any
     called: frozenset[str]  # modules whose forward runs
     trains: frozenset[str]  # parameters that would get a gradient
+    read: frozenset[str] = frozenset()  # parameters that are used outside of their own module's forward
+    embeds: bool = True  # whether it takes the embedding of tokens for the tokens, and all of it then takes part
 
 
 def skeleton_of(model: Any) -> Skeleton:
@@ -50,10 +53,13 @@ def _probed(cls: type, config: Any) -> Skeleton:
     whole = _made(cls, config, torch.device("meta"))
     for place, masked in ((torch.device("meta"), True), (torch.device("meta"), False), (FakeTensorMode(), True)):
         try:
-            called, trains = _run(_made(cls, config, place), place, masked=masked)
+            found = _run(_made(cls, config, place), place, masked=masked)
         except Exception:  # the code of a model may do anything
             continue
-        return Skeleton(whole, called, trains)
+        called, trains, read = found
+        return Skeleton(
+            whole, called, trains, read, _takes_embeddings(_made(cls, config, place), place, called, masked)
+        )
     return Skeleton(whole, *_language_model(whole))
 
 
@@ -62,18 +68,92 @@ def _made(cls: type, config: Any, place: AbstractContextManager[Any]) -> Any:
         return cls(copy.deepcopy(config))
 
 
-def _run(model: Any, place: AbstractContextManager[Any], *, masked: bool) -> tuple[frozenset[str], frozenset[str]]:
-    called: set[str] = set()
-    for name, module in model.named_modules():
-        module.register_forward_hook(lambda _module, _inputs, _output, name=name: called.add(name))
-    for setting, value in (("set_attn_implementation", "eager"), ("set_experts_implementation", "batched_mm")):
-        with contextlib.suppress(AttributeError, ValueError):
-            getattr(model, setting)(value)  # neither looks at values
+def _run(model: Any, place: AbstractContextManager[Any], *, masked: bool) -> tuple[frozenset[str], ...]:
+    _ignore_values(model)
     with place:
         row = torch.zeros((1, _TOKENS), dtype=torch.long)
-        mask = {"attention_mask": torch.ones((1, _TOKENS), dtype=torch.long)} if masked else {}
-        model.train()(input_ids=row, use_cache=False, **mask).logits.sum().backward()
-    return frozenset(called), frozenset(name for name, p in model.named_parameters() if p.grad is not None)
+        with _Watch(model) as watch:
+            logits = model.train()(input_ids=row, use_cache=False, **_mask(masked)).logits
+        logits.sum().backward()
+    named = list(model.named_parameters(remove_duplicate=False))  # shared ones by all their names
+    return (
+        frozenset(watch.called),
+        frozenset(name for name, p in named if p.grad is not None),
+        frozenset(name for name, p in named if id(p) in watch.read),
+    )
+
+
+def _takes_embeddings(model: Any, place: AbstractContextManager[Any], called: frozenset[str], masked: bool) -> bool:
+    """Whether all that runs for tokens runs for vectors in their stead, too: Gemma 3n has more of each token."""
+    _ignore_values(model)
+    embedding = model.get_input_embeddings()
+    try:
+        with place, _Watch(model) as watch:
+            vectors = embedding(torch.zeros((1, _TOKENS), dtype=torch.long))
+            model.train()(inputs_embeds=vectors, use_cache=False, **_mask(masked))
+    except Exception:
+        return False
+    return called <= watch.called
+
+
+def _ignore_values(model: Any) -> None:
+    """Take the implementations that look at no values."""
+    for setting, value in (("set_attn_implementation", "eager"), ("set_experts_implementation", "batched_mm")):
+        with contextlib.suppress(AttributeError, ValueError):
+            getattr(model, setting)(value)
+
+
+def _mask(masked: bool) -> dict[str, Any]:
+    return {"attention_mask": torch.ones((1, _TOKENS), dtype=torch.long)} if masked else {}
+
+
+class _Watch(TorchFunctionMode):
+    """Sees which modules run, and which parameters one takes from another: adapters and packed weights hide those."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.called: set[str] = set()  # names of modules
+        self.read: set[int] = set()  # ids of parameters
+        self._running: list[Any] = []  # modules, the innermost last
+        self._own: dict[int, set[int]] = {}  # ids of the modules that have a parameter
+        for name, module in model.named_modules():
+            for p in module.parameters(recurse=False):
+                self._own.setdefault(id(p), set()).add(id(module))
+            module.register_forward_pre_hook(lambda module, _inputs: self._running.append(module))
+            module.register_forward_hook(lambda _module, _inputs, _output, name=name: self._end(name))
+
+    def _end(self, name: str) -> None:
+        self.called.add(name)
+        self._running.pop()
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if isinstance(result, torch.Tensor) and self._running:  # no size or dtype
+            used = {id(value) for value in args if isinstance(value, torch.nn.Parameter)}
+            self.read |= {p for p in used if id(self._running[-1]) not in self._own.get(p, ())}
+        return result
+
+
+def quantized(skeleton: Skeleton) -> frozenset[str]:
+    """The layers whose weights bitsandbytes holds once such a model is loaded in 4 or 8 bits.
+
+    Transformers' own replacement is run on a copy: it takes neither subclasses of linear layers nor those that share
+    weights. Of what it takes, ``loading`` unpacks the weights that the model's code reads itself.
+    """
+    from transformers import BitsAndBytesConfig
+    from transformers.initialization import no_tie_weights
+    from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
+
+    with no_tie_weights():  # as when it is loaded: the last weight counts, and may be a tied one
+        model = _made(type(skeleton.model), skeleton.model.config, torch.device("meta"))
+    before = dict(model.named_modules())
+    said = getattr(model.config, "quantization_config", None) or {}  # of a checkpoint that is quantized already
+    said = said if isinstance(said, dict) else said.to_dict()
+    settings = BitsAndBytesConfig(load_in_4bit=True, llm_int8_skip_modules=said.get("llm_int8_skip_modules"))
+    with _quiet():
+        Bnb4BitHfQuantizer(settings, pre_quantized=bool(said))._process_model_before_weight_loading(model, None)
+    packed = {name for name, module in model.named_modules() if module is not before.get(name)}
+    return frozenset(name for name in packed if f"{name}.weight" not in skeleton.read)
 
 
 def _language_model(model: Any) -> tuple[frozenset[str], frozenset[str]]:
@@ -82,7 +162,7 @@ def _language_model(model: Any) -> tuple[frozenset[str], frozenset[str]]:
     parameters = {id(p) for part in inside if part is not None for p in part.parameters()}
     return (
         frozenset(name for name, m in model.named_modules() if id(m) in modules),
-        frozenset(name for name, p in model.named_parameters() if id(p) in parameters),
+        frozenset(name for name, p in model.named_parameters(remove_duplicate=False) if id(p) in parameters),
     )
 
 

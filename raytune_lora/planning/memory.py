@@ -7,6 +7,7 @@ that do not depend on the data (weights, gradients, the optimizer's states) are 
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, fields
 
 from raytune_lora.config.schema import Offload, Optimizer, Precision, Quantization, RunConfig
@@ -31,8 +32,8 @@ _LOST = 0.05  # share of what comes and goes within a step that the allocator ca
 class Memory:
     """Bytes of one worker."""
 
-    weights: int  # of the base model's layers, quantized where they are
-    embeddings: int  # and all else of the base model that is never quantized: the head, norms, biases
+    weights: int  # of the base model's linear layers, quantized where they are
+    embeddings: int  # and all else of the base model: the head, norms, biases, experts in one parameter
     adapter: int  # what the method adds, trained or fixed
     gradients: int
     optimizer: int  # its states, and the weights it keeps in fp32
@@ -68,10 +69,9 @@ def plan_memory(cfg: RunConfig, shape: Shape, added: Added, length: int) -> Memo
     """
     formats, workers = formats_of(cfg, added), cfg.workers
     stage = cfg.deepspeed.stage if cfg.deepspeed.enabled else 0
-    layers = [linear for linear in shape.linears if linear.name != shape.head]
-    layer_weights = sum(linear.d_in * linear.d_out for linear in layers)
-    frozen_rest = shape.parameters - layer_weights
-    weights = sum(stored(linear, cfg, formats.compute) for linear in layers)
+    layers = [linear for linear in shape.linears if not linear.tied and (linear.name != shape.head or linear.quantized)]
+    frozen_rest = shape.parameters - sum(linear.numel for linear in layers)
+    weights = sum(stored(linear, cfg, formats.rest) for linear in layers)
     embeddings = frozen_rest * formats.rest
     if added.own:  # they are the adapter
         weights = 0 if added.trained == shape.parameters else weights
@@ -103,15 +103,15 @@ def plan_memory(cfg: RunConfig, shape: Shape, added: Added, length: int) -> Memo
     )
 
 
-def stored(linear: Linear, cfg: RunConfig, compute: int) -> int:
-    """Bytes of a frozen layer's weight, with what its quantization keeps beside it.
+def stored(linear: Linear, cfg: RunConfig, width: int) -> int:
+    """Bytes of a frozen layer's weight, ``width`` an element where not quantized, with what quantization keeps beside.
 
     4 bits: a scale in fp32 for 64 weights; doubly quantized, in 8 bits, with one in fp32 for 256 of them (QLoRA,
     arXiv:2305.14314, section 3). 8 bits: a scale in fp32 for each output (LLM.int8(), arXiv:2208.07339).
     """
-    count, kind = linear.d_in * linear.d_out, cfg.quantization.kind
-    if kind is Quantization.none:
-        return count * compute
+    count, kind = linear.numel, cfg.quantization.kind
+    if kind is Quantization.none or not linear.quantized:
+        return count * width
     if kind is Quantization.int8:
         return count + linear.d_out * _FP32
     scales = -(-count // _BLOCK)
@@ -173,20 +173,23 @@ def _peak(one: Pass, checkpointing: bool) -> tuple[int, int]:
 
 
 def _working(cfg: RunConfig, layers: list[Linear], formats: Formats, stage: int, added: Added, shape: Shape) -> int:
-    largest = max((linear.d_in * linear.d_out for linear in layers), default=0)
     total = 0
     if cfg.quantization.kind is not Quantization.none:
-        total += largest * formats.compute  # unpacked for its product
-        if formats.autocast:
-            total += shape.vocab * shape.hidden * _BF16  # the head is in fp32, and cast for its product
+        total += _largest(linear for linear in layers if linear.quantized) * formats.compute  # unpacked for its product
+        if formats.autocast:  # the head and others are in fp32, and cast for theirs
+            total += _largest(linear for linear in shape.linears if not linear.quantized) * _BF16
     if formats.autocast and not added.own:
         total += added.trained * _BF16  # the adapter is in fp32, and cast for its products
     if stage >= 1 and added.trained:
         total += ZERO_BUCKET * formats.trained * (2 if formats.on_gpu and stage < 3 else 1)
     if stage == 3:
-        total += min(ZERO_BUCKET, sum(linear.d_in * linear.d_out for linear in layers)) * formats.compute
-        total += largest * formats.compute
+        total += min(ZERO_BUCKET, sum(linear.numel for linear in layers)) * formats.compute
+        total += _largest(layers) * formats.compute
     return total
+
+
+def _largest(layers: Iterable[Linear]) -> int:
+    return max((linear.numel for linear in layers), default=0)
 
 
 def _runtime(cfg: RunConfig, free: int) -> int:

@@ -19,10 +19,18 @@ class Linear:
     transposed: bool = False  # stored d_in x d_out, as GPT-2's Conv1D is, and not d_out x d_in
     bias: bool = False
     apart: str = ""  # why no adapter goes there, one of the words below; empty where one may
+    quantized: bool = True  # whether its weight is, where the model is
+    tied: bool = False  # whether its weight is that of a module before it, and counted there
+
+    @property
+    def numel(self) -> int:
+        """Of its weight."""
+        return self.d_in * self.d_out
 
 
 UNMET = "text does not pass through them"  # a vision tower
 BYPASSED = "their weights are read past the layers themselves, where an adapter has no effect"  # Mamba's dt_proj
+IDLE = "no gradient comes back through them"  # what picks the tokens that are attended to
 ROUTER = "they route tokens to experts"
 
 
@@ -34,6 +42,7 @@ class Experts:
     count: int
     d_in: int
     d_out: int
+    below: bool = False  # whether it is a matrix, with one expert's weight below another's
 
     @property
     def numel(self) -> int:
@@ -75,6 +84,8 @@ class Shape:
     softcap: bool = False  # whether the logits are capped
     sublayers: tuple[str, ...] = ()  # names of the modules that every decoder layer has
     prefixable: bool = True  # whether every layer attends, with keys and values of one width
+    promptable: bool = True  # whether vectors can stand in for tokens
+    checkpointable: bool = True  # whether its code knows gradient checkpointing
     experts: tuple[Experts, ...] = ()
     claimed: tuple[str, ...] = ()  # names of linear layers that PEFT's LoRA takes for those of experts
     unmet: int = 0  # parameters that a row of text does not meet

@@ -22,7 +22,7 @@ from raytune_lora.artifacts import folder_bytes
 from raytune_lora.config.schema import RunConfig
 from raytune_lora.errors import DivergedError, QuotaError
 from raytune_lora.models.methods import Method
-from raytune_lora.models.shape import source_of
+from raytune_lora.models.shape_parts import source_of
 from raytune_lora.training.batches import training_loader
 from raytune_lora.training.checkpoint import Checkpoint, commit, write_parts
 from raytune_lora.training.delivery import Delivery

@@ -15,6 +15,7 @@ from raytune_lora.config.schema import RunConfig, SweepConfig
 from raytune_lora.config.search import Sampler
 from raytune_lora.data.store import TokenStore
 from raytune_lora.errors import UserError
+from raytune_lora.models.methods.fit import model_problems
 from raytune_lora.models.planned import planned_memory, remedies
 from raytune_lora.planning.memory import Memory
 from raytune_lora.planning.shape import Shape
@@ -145,7 +146,7 @@ def _memory_problems(cfg: SweepConfig, limit: MemoryLimit) -> list[str]:
         return []
 
     def fits(changed: RunConfig) -> bool:
-        return limit.plan(changed).gb <= limit.gb
+        return limit.plan(changed).gb <= limit.gb and not model_problems(changed, limit.shape)
 
     ways = remedies(cfg, fits)
     able = "; or ".join(ways) or "nothing that is known here; take a smaller model"

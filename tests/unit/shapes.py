@@ -16,7 +16,7 @@ def _llama_1b() -> Shape:
         linears += [Linear(f"{mlp}.{name}", 2048, 8192, f"{mlp}.input") for name in ("gate_proj", "up_proj")]
         linears.append(Linear(f"{mlp}.down_proj", 8192, 2048, f"{mlp}.inside"))
     block = Block(32, 2048, 512, 8192, 3, 4096, True)
-    linears.append(Linear("lm_head", 2048, 128256, ".input"))
+    linears.append(Linear("lm_head", 2048, 128256, ".input", quantized=False))
     return Shape(2048, 16, block, 128256, "lm_head", tuple(linears), 67584, (), 1_235_814_400)
 
 

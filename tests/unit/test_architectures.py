@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM, CTRLConfig
 
 from raytune_lora.config import validate
 from raytune_lora.config.compose import compose
@@ -25,7 +26,20 @@ from tests.unit.test_method_contract import loaded_by_peft, resumed, same
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-MODELS = ("gemma3", "mixtral", "qwen3_moe", "gpt_oss", "deepseek_v3", "mamba", "lfm2")
+MODELS = (
+    *(
+        "gemma3",
+        "gemma3n_text",
+        "gemma4_text",
+        "mixtral",
+        "qwen3_moe",
+        "gpt_oss",
+        "deepseek_v3",
+        "deepseek_v32",
+        "dbrx",
+    ),
+    *("mamba", "lfm2"),
+)
 MIXTURES = ("mixtral", "qwen3_moe", "gpt_oss", "deepseek_v3")
 UNQUANTIZED = [kind_of(cls) for cls in METHODS if kind_of(cls) not in ("loftq", "ir_qlora")]
 BATCH = {"input_ids": torch.arange(3, 51).reshape(2, 24), "attention_mask": torch.ones(2, 24).long()}
@@ -129,7 +143,55 @@ def test_what_is_left_out_is_said_with_the_reason() -> None:
     assert "model.layers.*.mlp.gate_proj" in said("qwen3_moe")  # of the dense layer
     assert "unquantized: bitsandbytes" in said("mixtral", "quantization=nf4")
     assert "dt_proj" in said("mamba")
+    assert "indexer.wk, model.layers.*.self_attn.indexer.weights_proj (no gradient comes back" in said("deepseek_v32")
+    assert "router.layer (they route tokens" in said("dbrx")
+    assert "ffn.experts.mlp.w2" in said("dbrx")
+    assert said("gemma4_text") == ""
     assert "planned memory is approximate" in said("lfm2")
+
+
+@pytest.mark.parametrize("model", ["gemma4_text", "gemma2", "phi3", "bert", "falcon"])
+def test_where_nothing_is_left_out_it_is_peft_s_own_choice(model: str) -> None:
+    base = zoo.build(model)
+    counted = method_for(config("lora")).count(shape_of(base))
+    tuned = get_peft_model(base, LoraConfig(r=config("lora").r, target_modules="all-linear", task_type="CAUSAL_LM"))
+    assert sum(p.numel() for p in tuned.parameters() if p.requires_grad) == counted
+
+
+def test_experts_below_each_other_are_counted_and_left_alone() -> None:
+    """PEFT would give them one adapter in common, as a matrix that they are."""
+    base = zoo.build("dbrx")
+    shape = shape_of(base)
+    owned = {name: p.numel() for name, p in base.named_parameters() if ".experts." in name}
+    assert {experts.name: experts.numel for experts in shape.experts} == owned
+    assert {(e.count, e.d_in, e.d_out) for e in shape.experts} == {(4, 32, 48)}
+    assert shape.block.experts == 2
+    assert shape.block.feed_forward == 2 * 48
+    (problem,) = method_for(config("lora", experts=True)).problems(shape)
+    assert problem.startswith("method.experts=true: in transformer.blocks.0.ffn.experts.mlp.w1")
+
+
+def test_prompts_need_a_model_that_takes_vectors_for_tokens() -> None:
+    """Gemma 4 raises without the tokens, Gemma 3n goes on without their vectors in each layer."""
+    vectors = torch.randn(1, 4, 32)
+    for model, takes in (("gemma4_text", False), ("gemma3n_text", False), ("gemma2", True)):
+        shape = shape_of(zoo.build(model))
+        for kind in ("prompt_tuning", "p_tuning"):
+            assert bool(method_for(config(kind)).problems(shape)) is not takes, (model, kind)
+    with pytest.raises(RuntimeError, match="input_ids"):
+        zoo.build("gemma4_text")(inputs_embeds=vectors)
+
+
+def test_checkpointing_needs_a_model_whose_code_has_it() -> None:
+    cfg = compose(["model.path=here", "data=fake", "training.gradient_checkpointing=true"])
+    for name in ("ctrl", "llama"):
+        sizes = {"vocab_size": 64, "n_embd": 32, "dff": 64, "n_layer": 2, "n_head": 2}
+        base = AutoModelForCausalLM.from_config(CTRLConfig(**sizes)) if name == "ctrl" else zoo.build(name)
+        refused = any("training.gradient_checkpointing=true" in p for p in fit.model_problems(cfg, shape_of(base)))
+        assert refused is (name == "ctrl")
+        if refused:
+            with pytest.raises(ValueError, match=r"does not support (gradient|activation) checkpointing"):
+                base.gradient_checkpointing_enable()
 
 
 @pytest.mark.parametrize("kind", ["dora", "pissa", "olora", "eva", "loftq", "ir_qlora"])
@@ -161,13 +223,19 @@ def test_a_layer_that_no_adapter_can_go_to_is_refused_with_the_reason() -> None:
         assert reason in problem, model
 
 
-def test_an_adapter_without_a_gradient_is_found_at_the_first_step() -> None:
-    """PEFT alone puts one on Mamba's dt_proj, whose weight the model reads itself."""
-    tuned = get_peft_model(zoo.build("mamba"), LoraConfig(target_modules=["in_proj", "dt_proj"]))
+@pytest.mark.parametrize(
+    ("model", "targets", "without"),
+    [("mamba", ["in_proj", "dt_proj"], "dt_proj"), ("deepseek_v32", ["o_proj", "wk"], "indexer.wk")],
+)
+def test_an_adapter_without_a_gradient_is_found_at_the_first_step(model: str, targets: list[str], without: str) -> None:
+    """PEFT alone puts one on Mamba's dt_proj, whose weight the model reads itself, and on what picks tokens."""
+    tuned = get_peft_model(zoo.build(model), LoraConfig(target_modules=targets))
     heard = FirstGradients(tuned)
     backward(tuned)
-    with pytest.raises(UserError, match=r"4 of 8 trainable parameters get no gradient .*dt_proj\.lora_A"):
+    with pytest.raises(UserError, match=rf"4 of 8 trainable parameters get no gradient .*{without}\.lora_A"):
         heard.check("lora")
+    left = {linear.name for linear in shape_of(zoo.build(model)).linears if linear.apart}
+    assert any(name.endswith(without) for name in left)
 
 
 @pytest.mark.parametrize("model", ["gemma3", "deepseek_v3", "gpt_oss", "mamba"])

@@ -88,6 +88,21 @@ def gemma3(**changes: Any) -> Any:
     )
 
 
+def gemma3n_text(**changes: Any) -> Any:
+    """A width of its own for each layer's network, low-rank layers beside them, weights that are read directly."""
+    own = {"intermediate_size": [64, 96], "vocab_size_per_layer_input": VOCAB, "hidden_size_per_layer_input": 8}
+    own |= {"num_kv_shared_layers": 0, "laurel_rank": 4, "activation_sparsity_pattern": [0.0, 0.0]}
+    kinds = {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 32}
+    return T.Gemma3nTextConfig(**_HEADS_OF_16 | {"tie_word_embeddings": True} | own | kinds | changes)
+
+
+def gemma4_text(**changes: Any) -> Any:
+    """Heads of another size in the layers that attend to everything."""
+    own = {"global_head_dim": 32, "vocab_size_per_layer_input": VOCAB, "hidden_size_per_layer_input": 8}
+    kinds = {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 32}
+    return T.Gemma4TextConfig(**_HEADS_OF_16 | {"tie_word_embeddings": True} | own | kinds | changes)
+
+
 def phi3(**changes: Any) -> Any:
     """One layer gives queries, keys and values; one, gate and up."""
     return T.Phi3Config(**_GROUPED | changes)
@@ -97,6 +112,16 @@ def opt(**changes: Any) -> Any:
     """Learned positions, biases everywhere, a tied head."""
     sizes = {"ffn_dim": 64, "word_embed_proj_dim": 32, "tie_word_embeddings": True}
     return T.OPTConfig(**{k: v for k, v in _PLAIN.items() if k != "intermediate_size"} | sizes | changes)
+
+
+def falcon(**changes: Any) -> Any:
+    """Linear layers of a class of its own."""
+    return T.FalconConfig(**{k: v for k, v in _PLAIN.items() if k != "intermediate_size"} | changes)
+
+
+def bert(**changes: Any) -> Any:
+    """A decoder whose head has layers within."""
+    return T.BertConfig(**_PLAIN | {"is_decoder": True} | changes)
 
 
 def bloom(**changes: Any) -> Any:
@@ -128,6 +153,23 @@ def deepseek_v3(**changes: Any) -> Any:
     return T.DeepseekV3Config(**_PLAIN | {"num_key_value_heads": 4} | experts | routing | latent | changes)
 
 
+def deepseek_v32(**changes: Any) -> Any:
+    """Indexers pick the tokens that are attended to: no gradient comes back through them."""
+    plain = deepseek_v3().to_dict()
+    kept = {key: plain[key] for key in plain.keys() & set(T.DeepseekV32Config.__annotations__)}
+    rope = {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}}
+    indexer = {"index_topk": 4, "index_head_dim": 16, "index_n_heads": 2, "head_dim": 8}
+    return T.DeepseekV32Config(**kept | rope | indexer | _SPECIAL | changes)
+
+
+def dbrx(**changes: Any) -> Any:
+    """Experts beneath each other in weights of two dimensions, with a config of their own."""
+    attention = {"kv_n_heads": 2, "clip_qkv": 8.0, "rope_theta": 10000.0}
+    experts = {"hidden_size": 32, "ffn_hidden_size": 48, "moe_num_experts": 4, "moe_top_k": 2}
+    sizes = {"vocab_size": VOCAB, "d_model": 32, "n_heads": 4, "n_layers": 2, "max_seq_len": 256}
+    return T.DbrxConfig(**sizes | {"attn_config": attention, "ffn_config": experts} | _SPECIAL | changes)
+
+
 def mamba(**changes: Any) -> Any:
     """A state-space model without attention, whose head is tied."""
     sizes = {"vocab_size": VOCAB, "hidden_size": 32, "num_hidden_layers": 2, "state_size": 8}
@@ -137,6 +179,22 @@ def mamba(**changes: Any) -> Any:
 def lfm2(**changes: Any) -> Any:
     """One layer convolves, the other attends."""
     return T.Lfm2Config(**_GROUPED | {"layer_types": ["conv", "full_attention"]} | changes)
+
+
+def zamba2(**changes: Any) -> Any:
+    """State-space layers, and two places of one block whose weights they share."""
+    mixers = {"layers_block_type": ["mamba", "hybrid", "mamba", "hybrid"], "num_hidden_layers": 4}
+    sizes = {"mamba_d_state": 8, "n_mamba_heads": 4, "use_shared_attention_adapter": True, "adapter_rank": 4}
+    plain = {k: v for k, v in _PLAIN.items() if k != "tie_word_embeddings"}
+    return T.Zamba2Config(**plain | mixers | sizes | changes)
+
+
+def llava(**changes: Any) -> Any:
+    """A language model beside a vision tower, under names that its checkpoint does not have."""
+    vision = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+    vision |= {"image_size": 28, "patch_size": 14}
+    tower = T.CLIPVisionConfig(**vision)
+    return T.LlavaConfig(text_config=llama(), vision_config=tower, image_token_id=VOCAB - 1, **changes)
 
 
 ZOO: dict[str, Callable[..., Any]] = {
@@ -151,15 +209,23 @@ ZOO: dict[str, Callable[..., Any]] = {
         gemma2,
         gemma3_text,
         gemma3,
+        gemma3n_text,
+        gemma4_text,
         phi3,
         opt,
+        falcon,
+        bert,
         bloom,
         mixtral,
         qwen3_moe,
         gpt_oss,
         deepseek_v3,
+        deepseek_v32,
+        dbrx,
         mamba,
         lfm2,
+        zamba2,
+        llava,
     )
 }
 
@@ -167,4 +233,7 @@ ZOO: dict[str, Callable[..., Any]] = {
 def build(name: str, *, seed: int = 0, **changes: Any) -> Any:
     """A model of the zoo in evaluation mode, in fp32; ``changes`` are to its config."""
     torch.manual_seed(seed)
-    return T.AutoModelForCausalLM.from_config(ZOO[name](**changes)).eval()
+    config = ZOO[name](**changes)
+    text = type(config) in T.AutoModelForCausalLM._model_mapping
+    cls = T.AutoModelForCausalLM if text else T.AutoModelForImageTextToText
+    return cls.from_config(config).eval()

@@ -6,7 +6,12 @@ from raytune_lora.config.methods import LoraMethodConfig
 from raytune_lora.config.schema import Quantization, RunConfig
 from raytune_lora.models.methods import method_for
 from raytune_lora.models.methods.lora_options import quantized_problems
+from raytune_lora.models.methods.peft_method import anywhere, few
 from raytune_lora.planning.shape import Shape
+
+# what transformers has it quantize
+_QUANTIZABLE = "torch.nn.Linear and Conv1D alone, neither subclasses of them nor layers that share weights"
+_SAID_FROM = 0.01  # of the parameters: what stays unquantized below that is of no account
 
 
 def problems(cfg: RunConfig) -> list[str]:
@@ -53,7 +58,18 @@ def problems(cfg: RunConfig) -> list[str]:
 def model_problems(cfg: RunConfig, shape: Shape) -> list[str]:
     """Why the method does not fit the model; empty where it does."""
     found = method_for(cfg.method).problems(shape)
-    if isinstance(cfg.method, LoraMethodConfig) and cfg.quantization.kind is not Quantization.none:
+    quantizing = cfg.quantization.kind is not Quantization.none
+    if quantizing and not any(linear.quantized for linear in shape.linears):
+        found.append(
+            f"quantization={cfg.quantization.kind.value} would quantize nothing of this model: bitsandbytes takes "
+            f"{_QUANTIZABLE}, and it has none of these; set quantization=none"
+        )
+    if cfg.training.gradient_checkpointing and not shape.checkpointable:
+        found.append(
+            "training.gradient_checkpointing=true: this model's code has none; set it to false, with a smaller "
+            "training.micro_batch or data.max_length where memory is short"
+        )
+    if isinstance(cfg.method, LoraMethodConfig) and quantizing:
         found += quantized_problems(cfg.method, shape)
     if cfg.method.kind == "full" and shape.unmet and cfg.deepspeed.enabled and cfg.deepspeed.stage == 3:
         found.append(
@@ -64,14 +80,23 @@ def model_problems(cfg: RunConfig, shape: Shape) -> list[str]:
     return found
 
 
+def _unquantized(shape: Shape) -> list[str]:
+    """The weights of products that stay as they are in a quantized model; the head always does."""
+    layers = [x for x in shape.linears if not x.quantized and not x.tied and x.name != shape.head]
+    found = {"the weights of experts": sum(experts.numel for experts in shape.experts)}
+    found |= {few(dict.fromkeys(anywhere(x.name) for x in layers)): sum(x.numel for x in layers)}
+    known = {what: count for what, count in found.items() if count >= _SAID_FROM * shape.parameters}
+    return [f"{what}, {count:,} of {shape.parameters:,} parameters," for what, count in known.items()]
+
+
 def notes(cfg: RunConfig, shape: Shape) -> list[str]:
     """What people should know of how the method and the memory plan take the model."""
-    left, experts = method_for(cfg.method).left_out(shape), sum(e.numel for e in shape.experts)
+    left = method_for(cfg.method).left_out(shape)
     found = [f"method={cfg.method.kind} leaves out {'; '.join(left)}"] if left else []
-    if experts and cfg.quantization.kind is not Quantization.none:
+    if cfg.quantization.kind is not Quantization.none and (whole := _unquantized(shape)):
         found.append(
-            f"quantization={cfg.quantization.kind.value} leaves the weights of experts, {experts:,} parameters, "
-            "unquantized: bitsandbytes quantizes linear layers alone"
+            f"quantization={cfg.quantization.kind.value} leaves {' and '.join(whole)} unquantized: bitsandbytes "
+            f"takes {_QUANTIZABLE}"
         )
     if shape.approximate:
         found.append("the planned memory is approximate: some layers of this model do not attend")

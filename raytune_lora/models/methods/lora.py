@@ -48,7 +48,7 @@ class LoraFamily(TargetedMethod[L]):
         return LoraConfig(**(settings | self.variant()))
 
     def apply(self, model: Any, start: Start) -> Any:
-        from raytune_lora.models.shape import biases as biases_of
+        from raytune_lora.models.shape_parts import biases as biases_of
 
         met = {name for name, _ in biases_of(model)}  # before PEFT renames them
         adapted = super().apply(model, start)
@@ -92,6 +92,8 @@ class LoraFamily(TargetedMethod[L]):
             where = few(dict.fromkeys(anywhere(linear.name) for linear in claimed))
             found.append(f"{where} (PEFT takes these names for the experts')")
         remedy = "method.experts=true adapts them" if self.adapts_experts else "method=lora can adapt them"
+        if any(experts.below for experts in shape.experts):
+            remedy = "PEFT has no adapter for each of them"
         return found + (experts_apart(shape, remedy) if not self.cfg.experts else [])
 
     def narrowed(self, config: Any, model: Any) -> Any:
@@ -119,6 +121,11 @@ class LoraFamily(TargetedMethod[L]):
         if self.cfg.experts and not shape.experts:
             found.append(
                 "method.experts=true: the model has no experts whose weights lie in one parameter; leave it out"
+            )
+        elif self.cfg.experts and shape.experts[0].below:
+            found.append(
+                f"method.experts=true: in {shape.experts[0].name} the experts' weights lie one below another, and PEFT "
+                "would give them all one adapter in common; leave it out"
             )
         elif self.cfg.experts and not self.adapts_experts:
             found.append(

@@ -96,8 +96,8 @@ def problems(cfg: LoraMethodConfig, shape: Shape, targets: list[Linear]) -> list
 
 
 def quantized_problems(cfg: LoraMethodConfig, shape: Shape) -> list[str]:
-    """Linear layers that ``modules_to_save`` means, on a quantized base: all but the head have no weights to train."""
-    linears = [linear.name for linear in shape.linears if linear.name != shape.head]
+    """Linear layers that ``modules_to_save`` means, on a quantized base: those that are have no weights to train."""
+    linears = [linear.name for linear in shape.linears if linear.quantized]
     whole = saved(cfg, shape)
     stray = [name for name in linears if within(name, whole)]
     if not stray:

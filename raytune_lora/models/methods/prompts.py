@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 from raytune_lora.config.methods import (
-    MethodConfig,
     PrefixTuningMethodConfig,
     PromptTuningMethodConfig,
     PTuningMethodConfig,
 )
 from raytune_lora.models.methods.base import Start
 from raytune_lora.models.methods.peft_method import PeftMethod, write_adapter
+from raytune_lora.models.shape import shape_of
 from raytune_lora.planning.added import Added
 from raytune_lora.planning.shape import Shape
 
-C = TypeVar("C", bound=MethodConfig)
+C = TypeVar("C", PrefixTuningMethodConfig, PromptTuningMethodConfig, PTuningMethodConfig)
 _ENCODER = "prompt_encoder.default."  # what PEFT puts before the names of the network's parameters
 
 
@@ -26,8 +26,25 @@ class PromptMethod(PeftMethod[C]):
     mergeable = False
     packable = False
     starts_as_base = False
+    among_tokens: ClassVar[bool] = True  # whether the vectors are those of the input
+
+    def settings(self, model: Any) -> dict[str, Any]:
+        """What PEFT asks the model's config for, by names that not every config has."""
+        shape = shape_of(model)
+        return {
+            "task_type": "CAUSAL_LM",
+            "num_virtual_tokens": self.cfg.virtual_tokens,
+            "num_layers": shape.layers,
+            "num_attention_heads": shape.block.heads,
+            "token_dim": shape.hidden,
+        }
 
     def problems(self, shape: Shape) -> list[str]:
+        if not shape.promptable and self.among_tokens:
+            return [
+                f"method={self.cfg.kind} puts vectors among those of the tokens, and this model looks up more than one "
+                "for each token, in each of its layers; take method=lora"
+            ]
         if shape.block.heads:
             return []
         return [f"method={self.cfg.kind} needs a model whose layers attend, and this one has none; take method=lora"]
@@ -53,13 +70,15 @@ class PrefixTuning(PromptMethod[PrefixTuningMethodConfig]):
     """Keys and values (arXiv:2101.00190)."""
 
     config_class = PrefixTuningMethodConfig
+    among_tokens = False
 
     def peft_config(self, model: Any, start: Start) -> Any:
-        from peft import PrefixTuningConfig, TaskType
+        from peft import PrefixTuningConfig
 
+        block = shape_of(model).block
+        heads = block.kv_width * block.heads // block.query_width
         return PrefixTuningConfig(
-            task_type=TaskType.CAUSAL_LM,
-            num_virtual_tokens=self.cfg.virtual_tokens,
+            **self.settings(model) | {"num_attention_heads": heads, "token_dim": block.kv_width},
             prefix_projection=self.cfg.projection is not None,
             encoder_hidden_size=self.cfg.projection,  # type: ignore[arg-type]  # unused without projection
         )
@@ -88,16 +107,16 @@ class PromptTuning(PromptMethod[PromptTuningMethodConfig]):
     config_class = PromptTuningMethodConfig
 
     def peft_config(self, model: Any, start: Start) -> Any:
-        from peft import PromptTuningConfig, PromptTuningInit, TaskType
+        from peft import PromptTuningConfig, PromptTuningInit
 
-        settings: dict[str, Any] = {"prompt_tuning_init": PromptTuningInit.SAMPLE_VOCAB}
+        start_from: dict[str, Any] = {"prompt_tuning_init": PromptTuningInit.SAMPLE_VOCAB}
         if self.cfg.text is not None:
-            settings = {
+            start_from = {
                 "prompt_tuning_init": PromptTuningInit.TEXT,
                 "prompt_tuning_init_text": self.cfg.text,
                 "tokenizer_name_or_path": str(start.weights),
             }
-        return PromptTuningConfig(task_type=TaskType.CAUSAL_LM, num_virtual_tokens=self.cfg.virtual_tokens, **settings)
+        return PromptTuningConfig(**self.settings(model), **start_from)
 
     def count(self, shape: Shape) -> int:
         return self.cfg.virtual_tokens * shape.hidden
@@ -112,13 +131,9 @@ class PTuning(PromptMethod[PTuningMethodConfig]):
     config_class = PTuningMethodConfig
 
     def peft_config(self, model: Any, start: Start) -> Any:
-        from peft import PromptEncoderConfig, TaskType
+        from peft import PromptEncoderConfig
 
-        return PromptEncoderConfig(
-            task_type=TaskType.CAUSAL_LM,
-            num_virtual_tokens=self.cfg.virtual_tokens,
-            encoder_hidden_size=self.cfg.width,
-        )
+        return PromptEncoderConfig(**self.settings(model), encoder_hidden_size=self.cfg.width)
 
     def count(self, shape: Shape) -> int:
         hidden, width = shape.hidden, self.cfg.width

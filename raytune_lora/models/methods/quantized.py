@@ -37,7 +37,7 @@ class Loftq(LoraFamily[LoftqMethodConfig]):
         return adapted
 
     def problems(self, shape: Shape) -> list[str]:
-        return [*super().problems(shape), *self.too_many_ranks(shape)]
+        return [*super().problems(shape), *_unquantized(self, shape), *self.too_many_ranks(shape)]
 
 
 class IrQlora(LoraFamily[IrQloraMethodConfig]):
@@ -60,7 +60,7 @@ class IrQlora(LoraFamily[IrQloraMethodConfig]):
     def _build(self, model: Any, weights: Path, offsets: dict[str, Any] | None, start: Start) -> Any:
         from raytune_lora.models.layers.elastic import calibrate, connect
 
-        names = [linear.name for linear in self.targets(shape_of(model))]
+        names = [linear.name for linear in self.targets(shape_of(model)) if linear.quantized]
         calibrate(model, Weights(weights), names, self.cfg.tau_range, self.cfg.tau_steps, offsets)
         adapted = super().apply(model, start)
         connect(adapted)
@@ -88,7 +88,7 @@ class IrQlora(LoraFamily[IrQloraMethodConfig]):
     def problems(self, shape: Shape) -> list[str]:
         from raytune_lora.models.layers import BLOCK
 
-        found = super().problems(shape)
+        found = [*super().problems(shape), *_unquantized(self, shape)]
         for linear, r in self.ranks(shape):
             if linear.d_in % r or linear.d_out % r:
                 found.append(
@@ -103,8 +103,18 @@ class IrQlora(LoraFamily[IrQloraMethodConfig]):
         return found
 
 
+def _unquantized(method: LoraFamily[Any], shape: Shape) -> list[str]:
+    targets = method.targets(shape)
+    if not targets or any(linear.quantized for linear in targets):
+        return []
+    return [
+        f"method={method.cfg.kind} makes up for what quantizing the target layers lost, and none of them is quantized "
+        f"({targets[0].name} is one): name others in method.target_modules, or take method=lora"
+    ]
+
+
 def _fit(model: Any, weights: Weights) -> None:
-    """Start each adapter as what quantizing its layer lost: s B A near W - quantized(W)."""
+    """Start the adapter of a quantized layer as what that lost: s B A near W - quantized(W)."""
     import torch
     from bitsandbytes.functional import dequantize_4bit
     from peft.tuners.lora import LoraLayer
@@ -114,6 +124,8 @@ def _fit(model: Any, weights: Weights) -> None:
         for name, layer in named:
             base = layer.get_base_layer()
             quantized = base.weight
+            if not hasattr(quantized, "quant_state"):
+                continue
             whole = weights.linear(name.removeprefix(_BASE), base).to(quantized.device, torch.float32)
             lost = whole - dequantize_4bit(quantized.data, quantized.quant_state).float()
             u, s, v = torch.linalg.svd(lost, full_matrices=False)

@@ -10,7 +10,7 @@ from raytune_lora.models.methods.base import UNQUANTIZED, Method, Start
 from raytune_lora.models.methods.own import OwnMethod
 from raytune_lora.models.methods.peft_method import PeftMethod
 from raytune_lora.planning.added import Added
-from raytune_lora.planning.shape import UNMET, Shape
+from raytune_lora.planning.shape import IDLE, UNMET, Shape
 
 _WITH_BIASES = "GPT-2, GPT-NeoX and Pythia, OPT, BLOOM, Phi, StarCoder2, and the attention of Qwen2 and Qwen2.5"
 
@@ -35,7 +35,7 @@ class Full(Method[FullMethodConfig]):
         return shape.parameters - shape.unmet
 
     def left_out(self, shape: Shape) -> list[str]:
-        return [f"{shape.unmet:,} parameters ({UNMET})"] if shape.unmet else []
+        return [f"{shape.unmet:,} parameters ({UNMET}, or {IDLE})"] if shape.unmet else []
 
     def added(self, shape: Shape) -> Added:
         normed = shape.layers * shape.block.norm_width + shape.hidden
@@ -76,7 +76,7 @@ class Bitfit(OwnMethod[BitfitMethodConfig]):
     config_class = BitfitMethodConfig
 
     def apply(self, model: Any, start: Start) -> Any:
-        from raytune_lora.models.shape import biases
+        from raytune_lora.models.shape_parts import biases
 
         model.requires_grad_(False)
         for _, parameter in biases(model):
@@ -111,7 +111,7 @@ class Layernorm(PeftMethod[LayernormMethodConfig]):
     def peft_config(self, model: Any, start: Start) -> Any:
         from peft import LNTuningConfig, TaskType
 
-        from raytune_lora.models.shape import norms
+        from raytune_lora.models.shape_parts import norms
 
         return LNTuningConfig(task_type=TaskType.CAUSAL_LM, target_modules=[name for name, _ in norms(model)])
 

@@ -1,0 +1,138 @@
+"""What a model is made of, as far as text meets it: linear layers, experts, norms and biases, by name."""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Hashable, Iterator
+from functools import cache
+from typing import TYPE_CHECKING, Any
+
+from raytune_lora.models.weights import is_transposed
+from raytune_lora.planning.shape import BYPASSED, IDLE, ROUTER, UNMET, Experts, Linear
+
+if TYPE_CHECKING:
+    from raytune_lora.models.skeleton import Skeleton
+
+# linear layers that are fed what their sublayer has computed, rather than the sublayer's input
+_LAST = {"o_proj", "out_proj", "c_proj", "dense", "dense_4h_to_h", "down_proj", "fc2", "wo", "w2"}
+_ROUTERS = {"router", "gate", "shared_expert_gate"}
+_STACKED = 3  # dimensions of a weight that gives each expert a matrix
+_WEIGHT_READ = re.compile(r"self\.(\w+)\.weight\b(?!\[|\.(?:data\.|dtype|device|shape|ndim|dim|size|numel)\b)")
+
+
+def norms(model: Any) -> list[tuple[str, Any]]:
+    """Normalization layers that text passes through and a gradient comes back through, by name."""
+    from raytune_lora.models.skeleton import skeleton_of
+
+    skeleton = skeleton_of(model)
+    named = [(name, m) for name, m in model.named_modules() if "norm" in type(m).__name__.lower()]
+    alone = [(name, m) for name, m in named if name in skeleton.called and not list(m.children())]
+    return [(name, m) for name, m in alone if _can_train(name, m, skeleton)]
+
+
+def _can_train(name: str, module: Any, skeleton: Skeleton) -> bool:
+    """Whether a module has parameters, and one of them would get a gradient."""
+    return bool(skeleton.trains.intersection(f"{name}.{leaf}" for leaf, _ in module.named_parameters()))
+
+
+def biases(model: Any) -> list[tuple[str, Any]]:
+    """Parameters called bias that text meets, by name."""
+    from raytune_lora.models.skeleton import skeleton_of
+
+    trains = skeleton_of(model).trains
+    return [(name, p) for name, p in model.named_parameters() if name.rpartition(".")[2] == "bias" and name in trains]
+
+
+def modules(skeleton: Skeleton) -> tuple[tuple[str, int], ...]:
+    """Those whose forward runs and that could train, each with its number of parameters."""
+    named = [(name, m) for name, m in skeleton.model.named_modules() if name and name in skeleton.called]
+    able = ((name, m) for name, m in named if _can_train(name, m, skeleton))
+    return tuple((name, sum(p.numel() for p in m.parameters())) for name, m in able)
+
+
+def linears(skeleton: Skeleton, *, mixture: bool) -> Iterator[Linear]:
+    """All of them, also those that no adapter goes to.
+
+    Args:
+        skeleton: of the model.
+        mixture: whether it has experts, and so layers that route tokens to them.
+    """
+    import torch
+    from transformers.pytorch_utils import Conv1D
+
+    from raytune_lora.models.skeleton import quantized
+
+    packed, seen = quantized(skeleton), set()
+    for name, module in skeleton.model.named_modules():
+        tied = id(getattr(module, "weight", None)) in seen
+        seen.add(id(getattr(module, "weight", None)))
+        if not isinstance(module, (torch.nn.Linear, Conv1D)):
+            continue
+        parent, _, leaf = name.rpartition(".")
+        source = f"{parent}.{'inside' if leaf in _LAST else 'input'}"
+        transposed = is_transposed(module)
+        d_in, d_out = module.weight.shape if isinstance(module, Conv1D) else module.weight.shape[::-1]
+        bias, apart = module.bias is not None, _apart(name, skeleton, mixture=mixture)
+        yield Linear(name, d_in, d_out, source, transposed, bias, apart, name in packed, tied)
+
+
+def _apart(name: str, skeleton: Skeleton, *, mixture: bool) -> str:
+    """Why no adapter goes to a linear layer; empty where one may."""
+    parent, _, leaf = name.rpartition(".")
+    trains = f"{name}.weight" in skeleton.trains
+    if leaf in _weights_read(type(skeleton.model.get_submodule(parent))):  # type: ignore[arg-type]
+        return BYPASSED
+    if name not in skeleton.called:
+        return BYPASSED if trains else UNMET
+    if not trains:
+        return IDLE
+    return ROUTER if mixture and _ROUTERS & set(name.split(".")[-2:]) else ""
+
+
+@cache
+def _weights_read(cls: Hashable) -> set[str]:
+    """Layers of a module whose weights its own code reads, as it hands them to a kernel: Mamba's on a GPU alone."""
+    found: set[str] = set()
+    for owner in inspect.getmro(cls):  # type: ignore[arg-type]  # a class, which mypy does not take for hashable
+        if owner.__module__.startswith("torch"):
+            continue
+        for name, method in vars(owner).items():
+            if inspect.isfunction(method) and "init" not in name:
+                found |= set(_WEIGHT_READ.findall(source_of(inspect.unwrap(method))))
+    return found
+
+
+def source_of(code: Any) -> str:
+    """The source of a function or module; empty where it has none."""
+    try:
+        return inspect.getsource(code)
+    except (OSError, TypeError):
+        return ""
+
+
+def experts(model: Any) -> Iterator[Experts]:
+    """Weights of all experts together.
+
+    They have three dimensions, the outputs before the inputs or behind them; or two, one expert's below another's.
+    """
+    from torch import nn
+
+    inside: dict[str, int] = {}  # number of experts whose weights a module, or one around it, holds
+    for name, module in model.named_modules():
+        parent, _, own = name.rpartition(".")
+        directly = "experts" in f"{own} {type(module).__name__}".lower()
+        if not (directly or parent in inside) or isinstance(module, nn.Linear):
+            continue
+        count = inside[name] = _number_of_experts(module) or inside.get(parent, 0)
+        for leaf, weight in module.named_parameters(recurse=False):
+            if weight.dim() == _STACKED and directly:
+                number, first, second = weight.shape
+                d_in, d_out = (first, second) if getattr(module, "is_transposed", False) else (second, first)
+                yield Experts(f"{name}.{leaf}", number, d_in, d_out)
+            elif weight.dim() == _STACKED - 1 and count and weight.shape[0] % count == 0 and weight.shape[0] > count:
+                yield Experts(f"{name}.{leaf}", count, weight.shape[1], weight.shape[0] // count, below=True)
+
+
+def _number_of_experts(module: Any) -> int:
+    return next((n for key, n in vars(module).items() if "num_experts" in key and isinstance(n, int)), 0)
