@@ -87,7 +87,8 @@ class QualityConfig:
     harmful: Action = Action.report
     outliers: Action = Action.report
     similarity: float = 0.7  # share of common pairs of words (Jaccard) from which rows are near duplicates; pairs that
-    # more than about 20 rows share (a fixed instruction, a template around short inputs) count for next to nothing
+    # more than about 20 rows share (a fixed instruction, a template around short inputs) count for next to nothing, and
+    # so do sentences that two rows share where they ask different things about them
     max_dropped: float = 0.5  # share of the rows that may be left out before the job stops
     harmful_words: str | None = None  # YAML of words by language, instead of the list that comes with the package
 

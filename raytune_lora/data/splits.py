@@ -89,14 +89,18 @@ class Split:
         self._find("contradictions", self._otherwise, lambda i: f"answers otherwise than {self._where(first_of[i])}")
 
     def _near_duplicates(self) -> None:
-        """Joins rows that are nearly the same or ask the same; counts those that are nearly the same as an earlier."""
-        self._clusters = duplicates.Clusters(len(self.row))
+        """Joins rows that are alike or ask the same; counts those that are nearly the same as an earlier one.
+
+        Rows about one passage are alike, and stay in one split, without being nearly the same.
+        """
+        self._alike, self._near = duplicates.Clusters(len(self.row)), duplicates.Clusters(len(self.row))
         near_to: dict[int, int] = {}
-        alike = [self._on("near_duplicates"), self._on("leakage")]
-        if any(alike) and self.parts:
-            for earlier, later in self._near_pairs():
-                self._clusters.join(earlier, later)
-                near_to.setdefault(later, earlier)
+        if (self._on("near_duplicates") or self._on("leakage")) and self.parts:
+            for earlier, later in self._alike_pairs():
+                self._alike.join(earlier, later)
+                if self._nearly(earlier, later):
+                    self._near.join(earlier, later)
+                    near_to.setdefault(later, earlier)
         self._asking = self.prompt.copy()
         for members in duplicates.groups(self.prompt):
             if len(members) > max(_COMMON, len(self.prompt) // 10):
@@ -105,12 +109,13 @@ class Split:
             for members in duplicates.groups(keys):
                 if keys[members[0]] != 0:
                     for member in members[1:]:
-                        self._clusters.join(int(members[0]), int(member))
+                        self._alike.join(int(members[0]), int(member))
+                        self._near.join(int(members[0]), int(member))
         near = np.zeros(len(self.row), bool)
         near[[i for i, j in near_to.items() if self._role_of(i) == self._role_of(j)]] = True
         self._find("near_duplicates", near & self._mine, lambda i: f"nearly {self._where(near_to[i])}")
 
-    def _near_pairs(self) -> Iterator[tuple[int, int]]:
+    def _alike_pairs(self) -> Iterator[tuple[int, int]]:
         parts = [Shingles.from_column(table["shingles"]) for table in self._tables]
         digests = np.concatenate([part.digests() for part in parts])
         distinct = np.flatnonzero(~self._again)
@@ -124,15 +129,28 @@ class Split:
 
         least = self.cfg.quality.similarity
 
-        def near(earlier: int, later: int) -> bool:
-            alike = weights.similarity(of(earlier), of(later))
-            if not self.prompt[earlier] or self.prompt[earlier] != self.prompt[later]:
-                return alike >= least
+        def alike(earlier: int, later: int) -> bool:
+            similarity = weights.similarity(of(earlier), of(later))
+            if not self._ask_the_same(earlier, later):
+                return similarity >= least
             # Only the answers differ: the same share of their words is enough, of whose changes each takes two pairs.
-            answers = (str(self._cell(row, "said")) for row in (earlier, later))
-            return alike >= (3 * least - 1) / (3 - least) and duplicates.overlap(*answers) >= least
+            said, other = (str(self._cell(row, "said")) for row in (earlier, later))
+            return similarity >= (3 * least - 1) / (3 - least) and duplicates.overlap(said, other) >= least
 
-        return duplicates.near_pairs([weights.signatures(part) for part in parts], distinct, near)
+        return duplicates.near_pairs([weights.signatures(part) for part in parts], distinct, alike)
+
+    def _nearly(self, earlier: int, later: int) -> bool:
+        """Whether two rows that are alike also ask alike."""
+        if self._ask_the_same(earlier, later):
+            return True
+        said = [str(self._cell(row, "said")) for row in (earlier, later)]
+        first, second = (
+            (self._text(row).removesuffix(answer), answer) for row, answer in zip((earlier, later), said, strict=True)
+        )
+        return duplicates.ask_alike(first, second, self.cfg.quality.similarity)
+
+    def _ask_the_same(self, earlier: int, later: int) -> bool:
+        return bool(self.prompt[earlier] != 0 and self.prompt[earlier] == self.prompt[later])
 
     # ---------------------------------------------------------------------------------------------- single rows
 
@@ -155,7 +173,7 @@ class Split:
 
     def _divide(self) -> None:
         """By the position, in 0 to 1, of each cluster's earliest row."""
-        root = self._clusters.roots()
+        root = self._alike.roots()
         key = np.where(self._asking != 0, self._asking, self.row)
         self._root, self._position = root, key.astype(np.float64) / 2**64
         main = self._role(MAIN)
@@ -195,14 +213,14 @@ class Split:
         self.leaks = False
         if not self._on("leakage"):
             return
-        held: dict[int, int] = {}
+        near, held = self._near.roots(), dict[int, int]()
         for i in np.flatnonzero((self.of > _TRAIN) | ~self._mine):
-            held.setdefault(int(self._root[i]), int(i))
+            held.setdefault(int(near[i]), int(i))
         leaked = np.zeros(len(self.row), bool)
         train = np.flatnonzero(
             (self.of == _TRAIN) | (self._role(*(MIX + name for name in self.cfg.mix)) & ~self._dropped)
         )
-        leaked[[i for i in train if int(self._root[i]) in held]] = True
+        leaked[[i for i in train if int(near[i]) in held]] = True
         alone = self._role(MAIN) & (self.of != OUT) & (self.of != self._alone) & (self._root != np.arange(len(self.of)))
         moved = np.zeros_like(alone) if self.cfg.stratify else alone
         self.leaks = bool(leaked.any())
@@ -210,9 +228,10 @@ class Split:
             "leakage",
             leaked | moved,
             lambda i: (
-                f"nearly {self._where(held[int(self._root[i])])}, which is not for training"
+                f"nearly {self._where(held[int(near[i])])}, which is not for training"
                 if leaked[i]
-                else f"kept in {SPLITS[self.of[i]]} with {self._where(int(self._root[i]))}, which is nearly the same"
+                else f"kept in {SPLITS[self.of[i]]} with {self._where(int(self._root[i]))}, which "
+                + ("is nearly the same" if near[i] == near[self._root[i]] else "shares most of its text")
             ),
             drop=leaked,
         )

@@ -238,6 +238,66 @@ def test_a_long_fixed_instruction_makes_no_near_duplicates(prepared: Prepare, tm
     assert all(split[row["output"]] == split[row["output"] + "!"] for row in content[:5])
 
 
+def sentences(draw: random.Random, count: int) -> str:
+    return " ".join(words(draw, 12).capitalize() + "." for _ in range(count))
+
+
+def about_passages(draw: random.Random, families: int, size: int) -> list[dict[str, str]]:
+    """Questions and answers, ``size`` about each passage."""
+    passages = [sentences(draw, 10) for _ in range(families)]
+    return [
+        {"passage": passage, "question": f"Who is the {words(draw, 5)}?", "answer": words(draw, 2)}
+        for passage in passages
+        for _ in range(size)
+    ]
+
+
+FORMS: dict[str, Callable[[dict[str, str]], Alpaca]] = {
+    "fixed instructions": lambda of: {"instruction": of["passage"], "input": of["question"], "output": of["answer"]},
+    "passages": lambda of: {"instruction": of["question"], "input": of["passage"], "output": of["answer"]},
+    "one field": lambda of: {
+        "prompt": f"question: {of['question']} context: {of['passage']}",
+        "completion": of["answer"],
+    },
+    "plain text": lambda of: {"text": f"### In:\n{of['passage']}\n\n{of['question']}\n\n### Out:\n{of['answer']}"},
+    "labels": lambda of: {"prompt": f"{of['passage']}\n{of['question']}", "completion": of["answer"][-1]},
+}
+
+
+@pytest.mark.parametrize("size", [2, 12])
+@pytest.mark.parametrize("form", FORMS)
+def test_rows_that_ask_different_things_about_one_text_are_not_near_duplicates(
+    form: str, size: int, prepared: Prepare, tmp_path: Path
+) -> None:
+    draw = random.Random(0)
+    content = about_passages(draw, 120 // size, size)
+    copies = [of | {"passage": of["passage"].replace(of["passage"].split()[30], "changed")} for of in content[:60:7]]
+    cfg = mine(tmp_path, [FORMS[form](of) for of in content + copies], max_length=4000)
+    cfg.quality.near_duplicates = Action.drop
+    store = prepared(cfg)
+    found = findings(store)["near_duplicates"]
+    assert found["count"] == len(copies)
+    assert int(found["examples"][0]["where"].rpartition(":")[2]) == 121
+    told = json.loads((store.folder / REPORT).read_text())
+    assert told["rows"]["groups"]["count"] == 120 // size, "what is about one text stays in one split all the same"
+
+
+def test_rows_about_a_text_of_held_out_rows_are_trained_on(prepared: Prepare, tmp_path: Path) -> None:
+    every = [FORMS["passages"](of) for of in about_passages(random.Random(0), 12, 10)]
+    held, content = every[::10], [row for number, row in enumerate(every) if number % 10]
+    leak = [held[3] | {"input": held[3]["input"].replace(".", ";")}]
+    cfg = mine(tmp_path, content + leak, max_length=4000, validation_path=write(tmp_path / "v.jsonl", held))
+    cfg.test = 0.0
+    store = prepared(cfg)
+    assert findings(store)["leakage"]["count"] == 1
+    assert store.rows == {"train": 108, "validation": 12, "test": 0}
+
+
+def test_a_few_instructions_of_few_rows_each_can_be_divided(prepared: Prepare, tmp_path: Path) -> None:
+    content = [FORMS["fixed instructions"](of) for of in about_passages(random.Random(0), 4, 15)]
+    assert sum(prepared(mine(tmp_path, content, max_length=4000)).rows.values()) == 60
+
+
 def test_too_few_groups_to_divide_are_the_reason_told(prepared: Prepare, tmp_path: Path) -> None:
     draw = random.Random(1)
     asked = [words(draw), words(draw)]
