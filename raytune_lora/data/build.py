@@ -73,7 +73,7 @@ def survey(cfg: DataConfig, sources: Sequence[Source], tokenizer: Any, work: Pat
     split = Split(cfg, sources, parts, figures.outlier_bounds())
     findings.merge(split.findings)
     rows = {name: int((split.of == number).sum()) for number, name in enumerate(SPLITS)}
-    report = _report(cfg, sources, parts, split, rows, findings, figures, tokenized=tokenizer is not None)
+    report = _report(cfg, split.sources, parts, split, rows, findings, figures, tokenized=tokenizer is not None)
     report["gate"] = _gate(cfg, report)
     if report["gate"]:
         raise DataRefused(report["gate"], report)
@@ -186,6 +186,7 @@ def _report(
     tokenized: bool,
 ) -> dict[str, Any]:
     read = sum((part.read for part in parts), Counter[int]())
+    read.update(split.moved)
     left_out = sum((part.left_out for part in parts), split.left_out)
     reasons = [_ordered({name: n for (i, name), n in left_out.items() if i == of}) for of in range(len(sources))]
     own = [i for i, source in enumerate(sources) if source.role in OWN]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -16,11 +16,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from raytune_lora.config.data import Action, DataConfig
-from raytune_lora.data import duplicates
+from raytune_lora.data import duplicates, given
 from raytune_lora.data.duplicates import Shingles
 from raytune_lora.data.findings import SHOWN, Findings
 from raytune_lora.data.process import Part
 from raytune_lora.data.sources import BENCHMARK, MAIN, MIX, TEST, VALIDATION, Source
+from raytune_lora.errors import UserError
 
 SPLITS = ("train", "validation", "test")
 OUT = -1  # in no split
@@ -49,6 +50,8 @@ class Split:
         self.tokens = self._joined("tokens", np.int32)
         self.trained = self._joined("trained", np.int32)
         self._starts = np.cumsum([0, *(len(part.row) for part in self.parts)])
+        self.moved: Counter[int] = Counter()  # rows by the source that they came to, and less than none where they left
+        self._given()
         self.of = np.full(len(self.row), OUT, np.int8)
         self._mine = ~self._role(BENCHMARK)
         self._duplicates()
@@ -62,6 +65,37 @@ class Split:
 
     def _joined(self, name: str, dtype: Any) -> NDArray[Any]:
         return np.concatenate([np.zeros(0, dtype), *(getattr(part, name) for part in self.parts)])
+
+    # -------------------------------------------------------------------------------------- what a column says
+
+    def _given(self) -> None:
+        """Makes sources of the rows that their column says are for validation and for test.
+
+        Where it says one split for all rows, that is what the user has named.
+
+        Raises:
+            UserError: it says so of some rows, and what the others are for cannot be told.
+        """
+        said = self._joined("said", np.int8)
+        known = list(self.sources)
+        for index, source in enumerate(known):
+            rows = np.flatnonzero(self.source == index)
+            found = {given.SAID[number] for number in np.unique(said[rows])}
+            held = [split for split in (VALIDATION, TEST) if split in found]
+            if not held or len(found) == 1:
+                continue
+            if source.role != MAIN or None in found or given.TRAIN not in found:
+                without = self._where(int(rows[said[rows] == 0][0])) if None in found else None
+                raise UserError(given.column_refused(source.role, source.name, str(source.split_column), held, without))
+            if twice := [split for split in held if any(other.role == split for other in known)]:
+                raise UserError(given.column_twice(source.name, str(source.split_column), twice))
+            for split in held:
+                mine = rows[said[rows] == given.SAID.index(split)]
+                self.source[mine] = len(self.sources)
+                self.moved.update({index: -len(mine), len(self.sources): len(mine)})
+                files = (f"rows whose {source.split_column!r} says so",)
+                of = replace(source, role=split, name=f"{source.name} ({split})", files=files)
+                self.sources = [*self.sources, of]
 
     # ------------------------------------------------------------------------------------------------ rows alike
 
@@ -190,10 +224,10 @@ class Split:
 
     def _shares(self) -> tuple[float, float]:
         """Of the main source's rows that are for validation and for test; none where files are."""
-        given = {source.role for source in self.sources}
+        roles = set(self._roles())
         return (
-            0.0 if VALIDATION in given else self.cfg.validation,
-            0.0 if TEST in given else self.cfg.test,
+            0.0 if VALIDATION in roles else self.cfg.validation,
+            0.0 if TEST in roles else self.cfg.test,
         )
 
     def _stratified(self, main: Mask, shares: tuple[float, float]) -> NDArray[np.int8]:
