@@ -194,19 +194,23 @@ def _below(path: str, file: str) -> str:
     return "/".join(parts[min(known, len(parts) - 1) :])
 
 
+def _holds_rows(key: str) -> bool:
+    return key in LISTS or split_named(key) is not None
+
+
 def _by_key(file: str, label: str) -> list[tuple[str | None, Piece]]:
     """The file whole, or its lists of rows by the split that their keys name.
 
     Raises:
         UserError: it holds two lists of rows that are not of different splits.
     """
-    found = list_keys(file) if files.suffixes(file)[0] == ".json" else []
+    found = list_keys(file, _holds_rows) if files.suffixes(file)[0] == ".json" else []
     known = {key: split for key in found if (split := split_named(key)) or key in LISTS}
     if not known or found == [key for key in LISTS if key in found][:1]:
         return [(None, Piece(file, label))]
     if None in known.values() and len(alike := [key for key in known if known[key] in (None, TRAIN)]) > 1:
         raise UserError(two_lists(file, alike))
-    stray = tuple(key for key in found if key not in known)
+    stray = tuple(dict.fromkeys(key for key in found if key not in known))
     by_split = {split: tuple(key for key in known if known[key] == split) for split in known.values()}
     first = TRAIN if TRAIN in by_split else next(iter(by_split))
     return [(split, Piece(file, label, keys, stray if split == first else ())) for split, keys in by_split.items()]
