@@ -20,7 +20,7 @@ import re
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import Any
 
 import numpy as np
@@ -92,33 +92,43 @@ def overlap(a: str, b: str, of: Callable[[str], set[bytes]] = words) -> float:
     return len(first & second) / len(first | second)
 
 
-def ask_alike(a: tuple[str, str], b: tuple[str, str], least: float) -> bool:
+@dataclass(frozen=True)
+class Asked:
+    """What comes before a row's last answer, and that answer."""
+
+    text: str  # nothing before plain text
+    said: str
+
+    @cached_property
+    def sentences(self) -> dict[str, None]:
+        """The sentences and lines of what is asked, or of plain text; case and punctuation aside, in order."""
+        return {" ".join(_WORD.findall(part)): None for part in _SENTENCE_END.split((self.text or self.said).lower())}
+
+
+def ask_alike(a: Asked, b: Asked, least: float) -> bool:
     """Whether two rows that share most of their words ask nearly the same, and not only about the same passage.
 
-    Sentences and lines of what is asked that both rows have are set aside. Of the rest, ``least`` of the pairs of words
-    must be common; half of that share of the words, where the answers are alike as well: a word changed somewhere in a
-    long text is then found in a short sentence too. Plain text asks nothing, and ``least`` of its words must be common.
+    Sentences of what is asked that both rows have are set aside. Of the rest, ``least`` of the pairs of words must be
+    common; half of that share of the words, where the answers are alike as well: a word changed somewhere in a long
+    text is then found in a short sentence too. Plain text asks nothing, and ``least`` of its words must be common.
 
     Args:
-        a: what comes before a row's last answer, and that answer.
-        b: those of another row.
+        a: of a row.
+        b: of another.
         least: share of common words or pairs of words, 0 to 1.
     """
-    plain = not a[0].strip() and not b[0].strip()
-    own = _own_sentences(a[plain], b[plain])
+    first, second = a.sentences, b.sentences
+    own = (
+        "\n".join(each for each in first if each not in second),
+        "\n".join(each for each in second if each not in first),
+    )
     if not any(own):
         return True
-    if plain:
+    if not a.text and not b.text:
         return not all(own) or overlap(*own) >= least
-    if overlap(a[1], b[1]) >= least:
+    if overlap(a.said, b.said) >= least:
         return not all(own) or overlap(*own) >= least / 2
     return all(own) and overlap(*own, of=shingles) >= least
-
-
-def _own_sentences(a: str, b: str) -> tuple[str, str]:
-    """The sentences of each text that the other has not, case and punctuation aside."""
-    first, second = ({" ".join(_WORD.findall(part)): None for part in _SENTENCE_END.split(t.lower())} for t in (a, b))
-    return "\n".join(one for one in first if one not in second), "\n".join(one for one in second if one not in first)
 
 
 @dataclass(frozen=True)

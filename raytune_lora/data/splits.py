@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Any
 
 import numpy as np
@@ -26,6 +26,7 @@ from raytune_lora.errors import UserError
 SPLITS = ("train", "validation", "test")
 OUT = -1  # in no split
 _TRAIN, _VALIDATION, _TEST = range(3)
+_AT_HAND = 100  # rows that are compared with others, in memory
 _COMMON = 20  # rows, and a tenth of all: a prompt of more rows than that keeps none of them together
 
 Mask = NDArray[np.bool_]
@@ -130,9 +131,10 @@ class Split:
         self._alike, self._near = duplicates.Clusters(len(self.row)), duplicates.Clusters(len(self.row))
         near_to: dict[int, int] = {}
         if (self._on("near_duplicates") or self._on("leakage")) and self.parts:
+            asked, least = lru_cache(_AT_HAND)(self._asked), self.cfg.quality.similarity
             for earlier, later in self._alike_pairs():
                 self._alike.join(earlier, later)
-                if self._nearly(earlier, later):
+                if self._ask_the_same(earlier, later) or duplicates.ask_alike(asked(earlier), asked(later), least):
                     self._near.join(earlier, later)
                     near_to.setdefault(later, earlier)
         self._asking = self.prompt.copy()
@@ -173,15 +175,9 @@ class Split:
 
         return duplicates.near_pairs([weights.signatures(part) for part in parts], distinct, alike)
 
-    def _nearly(self, earlier: int, later: int) -> bool:
-        """Whether two rows that are alike also ask alike."""
-        if self._ask_the_same(earlier, later):
-            return True
-        said = [str(self._cell(row, "said")) for row in (earlier, later)]
-        first, second = (
-            (self._text(row).removesuffix(answer), answer) for row, answer in zip((earlier, later), said, strict=True)
-        )
-        return duplicates.ask_alike(first, second, self.cfg.quality.similarity)
+    def _asked(self, row: int) -> duplicates.Asked:
+        said = str(self._cell(row, "said"))
+        return duplicates.Asked(self._text(row).removesuffix(said).strip(), said)
 
     def _ask_the_same(self, earlier: int, later: int) -> bool:
         return bool(self.prompt[earlier] != 0 and self.prompt[earlier] == self.prompt[later])

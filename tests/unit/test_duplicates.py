@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from raytune_lora.data.duplicates import (
+    Asked,
     Clusters,
     Shingles,
     Weights,
@@ -169,7 +170,8 @@ TALE = "A fox lives here. It hunts at night in the old wood by the river, and sl
 def test_rows_of_one_text_ask_alike_where_their_own_sentences_do(
     first: tuple[str, str], second: tuple[str, str], alike: bool
 ) -> None:
-    assert ask_alike(first, second, 0.7) is ask_alike(second, first, 0.7) is alike
+    a, b = Asked(*first), Asked(*second)
+    assert ask_alike(a, b, 0.7) is ask_alike(b, a, 0.7) is alike
 
 
 def test_a_field_of_megabytes_takes_no_longer_than_its_beginning() -> None:
