@@ -87,7 +87,8 @@ class QualityConfig:
     harmful: Action = Action.report
     outliers: Action = Action.report
     similarity: float = 0.7  # share of common pairs of words (Jaccard) from which rows are near duplicates; pairs that
-    # more than about 20 rows share (a fixed instruction, a template around short inputs) count for next to nothing
+    # more than about 20 rows share (a fixed instruction, a template around short inputs) count for next to nothing, and
+    # so do sentences that two rows share where they ask different things about them
     max_dropped: float = 0.5  # share of the rows that may be left out before the job stops
     harmful_words: str | None = None  # YAML of words by language, instead of the list that comes with the package
 
@@ -140,8 +141,8 @@ class DataConfig:
 class FileDataConfig(DataConfig):
     """The user's own files: JSONL, JSON, CSV, Parquet or Arrow, also gzipped or zstandard, or a data set of the hub.
 
-    Where names of files or folders, keys of a JSON object, or splits on the hub say train, validation or test, they are
-    what the rows are for.
+    Where names of files or folders, keys of a JSON object, splits on the hub, or ``split_column`` in every row say
+    train, validation or test, they are what the rows are for.
     """
 
     kind: str = "file"
@@ -149,6 +150,7 @@ class FileDataConfig(DataConfig):
     format: Format = Format.auto
     columns: dict[str, str] = field(default_factory=dict)  # field of the format -> column of the file
     split: str = "train"  # hub only
+    split_column: str | None = "split"  # says of each row whether it is for train, validation or test; null: none does
     subset: str | None = None  # hub only: the name of a configuration
     revision: str | None = None  # hub only: branch, tag or commit
     validation_path: str | None = None  # files of validation rows, instead of a share

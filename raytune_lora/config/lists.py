@@ -85,8 +85,13 @@ def text_of(items: list[Any]) -> str:
     return ",".join(map(str, items))
 
 
-def typed(current: Any, value: Any) -> Any:
-    """A list's items, where a key that holds a list is set to a text; numbers as numbers."""
+def from_text(current: Any, value: Any) -> Any:
+    """The items of a text that is for a key that holds a list, numbers as numbers; any other value as it is.
+
+    Args:
+        current: what the key holds.
+        value: what it is set to.
+    """
     if not isinstance(current, list) or not isinstance(value, str):
         return value
     return [int(item) if item.isdigit() else item for item in split(value)]

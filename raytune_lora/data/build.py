@@ -30,7 +30,7 @@ from raytune_lora.data.splits import OUT, SPLITS, Split
 from raytune_lora.data.statistics import Statistics
 from raytune_lora.errors import UserError
 
-VERSION = 6  # of what becomes of a row: a change of that makes older stores stale
+VERSION = 7  # of what becomes of a row: a change of that makes older stores stale
 _STRETCH = 1000  # records a part
 _AT_ONCE = 10_000  # rows of a held-out split that are put in order in memory
 _PARTS = "parts"
@@ -73,7 +73,7 @@ def survey(cfg: DataConfig, sources: Sequence[Source], tokenizer: Any, work: Pat
     split = Split(cfg, sources, parts, figures.outlier_bounds())
     findings.merge(split.findings)
     rows = {name: int((split.of == number).sum()) for number, name in enumerate(SPLITS)}
-    report = _report(cfg, sources, parts, split, rows, findings, figures, tokenized=tokenizer is not None)
+    report = _report(cfg, split.sources, parts, split, rows, findings, figures, tokenized=tokenizer is not None)
     report["gate"] = _gate(cfg, report)
     if report["gate"]:
         raise DataRefused(report["gate"], report)
@@ -186,6 +186,7 @@ def _report(
     tokenized: bool,
 ) -> dict[str, Any]:
     read = sum((part.read for part in parts), Counter[int]())
+    read.update(split.moved)
     left_out = sum((part.left_out for part in parts), split.left_out)
     reasons = [_ordered({name: n for (i, name), n in left_out.items() if i == of}) for of in range(len(sources))]
     own = [i for i, source in enumerate(sources) if source.role in OWN]
@@ -321,8 +322,8 @@ def _remedy(cfg: DataConfig, name: str, share: float, groups: dict[str, int]) ->
     if groups["rows"] * share < _FEW_ROWS or groups["count"] * share >= _FEW_ROWS:
         return "add rows or raise the share"
     return (
-        f"{groups['rows']} rows make {groups['count']} groups of rows that are nearly the same or ask the same, the "
-        f"largest of {groups['largest']}, and a group stays in one split; name {name} rows by data.{name}_path, add "
-        "rows that differ more, or raise data.quality.similarity (from which rows count as nearly the same; now "
+        f"{groups['rows']} rows make {groups['count']} groups of rows that share most of their text or ask the same, "
+        f"the largest of {groups['largest']}, and a group stays in one split; name {name} rows by data.{name}_path, "
+        "add rows that differ more, or raise data.quality.similarity (the share from which rows stay together; now "
         f"{cfg.quality.similarity:g})"
     )

@@ -56,7 +56,7 @@ class ChatWriter:
 
     def __init__(self, cfg: TemplateConfig, tokenizer: Tokenizer) -> None:
         self._template = ChatTemplate(cfg, tokenizer)
-        self._ends = Ends(end_tokens(tokenizer))
+        self._ends = Ends(end_tokens(tokenizer), tokenizer.eos_token)
         self._styles: dict[str, Style] = {}  # by the shape of a row with calls
         self._skeletons: dict[str, Skeleton] = {}  # by shape
         self._whole: set[str] = set()  # shapes that a template with marks writes all of
@@ -69,10 +69,21 @@ class ChatWriter:
         chat = self._chat(messages_of(row, folds), list(row.tools) or None)
         if folds and self._template.prompts_system:
             chat = replace(chat, unfolded=messages_of(row, False))
-        text, spans, closed = self._written(chat)
+        try:
+            text, spans, closed = self._written(chat)
+        except RowRefused as error:
+            # A thought that the text begins with and that is empty is none: a template may write another in its place.
+            plain, unfolded = _without_empty_thoughts(chat.messages), _without_empty_thoughts(chat.unfolded)
+            if plain == chat.messages:
+                raise
+            try:
+                chat = replace(self._chat(plain, chat.tools), unfolded=unfolded)
+                text, spans, closed = self._written(chat)
+            except RowRefused:
+                raise error from None
         text, spans, notes = self._as_prompted(chat, text, spans)
         notes += _lost(chat.messages, text, spans)
-        return _split(text, spans, closed, len(row.turns) - 1, notes)
+        return _split(text, spans, "" if closed else self._template.closing, closed, len(row.turns) - 1, notes)
 
     def _chat(self, messages: Sequence[Message], tools: Tools) -> Chat:
         """The row as the template is to get it: its messages in the spelling in which it writes their calls."""
@@ -169,13 +180,16 @@ class ChatWriter:
     def _as_prompted(self, chat: Chat, text: str, spans: list[Span]) -> tuple[str, list[Span], tuple[Note, ...]]:
         """The text with the last answer after what the model is prompted with for it."""
         messages = chat.messages
-        plain_row = not (chat.tools or any(m.calls or m.reasoning for m in messages))
-        if plain_row and not self._template.marked and not chat.unfolded and self._skeleton(chat).last.prompted:
-            return text, spans, ()  # what the skeleton says of the header holds for every row of this shape
+        plain_row = not (chat.tools or any(m.calls or m.apart() is not m for m in messages))
+        if plain_row and not self._template.marked and not chat.unfolded:
+            slot = self._skeleton(chat).last
+            if slot.prompted and not _OPEN_THOUGHT.search(slot.fixed):
+                return text, spans, ()  # what the skeleton says of the header holds for every row of this shape
         before = replace(chat, messages=(chat.unfolded or messages)[:-1])
         asked, plain = (self._template.render(before, before.messages, prompt)[0] for prompt in (True, False))
         begin, end, turn = spans[-1]
-        if text.startswith(asked):
+        left_open = text.startswith(asked) and not self._template.marked and _left_open(asked, text[len(asked) : end])
+        if text.startswith(asked) and not left_open:
             if asked == plain and not self._template.prompts:
                 return text, spans, ()
             if self._template.marked:  # what the marks leave out of an answer stays out
@@ -219,6 +233,17 @@ class ChatWriter:
         return ""
 
 
+def _without_empty_thoughts(messages: Sequence[Message]) -> list[Message]:
+    return [message if message.reasoning else message.apart() for message in messages]
+
+
+def _left_open(asked: str, body: str) -> bool:
+    """Whether an answer stands within the thought that the prompt opens, or opens another there."""
+    if not _OPEN_THOUGHT.search(asked):
+        return False
+    return re.search(_CLOSE, body) is None or re.match(rf"\s*{_OPEN}", body) is not None
+
+
 def _after_prompt(asked: str, body: str, answer: Message) -> tuple[str, str]:
     """What stands between a generation prompt and an answer, and the answer as the template writes it, thought aside.
 
@@ -256,8 +281,10 @@ def _lost(messages: Sequence[Message], text: str, spans: Sequence[Span]) -> tupl
     return tuple(notes)
 
 
-def _split(text: str, spans: Sequence[Span], closed: bool, last: int, notes: tuple[Note, ...]) -> Rendered:
-    """The text as segments; where the template closes no turn, the row ends with the end-of-sequence token."""
+def _split(
+    text: str, spans: Sequence[Span], closing: str, closed: bool, last: int, notes: tuple[Note, ...]
+) -> Rendered:
+    """The text as segments; where the template does not close the last turn, the end-of-sequence token does."""
     segments: list[Segment] = []
     at = 0
     for start, end, turn in spans:
@@ -269,5 +296,5 @@ def _split(text: str, spans: Sequence[Span], closed: bool, last: int, notes: tup
         segments.append(Segment(text[at:], False, last))
     if not closed:
         final = segments[-1]
-        segments[-1] = Segment(final.text, True, final.turn, ends=True)
+        segments[-1] = Segment(final.text + (closing if at == len(text) else ""), True, final.turn, ends=True)
     return Rendered(tuple(segments), True, notes)

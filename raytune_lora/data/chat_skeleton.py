@@ -9,9 +9,10 @@ words; what stands for calls of tools may be anything, if there is only one way 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
-from itertools import pairwise, product
+from itertools import pairwise, product, takewhile
 
 from raytune_lora.data.chat_messages import CALL, ID, TEXT, THOUGHT, WORD, Message, forms, ids_of, word
 from raytune_lora.data.rows import ASSISTANT, USER
@@ -69,16 +70,23 @@ class Skeleton:
 class Ends:
     """The tokens that may end a turn."""
 
-    def __init__(self, tokens: Sequence[str]) -> None:
+    def __init__(self, tokens: Sequence[str], final: str | None) -> None:
+        """
+        Args:
+            tokens: all of them, longest first; some begin a turn instead.
+            final: the end-of-sequence token, which begins none.
+        """
         token = "|".join(re.escape(end) for end in tokens) or "(?!)"
         self.tokens = tuple(tokens)
         self.one, self.run = re.compile(rf"\s*(?:{token})"), re.compile(rf"\s*(?:{token})+")
+        self.final = re.compile(rf"\s*(?:{re.escape(final)})+" if final else "(?!)")
 
     def after(self, text: str, tail: str, last: bool) -> int:
         """How many characters of the text after an answer end its turn: the end token, but no newline and no header.
 
         What ends a turn is what follows it where it is the last, so that the next turn's header, which may begin with a
-        special token too, is not taken for it.
+        special token too, is not taken for it. A template that closes earlier turns alone, or otherwise, does so by the
+        end-of-sequence token.
 
         Args:
             text: up to the next message.
@@ -89,6 +97,8 @@ class Ends:
         if self.one.match(tail):
             found = self.run.match(common) or self.one.match(text)
             return found.end() if found else 0
+        if not last and (found := self.final.match(text)):
+            return found.end()
         # The tokenizer knows no end token here; the row gets one at its end, and all that leads to it is trained.
         return len(text) if last else len(common.rstrip())
 
@@ -97,6 +107,8 @@ class Ends:
         common = common_start(text, tail)
         found = list(self.one.finditer(common))
         if not found or common[found[-1].end() :].strip():
+            if not last and (final := self.final.search(text)):
+                return final.span()
             end = len(text) if last else len(common.rstrip())
             return end, end
         first = len(found) - 1
@@ -189,12 +201,29 @@ def _region(number: int, words: Sequence[Message], found: Sequence[_Found], rend
         return range(0)
     if not words[number].calls:
         return range(own[0], own[-1] + 1)
-    alone = _found(render(words[: number + 1], False))
-    mine = [at for at, each in enumerate(alone) if each.kind != ID and each.number == number]
+    kinds = [found[at].kind for at in own]
+    for text in _alone(words, number, render):
+        alone = _found(text)
+        mine = [at for at, each in enumerate(alone) if each.kind != ID and each.number == number]
+        if [alone[at].kind for at in mine] == kinds:
+            break
     if not mine:
         return range(0)
     before = mine[0] - len(_found(render(words[:number], False)))
-    return range(own[0] - max(before, 0), own[-1] + len(alone) - mine[-1])
+    after = sum(1 for _ in takewhile(lambda each: each.kind == ID, alone[mine[-1] + 1 :]))
+    return range(own[0] - max(before, 0), own[-1] + 1 + after)
+
+
+def _alone(words: Sequence[Message], number: int, render: Render) -> Iterator[str]:
+    """A conversation up to an answer: with a question after it unless it is the last, since some write that otherwise.
+
+    Then without one, as templates that keep only the last question's thoughts write the answer.
+    """
+    upto, after = words[: number + 1], len(words)
+    if number < after - 1:
+        with suppress(RowRefused):
+            yield render((*upto, Message(USER, word(TEXT, after), after)), False)
+    yield render(upto, False)
 
 
 def _answer(

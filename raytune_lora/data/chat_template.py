@@ -97,6 +97,17 @@ class ChatTemplate:
         return prompt if always else ""
 
     @cached_property
+    def closing(self) -> str:
+        """The space between an answer that a question follows and the end-of-sequence token that closes it."""
+        words = _words(USER, ASSISTANT, USER)
+        try:
+            after = self.render(Chat(words), words)[0].partition(words[1].text)[2]
+        except RowRefused:
+            return ""
+        space = after[: len(after) - len(after.lstrip())]
+        return space if self._end and after.startswith(self._end, len(space)) else ""
+
+    @cached_property
     def writes_system(self) -> bool:
         """Whether a system message is written, or must go into the first user message, as for Gemma."""
         return self._writes_first(_words(SYSTEM, USER, ASSISTANT))

@@ -6,17 +6,21 @@ weighs next to nothing; one that a few share weighs 1. Candidates are found by M
 Leskovec, Rajaraman and Ullman, Mining of Massive Datasets, chapter 3), where the shingle of the lowest hash over its
 weight stands for a row (Moulton and Jiang 2018, Maximally consistent sampling and the Jaccard index of probability
 distributions), in arrays of a fixed size a row; each candidate pair is then compared exactly.
+
+Rows that are so alike still ask different things where what they share is a passage or an instruction around a question
+of their own; ``ask_alike`` tells them apart by the sentences that the other row has not.
 """
 
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import re
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import Any
 
 import numpy as np
@@ -29,10 +33,12 @@ _BANDS = 16  # of four permutations each: rows that share 0.7 of their shingles 
 _WORDS = 2  # a shingle; with three, one word changed in a row of twenty would be a third of it
 _CHARACTERS = 5  # a shingle of a script that has no spaces between words
 _WORD = re.compile(r"\w+")
+_SENTENCE_END = re.compile(r"[\r\n]+|(?<=[.?!:;])\s+|(?<=[\u3002\uff1f\uff01\uff1b\u0964\u061f])")
 _LONGEST_WORD = 24  # characters; what is longer on average is written without spaces
 MOST_SHINGLES = 20_000  # of one row: a field of megabytes is known by its beginning
-_FEW = 20  # rows, and in small data a quarter of all but 5 at least: shingles of more rows than that weigh less
+_FEW = 20  # rows, and in small data a tenth of all but 5 at least: shingles of more rows than that weigh less
 _FEWEST = 5
+_ALL_PAIRED = _FEW  # rows of one key that are all compared with each other; of more, each with two others
 _CELL = np.uint32(2**22 - 1)
 _CELLS = 2**22
 
@@ -75,10 +81,54 @@ def shingles(text: str, words: int = _WORDS, characters: int = _CHARACTERS) -> s
     return {between.join(found[i : i + width]).encode() for i in range(max(1, len(found) - width + 1))}
 
 
-def overlap(a: str, b: str) -> float:
-    """The Jaccard index of two texts' words (of pairs of characters, where words are not set apart)."""
-    first, second = shingles(a, 1, 2), shingles(b, 1, 2)
+def words(text: str) -> set[bytes]:
+    """The words of a text; its pairs of characters, where words are not set apart."""
+    return shingles(text, 1, 2)
+
+
+def overlap(a: str, b: str, of: Callable[[str], set[bytes]] = words) -> float:
+    """The Jaccard index of what two texts are made of."""
+    first, second = of(a), of(b)
     return len(first & second) / len(first | second)
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What comes before a row's last answer, and that answer."""
+
+    text: str  # nothing before plain text
+    said: str
+
+    @cached_property
+    def sentences(self) -> dict[str, None]:
+        """The sentences and lines of what is asked, or of plain text; case and punctuation aside, in order."""
+        return {" ".join(_WORD.findall(part)): None for part in _SENTENCE_END.split((self.text or self.said).lower())}
+
+
+def ask_alike(a: Asked, b: Asked, least: float) -> bool:
+    """Whether two rows that share most of their words ask nearly the same, and not only about the same passage.
+
+    Sentences of what is asked that both rows have are set aside. Of the rest, ``least`` of the pairs of words must be
+    common; half of that share of the words, where the answers are alike as well: a word changed somewhere in a long
+    text is then found in a short sentence too. Plain text asks nothing, and ``least`` of its words must be common.
+
+    Args:
+        a: of a row.
+        b: of another.
+        least: share of common words or pairs of words, 0 to 1.
+    """
+    first, second = a.sentences, b.sentences
+    own = (
+        "\n".join(each for each in first if each not in second),
+        "\n".join(each for each in second if each not in first),
+    )
+    if not any(own):
+        return True
+    if not a.text and not b.text:
+        return not all(own) or overlap(*own) >= least
+    if overlap(a.said, b.said) >= least:
+        return not all(own) or overlap(*own) >= least / 2
+    return all(own) and overlap(*own, of=shingles) >= least
 
 
 @dataclass(frozen=True)
@@ -148,7 +198,7 @@ class Weights:
                 rows += np.bincount(np.concatenate(waiting), minlength=_CELLS)
                 waiting = []
         rows += np.bincount(np.concatenate([np.zeros(0, np.uint32), *waiting]), minlength=_CELLS)
-        few = min(max(int(counted.sum()) / 4, _FEWEST), _FEW)
+        few = min(max(int(counted.sum()) / 10, _FEWEST), _FEW)
         beyond = np.maximum(1, rows / few).astype(np.float32)
         self._inverse = beyond * beyond * beyond * beyond
 
@@ -181,23 +231,24 @@ def _permutations() -> tuple[NDArray[np.uint32], NDArray[np.uint32]]:
 def near_pairs(
     signatures: Sequence[NDArray[np.uint32]], rows: NDArray[np.int64], near: Callable[[int, int], bool]
 ) -> Iterator[tuple[int, int]]:
-    """Pairs (earlier, later) of rows that are near; enough of them to join each cluster.
+    """Pairs (earlier, later) of rows that are near; enough of them to join each cluster, all in small ones.
 
     Args:
         signatures: of all rows, part by part, each (N, P).
         rows: the numbers of those that are compared, (M,), in order.
         near: whether two rows are, by exact comparison.
     """
-    seen: set[tuple[int, int]] = set()
+    seen: set[int] = set()
     width = PERMUTATIONS // _BANDS
     for band in range(_BANDS):
         # band by band, since all signatures in one array would be held twice
         keys = np.concatenate([_keys(part_NP[:, band * width : (band + 1) * width]) for part_NP in signatures])
-        for pair in _meeting(keys[rows], rows):
+        for earlier, later in _meeting(keys[rows], rows):
+            pair = earlier << 32 | later  # one number takes a third of the memory of a tuple
             if pair not in seen:
                 seen.add(pair)
-                if near(*pair):
-                    yield pair
+                if near(earlier, later):
+                    yield earlier, later
 
 
 def _keys(band_NW: NDArray[np.uint32]) -> Digests:
@@ -209,8 +260,11 @@ def _keys(band_NW: NDArray[np.uint32]) -> Digests:
 
 
 def _meeting(keys_M: Digests, rows_M: NDArray[np.int64]) -> Iterator[tuple[int, int]]:
-    """Of the rows of equal key, each with the first and with the one before it."""
+    """Of the rows of equal key, each with all others, or with the first and the one before it where they are many."""
     for members in groups(keys_M):
+        if len(members) <= _ALL_PAIRED:
+            yield from itertools.combinations(rows_M[members].tolist(), 2)
+            continue
         first, *others = rows_M[members].tolist()
         before = first
         for after in others:

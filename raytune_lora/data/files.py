@@ -67,12 +67,16 @@ def _beside(name: str) -> bool:
 
 
 def identity(files: list[str]) -> list[list[Any]]:
-    """What the files' content is addressed by: [name, bytes, SHA-256], of a URI [URI, bytes, its tag or time].
+    """What the files' content is addressed by: [name, bytes, SHA-256], of a store's [URI, bytes, its tag or time].
 
     Raises:
         UserError: a file cannot be read.
     """
-    return [_remote_identity(file) if "://" in file else _local_identity(file) for file in files]
+    here = ("file://", "local://")  # whose times are no finer than the file system's
+    return [
+        _remote_identity(file) if "://" in file and not file.startswith(here) else _local_identity(file)
+        for file in files
+    ]
 
 
 def known(file: str) -> bool:

@@ -1,4 +1,4 @@
-"""Splits that data gives itself: by the names of its files and folders, or by the keys of a JSON object.
+"""Splits that data gives itself: by names of its files and folders, keys of a JSON object, or a column of its rows.
 
 The words are those of the ``datasets`` library, so that a folder that ``load_dataset`` divides is divided alike here,
 and others that say the same, so that no test rows are trained on.
@@ -13,12 +13,14 @@ import unicodedata
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import PurePosixPath
+from typing import Any
 
 from raytune_lora.data import files
 from raytune_lora.data.json_stream import LISTS, list_keys, two_lists
 from raytune_lora.errors import UserError
 
 TRAIN, VALIDATION, TEST = "train", "validation", "test"
+SAID = (None, TRAIN, VALIDATION, TEST)  # what a row's column may say; None: no split
 _WORDS = {
     TRAIN: ("train", "training", "훈련", "학습"),
     VALIDATION: ("validation", "valid", "val", "dev", "validate", "devel", "development", "검증"),
@@ -32,6 +34,7 @@ _SPLIT_OF = {
 }
 _WORD = re.compile(r"[A-Z]?[a-z]+|[A-Z]+|[가-힣]+")
 _HELD_OUT = re.compile(r"(?<![a-z])h[eo]ld[-_ ]?out", re.IGNORECASE)
+_LONGEST = 40  # characters of a split's name in a column; a text is none
 _SHOWN = 4  # files that a message names
 
 
@@ -58,6 +61,11 @@ def split_named(name: str) -> str | None:
     name = unicodedata.normalize("NFC", _HELD_OUT.sub("_heldout", name))
     found = {split for word in _WORD.findall(name) if (split := _SPLIT_OF.get(word.lower()))}
     return found.pop() if len(found) == 1 else None
+
+
+def split_said(value: Any) -> int:
+    """What a row's column says, as an index of ``SAID``."""
+    return SAID.index(split_named(value) if isinstance(value, str) and len(value) <= _LONGEST else None)
 
 
 def pieces(path: str, but: Collection[str] = ()) -> Pieces:
@@ -127,6 +135,33 @@ def undivided(key: str, path: str, *, any_split: bool = False) -> list[Piece]:
     return [piece for some in found.values() for piece in some]
 
 
+def column_refused(role: str, name: str, column: str, held: Sequence[str], without: str | None) -> str:
+    """What is said of rows of which a column says a split for some.
+
+    Args:
+        role: of their source.
+        name: of their source.
+        column: its name.
+        held: splits that are not for training and that it says.
+        without: where the first row stands of which it says no split; None where it says one of all.
+    """
+    what = f"{name}: {column!r} says {' and '.join(held)} of some rows"
+    ignored = "data.split_column=null takes all rows alike, data.split_column=<another> the splits of another column"
+    if not role.startswith("mix."):
+        what += f", and no split of others (the first at {without})" if without else ", and train of none"
+        return f"data.path: {what}; write train, validation or test into each row, or {ignored}"
+    return f"data.{role}.path: {what}; name a file of the rows to mix in alone, or {ignored}"
+
+
+def column_twice(name: str, column: str, twice: Sequence[str]) -> str:
+    """What is said where a column and files of their own both give splits."""
+    keys = " and ".join(f"data.{split}_path" for split in twice)
+    return (
+        f"data.path: {name} holds {' and '.join(twice)} rows, as {column!r} says, beside those of {keys}; leave {keys} "
+        "out to take these, or set data.split_column=null to train on all rows of data.path"
+    )
+
+
 def _listed(found: Pieces) -> str:
     return ", ".join(f"{_named(some)} ({split or 'no split'})" for split, some in found.items())
 
@@ -159,19 +194,23 @@ def _below(path: str, file: str) -> str:
     return "/".join(parts[min(known, len(parts) - 1) :])
 
 
+def _holds_rows(key: str) -> bool:
+    return key in LISTS or split_named(key) is not None
+
+
 def _by_key(file: str, label: str) -> list[tuple[str | None, Piece]]:
     """The file whole, or its lists of rows by the split that their keys name.
 
     Raises:
         UserError: it holds two lists of rows that are not of different splits.
     """
-    found = list_keys(file) if files.suffixes(file)[0] == ".json" else []
+    found = list_keys(file, _holds_rows) if files.suffixes(file)[0] == ".json" else []
     known = {key: split for key in found if (split := split_named(key)) or key in LISTS}
     if not known or found == [key for key in LISTS if key in found][:1]:
         return [(None, Piece(file, label))]
     if None in known.values() and len(alike := [key for key in known if known[key] in (None, TRAIN)]) > 1:
         raise UserError(two_lists(file, alike))
-    stray = tuple(key for key in found if key not in known)
+    stray = tuple(dict.fromkeys(key for key in found if key not in known))
     by_split = {split: tuple(key for key in known if known[key] == split) for split in known.values()}
     first = TRAIN if TRAIN in by_split else next(iter(by_split))
     return [(split, Piece(file, label, keys, stray if split == first else ())) for split, keys in by_split.items()]

@@ -79,7 +79,7 @@ def load_words(path: str | None) -> Words:
     Raises:
         UserError: the file is missing, is not YAML, or is not of that form.
     """
-    where = Path(path) if path is not None else PACKAGED
+    where = Path(path).expanduser() if path is not None else PACKAGED
     wrong = f"data.quality.harmful_words={where}"
     form = "write each language as a key with a list of quoted words, such as en: ['one', 'another']"
     try:

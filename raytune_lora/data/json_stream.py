@@ -9,7 +9,7 @@ import io
 import json
 import re
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from typing import Any, BinaryIO, NoReturn
 
 from raytune_lora.data import files
@@ -222,8 +222,12 @@ def read_json(
         yield Record(f"{file}#{number + 1}", stream.damage)
 
 
-def list_keys(file: str) -> list[str]:
-    """The keys of a JSON file's first object that hold lists of objects, in order; the rest of the file is not read.
+def list_keys(file: str, known: Callable[[str], object]) -> list[str]:
+    """The keys of a JSON file's first object that hold lists of objects, in order, and of those that follow it.
+
+    Args:
+        file: its name.
+        known: whether a key's list may hold rows; what follows an object without such a list is not read.
 
     Raises:
         UserError: the file cannot be read.
@@ -231,30 +235,48 @@ def list_keys(file: str) -> list[str]:
     found: list[str] = []
     with files.opened(file) as raw:
         window = _Window(io.BufferedReader(files.unpacked(raw, files.suffixes(file)[1]), files.BLOCK))
-        if window.take("{"):
-            try:
-                for key in _fields(window):
-                    if _holds_rows(window):
-                        found.append(key)
-                        for _ in _items(window):
-                            pass
-                        if window.lost:
-                            break
-                    else:
-                        window.value()
-            except _NoEndError:  # which is told where the rows are read
-                pass
+        try:
+            while window.take("{"):
+                before = len(found)
+                for key in _lists(window):
+                    found.append(key)
+                if window.lost or not any(map(known, found[before:])):
+                    break
+                window.take(",")
+        except _NoEndError:  # which is told where the rows are read
+            pass
     return found
+
+
+def _lists(window: _Window) -> Iterator[str]:
+    """The keys of an object behind its brace that hold lists of objects.
+
+    Raises:
+        _NoEndError: it is no JSON.
+    """
+    for key in _fields(window):
+        if not _holds_rows(window):
+            window.value()
+            continue
+        yield key
+        for _ in _items(window):
+            pass
+        if window.lost:
+            return
 
 
 def _values(file: str, window: _Window, keys: Sequence[str] | None, stray: Sequence[str]) -> Iterator[Any]:
     """The records among the values of a text, and ``_OTHER`` for each that is in another list than is meant."""
+    listed: str | None = None
     if window.peek() == "{":
-        yield from _object(file, window, keys, stray)
+        listed = yield from _object(file, window, keys, stray)
         window.take(",")
     while not window.lost and (sign := window.peek()):
         if sign == "[":
             yield from _items(window)
+        elif sign == "{" and listed:
+            yield from _object(file, window, keys, stray)
+            window.take(",")
         else:
             yield window.item("")
             window.take(",")
@@ -292,8 +314,14 @@ def _holds_rows(window: _Window) -> bool:
     return window.peek() == "[" and window.peek(after=1) == "{"
 
 
-def _object(file: str, window: _Window, keys: Sequence[str] | None, stray: Sequence[str]) -> Iterator[Any]:
-    """The first object of a text: the items of the lists that are meant, or itself if it holds no list of rows."""
+def _object(
+    file: str, window: _Window, keys: Sequence[str] | None, stray: Sequence[str]
+) -> Generator[Any, None, str | None]:
+    """The object that comes next: the items of the lists that are meant, or itself if it holds no list of rows.
+
+    Returns:
+        The last key that holds such a list.
+    """
     fields: dict[str, Any] = {}
     listed: str | None = None
     window.take("{")
@@ -311,7 +339,7 @@ def _object(file: str, window: _Window, keys: Sequence[str] | None, stray: Seque
                 else:
                     yield Fault("unreadable", f"in the list {key!r}: {_STRAY}") if key in stray else _OTHER
             if window.lost:
-                return
+                return listed
         if window.peek() not in _AFTER_ITEM:
             raise _NoEndError("not JSON: something follows the object")
     except _NoEndError as error:
@@ -319,6 +347,7 @@ def _object(file: str, window: _Window, keys: Sequence[str] | None, stray: Seque
     else:
         if not listed:
             yield next((value for value in fields.values() if isinstance(value, Fault)), fields)
+    return listed
 
 
 def two_lists(file: str, keys: Sequence[str]) -> str:

@@ -86,5 +86,5 @@ def settings(cfg: DataConfig) -> dict[str, Any]:
     template, words = cfg.template.chat_template, cfg.quality.harmful_words
     if template is not None:
         plain["template"]["chat_template"] = content_digest([Path(template).expanduser()])
-    plain["quality"]["harmful_words"] = content_digest([Path(words) if words is not None else PACKAGED])
+    plain["quality"]["harmful_words"] = content_digest([Path(words).expanduser() if words is not None else PACKAGED])
     return {name: value for name, value in plain.items() if name not in _PLACES} | {"mix": mix}

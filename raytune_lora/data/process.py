@@ -20,6 +20,7 @@ from raytune_lora.data import duplicates, formats, pii, quality
 from raytune_lora.data.duplicates import Shingles
 from raytune_lora.data.encode import Encoded, encode, spell
 from raytune_lora.data.findings import Findings
+from raytune_lora.data.given import split_said
 from raytune_lora.data.harmful import Words, load_words
 from raytune_lora.data.rows import Fault, Record, Row, leaves
 from raytune_lora.data.sources import BENCHMARK, MIX, Source
@@ -53,6 +54,7 @@ class Part:
     trained: NDArray[np.int32]  # (N,) tokens of a row that are trained
     stratum: list[str]  # (N,)
     format: list[str]  # (N,) names
+    said: NDArray[np.int8]  # (N,) which split a row's own column says, as an index of ``given.SAID``
     ends: Counter[int]  # by token: the rows, benchmarks' aside, whose last answer it ends
     largest_id: int  # of those rows' tokens
 
@@ -72,6 +74,7 @@ class _Usable:
     where: str
     row: Row
     format: str
+    said: int
 
 
 class Processor:
@@ -124,6 +127,7 @@ class Processor:
             trained=np.array(trained if ids else [0] * len(kept), np.int32),
             stratum=[usable.row.stratum for usable in kept],
             format=[usable.format for usable in kept],
+            said=np.array([usable.said for usable in kept], np.int8),
             ends=Counter(one.input_ids[one.end] for one in own if one.end is not None),
             largest_id=max((max(one.input_ids) for one in own), default=0),
         )
@@ -170,9 +174,11 @@ class Processor:
             return None
         row, name = parsed
         if of.role == BENCHMARK:
-            return _Usable(source, record.where, row, name)
-        if row.unused and self._actions["unused_fields"] is not Action.off:
-            names = [name or "(a column without a name)" for name in row.unused]
+            return _Usable(source, record.where, row, name, 0)
+        said = split_said(record.value.get(of.split_column)) if of.split_column else 0
+        unused = [name for name in row.unused if not said or name != of.split_column]
+        if unused and self._actions["unused_fields"] is not Action.off:
+            names = [name or "(a column without a name)" for name in unused]
             findings.add("unused_fields", record.where, _shown(record.value), ", ".join(names), names)
             if self._actions["unused_fields"] is Action.drop:
                 self._leave_out(source, "unused_fields")
@@ -189,7 +195,7 @@ class Processor:
         if reason is not None:
             self._leave_out(source, reason)
             return None
-        return _Usable(source, record.where, masked, name)
+        return _Usable(source, record.where, masked, name, said)
 
     def _leave_out(self, source: int, reason: str) -> None:
         """Count a row that is left out, once, by the first reason."""

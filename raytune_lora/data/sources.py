@@ -38,6 +38,7 @@ class Source:
     format: Format = Format.auto
     columns: Mapping[str, str] = field(default_factory=dict)
     files: tuple[str, ...] = ()  # the first few names and how many more, where it is made of files
+    split_column: str | None = None  # that may say which split a row is of
 
 
 def sources(cfg: DataConfig) -> list[Source]:
@@ -54,13 +55,15 @@ def sources(cfg: DataConfig) -> list[Source]:
             "or try data=extraction or data=fake"
         )
     else:
-        found = _own(cfg, cfg.path)
+        own, *held = _own(cfg, cfg.path)
+        found = [_by_column(own, cfg, cfg.stratify), *held]
     for name, mix in cfg.mix.items():
         if mix.path is None:
             raise UserError(
                 f"data.mix.{name}.path: no data; name a file to mix in (data.mix.{name}.path=general.jsonl)"
             )
-        found.append(_files(f"{MIX}{name}", f"data.mix.{name}.path", mix.path, mix.format, mix.columns))
+        mixed = _files(f"{MIX}{name}", f"data.mix.{name}.path", mix.path, mix.format, mix.columns)
+        found.append(_by_column(mixed, cfg, None))
     found += [_files(BENCHMARK, "data.benchmarks", path, Format.auto, {}) for path in cfg.benchmarks]
     return found
 
@@ -137,6 +140,12 @@ def _own(cfg: FileDataConfig, path: str) -> list[Source]:
             found = [source for source in found if source.role != role]
             found.append(_files(role, f"data.{role}_path", own, cfg.format, cfg.columns, cfg))
     return found
+
+
+def _by_column(source: Source, cfg: DataConfig, stratify: str | None) -> Source:
+    """The source with the column that may say its rows' splits, unless it is for something else."""
+    column = cfg.split_column if isinstance(cfg, FileDataConfig) else FileDataConfig.split_column
+    return replace(source, split_column=None if column in (*source.columns.values(), stratify) else column)
 
 
 def _files(

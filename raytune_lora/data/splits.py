@@ -8,23 +8,25 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
-from functools import cached_property
+from dataclasses import dataclass, field, replace
+from functools import cached_property, lru_cache
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from raytune_lora.config.data import Action, DataConfig
-from raytune_lora.data import duplicates
+from raytune_lora.data import duplicates, given
 from raytune_lora.data.duplicates import Shingles
 from raytune_lora.data.findings import SHOWN, Findings
 from raytune_lora.data.process import Part
 from raytune_lora.data.sources import BENCHMARK, MAIN, MIX, TEST, VALIDATION, Source
+from raytune_lora.errors import UserError
 
 SPLITS = ("train", "validation", "test")
 OUT = -1  # in no split
 _TRAIN, _VALIDATION, _TEST = range(3)
+_AT_HAND = 100  # rows that are compared with others, in memory
 _COMMON = 20  # rows, and a tenth of all: a prompt of more rows than that keeps none of them together
 
 Mask = NDArray[np.bool_]
@@ -49,6 +51,8 @@ class Split:
         self.tokens = self._joined("tokens", np.int32)
         self.trained = self._joined("trained", np.int32)
         self._starts = np.cumsum([0, *(len(part.row) for part in self.parts)])
+        self.moved: Counter[int] = Counter()  # rows by the source that they came to, and less than none where they left
+        self._given()
         self.of = np.full(len(self.row), OUT, np.int8)
         self._mine = ~self._role(BENCHMARK)
         self._duplicates()
@@ -62,6 +66,37 @@ class Split:
 
     def _joined(self, name: str, dtype: Any) -> NDArray[Any]:
         return np.concatenate([np.zeros(0, dtype), *(getattr(part, name) for part in self.parts)])
+
+    # -------------------------------------------------------------------------------------- what a column says
+
+    def _given(self) -> None:
+        """Makes sources of the rows that their column says are for validation and for test.
+
+        Where it says one split for all rows, that is what the user has named.
+
+        Raises:
+            UserError: it says so of some rows, and what the others are for cannot be told.
+        """
+        said = self._joined("said", np.int8)
+        known = list(self.sources)
+        for index, source in enumerate(known):
+            rows = np.flatnonzero(self.source == index)
+            found = {given.SAID[number] for number in np.unique(said[rows])}
+            held = [split for split in (VALIDATION, TEST) if split in found]
+            if not held or len(found) == 1:
+                continue
+            if source.role != MAIN or None in found or given.TRAIN not in found:
+                without = self._where(int(rows[said[rows] == 0][0])) if None in found else None
+                raise UserError(given.column_refused(source.role, source.name, str(source.split_column), held, without))
+            if twice := [split for split in held if any(other.role == split for other in known)]:
+                raise UserError(given.column_twice(source.name, str(source.split_column), twice))
+            for split in held:
+                mine = rows[said[rows] == given.SAID.index(split)]
+                self.source[mine] = len(self.sources)
+                self.moved.update({index: -len(mine), len(self.sources): len(mine)})
+                files = (f"rows whose {source.split_column!r} says so",)
+                of = replace(source, role=split, name=f"{source.name} ({split})", files=files)
+                self.sources = [*self.sources, of]
 
     # ------------------------------------------------------------------------------------------------ rows alike
 
@@ -89,14 +124,19 @@ class Split:
         self._find("contradictions", self._otherwise, lambda i: f"answers otherwise than {self._where(first_of[i])}")
 
     def _near_duplicates(self) -> None:
-        """Joins rows that are nearly the same or ask the same; counts those that are nearly the same as an earlier."""
-        self._clusters = duplicates.Clusters(len(self.row))
+        """Joins rows that are alike or ask the same; counts those that are nearly the same as an earlier one.
+
+        Rows about one passage are alike, and stay in one split, without being nearly the same.
+        """
+        self._alike, self._near = duplicates.Clusters(len(self.row)), duplicates.Clusters(len(self.row))
         near_to: dict[int, int] = {}
-        alike = [self._on("near_duplicates"), self._on("leakage")]
-        if any(alike) and self.parts:
-            for earlier, later in self._near_pairs():
-                self._clusters.join(earlier, later)
-                near_to.setdefault(later, earlier)
+        if (self._on("near_duplicates") or self._on("leakage")) and self.parts:
+            asked, least = lru_cache(_AT_HAND)(self._asked), self.cfg.quality.similarity
+            for earlier, later in self._alike_pairs():
+                self._alike.join(earlier, later)
+                if self._ask_the_same(earlier, later) or duplicates.ask_alike(asked(earlier), asked(later), least):
+                    self._near.join(earlier, later)
+                    near_to.setdefault(later, earlier)
         self._asking = self.prompt.copy()
         for members in duplicates.groups(self.prompt):
             if len(members) > max(_COMMON, len(self.prompt) // 10):
@@ -105,12 +145,13 @@ class Split:
             for members in duplicates.groups(keys):
                 if keys[members[0]] != 0:
                     for member in members[1:]:
-                        self._clusters.join(int(members[0]), int(member))
+                        self._alike.join(int(members[0]), int(member))
+                        self._near.join(int(members[0]), int(member))
         near = np.zeros(len(self.row), bool)
         near[[i for i, j in near_to.items() if self._role_of(i) == self._role_of(j)]] = True
         self._find("near_duplicates", near & self._mine, lambda i: f"nearly {self._where(near_to[i])}")
 
-    def _near_pairs(self) -> Iterator[tuple[int, int]]:
+    def _alike_pairs(self) -> Iterator[tuple[int, int]]:
         parts = [Shingles.from_column(table["shingles"]) for table in self._tables]
         digests = np.concatenate([part.digests() for part in parts])
         distinct = np.flatnonzero(~self._again)
@@ -124,15 +165,22 @@ class Split:
 
         least = self.cfg.quality.similarity
 
-        def near(earlier: int, later: int) -> bool:
-            alike = weights.similarity(of(earlier), of(later))
-            if not self.prompt[earlier] or self.prompt[earlier] != self.prompt[later]:
-                return alike >= least
+        def alike(earlier: int, later: int) -> bool:
+            similarity = weights.similarity(of(earlier), of(later))
+            if not self._ask_the_same(earlier, later):
+                return similarity >= least
             # Only the answers differ: the same share of their words is enough, of whose changes each takes two pairs.
-            answers = (str(self._cell(row, "said")) for row in (earlier, later))
-            return alike >= (3 * least - 1) / (3 - least) and duplicates.overlap(*answers) >= least
+            said, other = (str(self._cell(row, "said")) for row in (earlier, later))
+            return similarity >= (3 * least - 1) / (3 - least) and duplicates.overlap(said, other) >= least
 
-        return duplicates.near_pairs([weights.signatures(part) for part in parts], distinct, near)
+        return duplicates.near_pairs([weights.signatures(part) for part in parts], distinct, alike)
+
+    def _asked(self, row: int) -> duplicates.Asked:
+        said = str(self._cell(row, "said"))
+        return duplicates.Asked(self._text(row).removesuffix(said).strip(), said)
+
+    def _ask_the_same(self, earlier: int, later: int) -> bool:
+        return bool(self.prompt[earlier] != 0 and self.prompt[earlier] == self.prompt[later])
 
     # ---------------------------------------------------------------------------------------------- single rows
 
@@ -155,7 +203,7 @@ class Split:
 
     def _divide(self) -> None:
         """By the position, in 0 to 1, of each cluster's earliest row."""
-        root = self._clusters.roots()
+        root = self._alike.roots()
         key = np.where(self._asking != 0, self._asking, self.row)
         self._root, self._position = root, key.astype(np.float64) / 2**64
         main = self._role(MAIN)
@@ -172,10 +220,10 @@ class Split:
 
     def _shares(self) -> tuple[float, float]:
         """Of the main source's rows that are for validation and for test; none where files are."""
-        given = {source.role for source in self.sources}
+        roles = set(self._roles())
         return (
-            0.0 if VALIDATION in given else self.cfg.validation,
-            0.0 if TEST in given else self.cfg.test,
+            0.0 if VALIDATION in roles else self.cfg.validation,
+            0.0 if TEST in roles else self.cfg.test,
         )
 
     def _stratified(self, main: Mask, shares: tuple[float, float]) -> NDArray[np.int8]:
@@ -195,14 +243,14 @@ class Split:
         self.leaks = False
         if not self._on("leakage"):
             return
-        held: dict[int, int] = {}
+        near, held = self._near.roots(), dict[int, int]()
         for i in np.flatnonzero((self.of > _TRAIN) | ~self._mine):
-            held.setdefault(int(self._root[i]), int(i))
+            held.setdefault(int(near[i]), int(i))
         leaked = np.zeros(len(self.row), bool)
         train = np.flatnonzero(
             (self.of == _TRAIN) | (self._role(*(MIX + name for name in self.cfg.mix)) & ~self._dropped)
         )
-        leaked[[i for i in train if int(self._root[i]) in held]] = True
+        leaked[[i for i in train if int(near[i]) in held]] = True
         alone = self._role(MAIN) & (self.of != OUT) & (self.of != self._alone) & (self._root != np.arange(len(self.of)))
         moved = np.zeros_like(alone) if self.cfg.stratify else alone
         self.leaks = bool(leaked.any())
@@ -210,9 +258,10 @@ class Split:
             "leakage",
             leaked | moved,
             lambda i: (
-                f"nearly {self._where(held[int(self._root[i])])}, which is not for training"
+                f"nearly {self._where(held[int(near[i])])}, which is not for training"
                 if leaked[i]
-                else f"kept in {SPLITS[self.of[i]]} with {self._where(int(self._root[i]))}, which is nearly the same"
+                else f"kept in {SPLITS[self.of[i]]} with {self._where(int(self._root[i]))}, which "
+                + ("is nearly the same" if near[i] == near[self._root[i]] else "shares most of its text")
             ),
             drop=leaked,
         )

@@ -135,9 +135,9 @@ def _print(console: Console, report: dict[str, Any], store: TokenStore | None) -
     _print_findings(console, report)
     for sentence in report["advice"]:
         console.print(f"advice     {sentence}")
-    if store is None:
+    if report["tokens"] is None:
         console.print("tokens     not counted: name a model (model.path=…, model=smollm2) to write the token store")
-    else:
+    elif store is not None:
         console.print(f"in         {store.folder}")
     for number, row in enumerate(report.get("preview", ())):
         console.print(f"\n[dim]-- row {number} of train; what is trained is marked[/dim]")

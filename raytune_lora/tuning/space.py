@@ -130,7 +130,7 @@ def apply(cfg: R, params: dict[str, Any]) -> R:
             section = getattr(section, name)
         current = getattr(section, leaf)
         typed = isinstance(current, (int, float, Enum)) and value is not None
-        setattr(section, leaf, type(current)(value) if typed else lists.typed(current, value))
+        setattr(section, leaf, type(current)(value) if typed else lists.from_text(current, value))
     return changed
 
 
@@ -371,7 +371,7 @@ def _is_typed(cfg: RunConfig, key: str, value: Any) -> bool:
         return value in map(kind_of, VARIANTS[section_path])
     section = OmegaConf.structured(lookup(cfg, section_path) if section_path else cfg)
     try:
-        section[leaf] = lists.typed(lookup(cfg, key), value)
+        section[leaf] = lists.from_text(lookup(cfg, key), value)
     except (OmegaConfBaseException, ValueError, TypeError):
         return False
     kept = section[leaf]
@@ -416,7 +416,7 @@ def _type_problems(where: str, d: DimensionConfig, cfg: RunConfig) -> list[str]:
         whole = d.kind is DimensionKind.int or isinstance(current, int)
         try:
             whole = whole and value is not None and value == int(value)
-            section[leaf] = int(value) if whole else lists.typed(current, value)
+            section[leaf] = int(value) if whole else lists.from_text(current, value)
         except (OmegaConfBaseException, ValueError, TypeError, OverflowError):
             return [f"{where}: {d.key} cannot be {value!r} ({_expected(d.key, current)} expected)"]
     if d.kind is DimensionKind.float and isinstance(current, int) and not isinstance(current, bool):

@@ -10,9 +10,11 @@ import numpy as np
 import pytest
 
 from raytune_lora.data.duplicates import (
+    Asked,
     Clusters,
     Shingles,
     Weights,
+    ask_alike,
     groups,
     near_pairs,
     overlap,
@@ -140,6 +142,36 @@ def test_the_words_of_answers_are_compared() -> None:
     assert overlap("It is five o'clock now", "It is six o'clock now") == pytest.approx(5 / 7)
     chinese = "今天天气很好我们一起去公园散步吧顺便买一点水果和牛奶"
     assert overlap(chinese, chinese.replace("很", "不")) == pytest.approx(23 / 27)
+
+
+TALE = "A fox lives here. It hunts at night in the old wood by the river, and sleeps by day. Nobody minds it at all."
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "alike"),
+    [
+        ((f"{TALE} Where does the fox sleep?", "here"), (f"{TALE} What does it hunt at night?", "mice"), False),
+        ((f"{TALE} Where does the fox sleep?", "yes"), (f"{TALE} Is it hunted much?", "yes"), False),
+        ((f"{TALE} 17 euros", "low"), (f"{TALE} 18 euros", "low"), False),
+        ((TALE, "yes"), (f"{TALE} Where does it sleep?", "by day"), False),
+        ((TALE, "yes"), (TALE.replace("fox", "cat"), "yes"), True),
+        ((TALE, "yes"), (TALE.replace("night in the old", "dusk in the old"), "no"), True),
+        ((TALE, "yes"), (TALE.upper().replace(".", " !"), "something else"), True),
+        ((TALE, "yes"), (TALE.replace(" Nobody minds it at all.", ""), "yes"), True),
+        (("", TALE), ("", TALE.replace("old wood", "new wood")), True),
+        (("", f"{TALE}\nQ: Where is it?\nA: Here"), ("", f"{TALE}\nQ: Who hunts by night?\nA: The fox"), False),
+        (
+            ("狐狸住在这里。它晚上打猎。它睡在哪里。", "这里"),
+            ("狐狸住在这里。它晚上打猎。谁看见了它呢。", "没有人"),
+            False,
+        ),
+    ],
+)
+def test_rows_of_one_text_ask_alike_where_their_own_sentences_do(
+    first: tuple[str, str], second: tuple[str, str], alike: bool
+) -> None:
+    a, b = Asked(*first), Asked(*second)
+    assert ask_alike(a, b, 0.7) is ask_alike(b, a, 0.7) is alike
 
 
 def test_a_field_of_megabytes_takes_no_longer_than_its_beginning() -> None:

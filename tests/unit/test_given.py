@@ -105,6 +105,23 @@ def test_what_one_names_is_taken_whatever_it_is_called(tmp_path: Path) -> None:
     assert "beside those of data.validation_path" in refused(path=path, validation_path=f"{path}/test.jsonl")
 
 
+@pytest.mark.parametrize(
+    ("objects", "expected"),
+    [
+        ([{"train": rows(5), "test": rows(2)}, {"train": rows(3), "test": rows(1)}], {MAIN: 8, TEST: 3}),
+        ([{"train": rows(5)}, {"test": rows(2)}, {"dev": rows(1)}], {MAIN: 5, TEST: 2, VALIDATION: 1}),
+        ([{"data": rows(5)}, {"data": rows(2)}], {MAIN: 7}),
+        ([row(1), row(2), {"train": rows(3)}], {MAIN: 3}),
+    ],
+)
+@pytest.mark.parametrize("between", ["", "\n", ",\n"])
+def test_objects_one_after_the_other_give_the_splits_of_all(
+    between: str, objects: Any, expected: Any, tmp_path: Path
+) -> None:
+    (tmp_path / "x.json").write_text(between.join(map(json.dumps, objects)))
+    assert divided(path=str(tmp_path / "x.json")) == expected
+
+
 def test_a_file_that_another_key_names_is_not_trained_on(tmp_path: Path) -> None:
     path = folder(tmp_path, a=5, held=3)
     assert divided(path=path, test_path=f"{path}/held.jsonl") == {MAIN: 5, TEST: 3}

@@ -105,6 +105,15 @@ def test_data_that_is_not_fit_is_reported_and_refused(
     assert report["gate"][0] in capsys.readouterr().err.replace("error: ", "")
 
 
+def test_where_a_model_is_named_none_is_asked_for(
+    tmp_path: Path, cache: Path, tiny_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "my.jsonl"
+    path.write_text("not json\n" * 9 + json.dumps({"instruction": "i", "output": "o"}) + "\n")
+    assert job("prepare", [f"data.path={path}", f"model.path={tiny_folder}", f"cache={cache}"]) == 2
+    assert "name a model" not in capsys.readouterr().out
+
+
 def test_a_terminal_gets_colours(cache: Path, tiny_folder: Path, rows: Path) -> None:
     cfg = compose([f"model.path={tiny_folder}", f"data.path={rows}", f"cache={cache}", "evaluation.examples=1"])
     stream = io.StringIO()

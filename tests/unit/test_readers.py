@@ -153,7 +153,13 @@ def test_a_uri_is_identified_by_what_its_store_says(memory: Any) -> None:
 
 
 def test_a_file_is_identified_by_its_content(tmp_path: Path) -> None:
+    file = tmp_path / "a.jsonl"
     first = identity([write(tmp_path, "a.jsonl", GOOD)])
+    assert identity([file.as_uri()]) == first
+    known = file.stat()
+    file.write_text(GOOD.swapcase())
+    os.utime(file, ns=(known.st_atime_ns, known.st_mtime_ns))
+    assert identity([file.as_uri()]) != first, "rows may change under the same size and time"
     assert first == identity([write(tmp_path, "else/where/a.jsonl", GOOD)])
     assert first[0][:2] == ["a.jsonl", len(GOOD)]
     assert identity([write(tmp_path, "a.jsonl", GOOD + "\n")]) != first

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from datasets import Dataset
 
 from raytune_lora.cache import Cache
 from raytune_lora.config.data import Action, DataConfig, FileDataConfig, MixConfig
@@ -20,6 +21,7 @@ from raytune_lora.data.prepare import prepare
 from raytune_lora.data.sampling import held_out_order
 from raytune_lora.data.splits import SPLITS
 from raytune_lora.data.store import TokenStore
+from raytune_lora.errors import UserError
 
 Alpaca = dict[str, str]
 Prepare = Callable[[DataConfig], TokenStore]
@@ -238,6 +240,66 @@ def test_a_long_fixed_instruction_makes_no_near_duplicates(prepared: Prepare, tm
     assert all(split[row["output"]] == split[row["output"] + "!"] for row in content[:5])
 
 
+def sentences(draw: random.Random, count: int) -> str:
+    return " ".join(words(draw, 12).capitalize() + "." for _ in range(count))
+
+
+def about_passages(draw: random.Random, families: int, size: int) -> list[dict[str, str]]:
+    """Questions and answers, ``size`` about each passage."""
+    passages = [sentences(draw, 10) for _ in range(families)]
+    return [
+        {"passage": passage, "question": f"Who is the {words(draw, 5)}?", "answer": words(draw, 2)}
+        for passage in passages
+        for _ in range(size)
+    ]
+
+
+FORMS: dict[str, Callable[[dict[str, str]], Alpaca]] = {
+    "fixed instructions": lambda of: {"instruction": of["passage"], "input": of["question"], "output": of["answer"]},
+    "passages": lambda of: {"instruction": of["question"], "input": of["passage"], "output": of["answer"]},
+    "one field": lambda of: {
+        "prompt": f"question: {of['question']} context: {of['passage']}",
+        "completion": of["answer"],
+    },
+    "plain text": lambda of: {"text": f"### In:\n{of['passage']}\n\n{of['question']}\n\n### Out:\n{of['answer']}"},
+    "labels": lambda of: {"prompt": f"{of['passage']}\n{of['question']}", "completion": of["answer"][-1]},
+}
+
+
+@pytest.mark.parametrize("size", [2, 12])
+@pytest.mark.parametrize("form", FORMS)
+def test_rows_that_ask_different_things_about_one_text_are_not_near_duplicates(
+    form: str, size: int, prepared: Prepare, tmp_path: Path
+) -> None:
+    draw = random.Random(0)
+    content = about_passages(draw, 120 // size, size)
+    copies = [of | {"passage": of["passage"].replace(of["passage"].split()[30], "changed")} for of in content[:60:7]]
+    cfg = mine(tmp_path, [FORMS[form](of) for of in content + copies], max_length=4000)
+    cfg.quality.near_duplicates = Action.drop
+    store = prepared(cfg)
+    found = findings(store)["near_duplicates"]
+    assert found["count"] == len(copies)
+    assert int(found["examples"][0]["where"].rpartition(":")[2]) == 121
+    told = json.loads((store.folder / REPORT).read_text())
+    assert told["rows"]["groups"]["count"] == 120 // size, "what is about one text stays in one split all the same"
+
+
+def test_rows_about_a_text_of_held_out_rows_are_trained_on(prepared: Prepare, tmp_path: Path) -> None:
+    every = [FORMS["passages"](of) for of in about_passages(random.Random(0), 12, 10)]
+    held, content = every[::10], [row for number, row in enumerate(every) if number % 10]
+    leak = [held[3] | {"input": held[3]["input"].replace(".", ";")}]
+    cfg = mine(tmp_path, content + leak, max_length=4000, validation_path=write(tmp_path / "v.jsonl", held))
+    cfg.test = 0.0
+    store = prepared(cfg)
+    assert findings(store)["leakage"]["count"] == 1
+    assert store.rows == {"train": 108, "validation": 12, "test": 0}
+
+
+def test_a_few_instructions_of_few_rows_each_can_be_divided(prepared: Prepare, tmp_path: Path) -> None:
+    content = [FORMS["fixed instructions"](of) for of in about_passages(random.Random(0), 4, 15)]
+    assert sum(prepared(mine(tmp_path, content, max_length=4000)).rows.values()) == 60
+
+
 def test_too_few_groups_to_divide_are_the_reason_told(prepared: Prepare, tmp_path: Path) -> None:
     draw = random.Random(1)
     asked = [words(draw), words(draw)]
@@ -289,6 +351,87 @@ def test_own_files_for_validation_and_test_are_taken_whole(prepared: Prepare, tm
     }
     store = prepared(mine(tmp_path, rows(60), **own))
     assert store.rows == {"train": 60, "validation": 20, "test": 9}
+
+
+def said(count: int, *names: Any, column: str = "split") -> list[dict[str, Any]]:
+    """Rows whose column says the names in turn."""
+    return [row | {column: names[number % len(names)]} for number, row in enumerate(rows(count))]
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "csv", "parquet"])
+def test_a_column_that_says_a_split_of_every_row_gives_the_splits(
+    suffix: str, prepared: Prepare, tmp_path: Path
+) -> None:
+    content = said(60, "train", "Dev", "eval", "train", "train")
+    path = tmp_path / f"all.{suffix}"
+    if suffix == "jsonl":
+        write(path, content)
+    else:
+        getattr(Dataset.from_list(content), f"to_{suffix}")(str(path))
+    store = prepared(FileDataConfig(path=str(path)))
+    of = {row["output"]: {"Dev": "validation", "eval": "test"}.get(row["split"], "train") for row in content}
+    assert where(store) == of
+    told = json.loads((store.folder / REPORT).read_text())
+    assert findings(store)["unused_fields"]["count"] == 0
+    assert [(source["role"], told["rows"]["read"][source["name"]]) for source in told["sources"]] == [
+        ("data", 36),
+        ("validation", 12),
+        ("test", 12),
+    ]
+    assert (told["rows"]["left_out"], told["rows"]["groups"]["rows"]) == (0, 36)
+
+
+def test_rows_that_a_column_holds_out_are_not_trained_on_in_other_words(prepared: Prepare, tmp_path: Path) -> None:
+    content = said(60, "train", "test", "train", "train")
+    leak = [dict(nearly(content[1], "leak"), split="train")]
+    store = prepared(FileDataConfig(path=write(tmp_path / "all.jsonl", content + leak)))
+    assert (store.rows["test"], findings(store)["leakage"]["count"]) == (15, 1)
+    assert store.rows["validation"] > 0, "a share of the training rows, where the column says none"
+
+
+@pytest.mark.parametrize(
+    ("names", "unused"), [(("a", "b"), 60), (("train",), 0), (("test",), 0), (("train", "extra"), 30), ((3, 4), 60)]
+)
+def test_a_column_that_holds_no_rows_out_leaves_them_to_be_divided(
+    names: tuple[Any, ...], unused: int, prepared: Prepare, tmp_path: Path
+) -> None:
+    store = prepared(mine(tmp_path, said(60, *names)))
+    assert where(store) == where(prepared(mine(tmp_path, rows(60))))
+    assert findings(store)["unused_fields"]["count"] == unused
+
+
+def test_another_column_may_say_the_splits_and_none_may(prepared: Prepare, tmp_path: Path) -> None:
+    content = [row | {"fold": "test"} for row in said(20, "train", "x")] + [*said(40, "train", "test")][20:]
+    other = said(60, "train", "train", "test", column="part")
+    assert prepared(mine(tmp_path, other, split_column="part")).rows["test"] == 20
+    assert prepared(mine(tmp_path, other)).rows["test"] < 20
+    for settings in ({"split_column": None}, {"stratify": "split"}, {"columns": {"system": "split"}}):
+        assert sum(prepared(mine(tmp_path, content, max_length=2000, **settings)).rows.values()) == 40
+
+
+@pytest.mark.parametrize(
+    ("names", "settings", "told"),
+    [
+        (("train", "test", "x"), {}, r"'split' says test of some rows, and no split of others \(the first at .*:3\);"),
+        (("train", None, "dev"), {}, "says validation of some rows, and no split of others"),
+        (("dev", "test"), {}, "says validation and test of some rows, and train of none"),
+        (("train", "test"), {"test_path": "v"}, r"holds test rows, as 'split' says, beside those of data\.test_path"),
+        (("train", "test"), {"mix": "v"}, r"data\.mix\.general\.path: .* name a file of the rows to mix in alone"),
+    ],
+)
+def test_a_column_that_leaves_open_what_rows_are_for_is_refused(
+    names: tuple[Any, ...], settings: dict[str, str], told: str, prepared: Prepare, tmp_path: Path
+) -> None:
+    cfg = mine(tmp_path, said(60, *names))
+    if "test_path" in settings:
+        cfg.test_path = write(tmp_path / "t.jsonl", rows(9, seed=1))
+    if "mix" in settings:
+        cfg.mix, cfg.path = {"general": MixConfig(path=cfg.path)}, write(tmp_path / "own.jsonl", rows(60, seed=1))
+    with pytest.raises(UserError, match=told) as caught:
+        prepared(cfg)
+    assert "data.split_column=null" in str(caught.value)
+    cfg.split_column = None
+    prepared(cfg)
 
 
 @pytest.mark.parametrize("action", [Action.drop, Action.report])

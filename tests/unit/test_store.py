@@ -360,7 +360,9 @@ def test_a_split_may_be_empty(prepared: Prepare) -> None:
 # ---------------------------------------------------------------------------------- what the store's address stands for
 
 
-def test_files_that_the_config_names_count_by_content(prepared: Prepare, tmp_path: Path) -> None:
+def test_files_that_the_config_names_count_by_content(
+    prepared: Prepare, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     template, words = tmp_path / "own.jinja", tmp_path / "words.yaml"
     turns = "{% for m in messages %}<X{{ m.role }}>{{ m.content }}<eos>{% endfor %}"
     turns += "{% if add_generation_prompt %}<Xassistant>{% endif %}"
@@ -368,7 +370,8 @@ def test_files_that_the_config_names_count_by_content(prepared: Prepare, tmp_pat
     words.write_text("en: [nosuchword]\n")
     cfg = file(tmp_path, rows(60))
     cfg.template.kind, cfg.template.chat_template = TemplateKind.chat, str(template)
-    cfg.quality.harmful_words = str(words)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    cfg.quality.harmful_words = "~/words.yaml"
     first = prepared(cfg)
     assert prepared(cfg).folder == first.folder
     template.write_text(turns.replace("X", "2"))

@@ -21,11 +21,15 @@ from raytune_lora.data.rows import Row
 from raytune_lora.data.templates import RowRefused
 from tests.unit.chat_templates import CHAT, FAMILIES, byte_level_tokenizer
 from tests.unit.tool_templates import (
+    APERTUS,
+    APRIEL,
     ASKED,
     DEEPSEEK,
     ENDS,
     LLAMA31,
     MISTRAL,
+    NEMOTRON,
+    NEMOTRON3,
     QWEN3,
     QWEN25,
     R1,
@@ -108,6 +112,67 @@ def test_calls_and_answers_are_trained_and_definitions_and_results_are_not(templ
     assert trained(template, alone)[0].endswith(expected[0])
     idle = [ASKED[0], said("assistant", "No.")]
     assert encoded(template, idle, [TOOL]).input_ids == own(template, idle, [TOOL])
+
+
+LONG = [
+    *ASKED,
+    said("user", "And at Fjord?"),
+    said("assistant", "", tool_calls=[call("fjord", "bbbbbbbbb")]),
+    said("tool", "1 m", tool_call_id="bbbbbbbbb"),
+    said("assistant", "Low."),
+]
+FJORD = JSON.replace("islet", "fjord")
+
+
+@pytest.mark.parametrize(
+    ("template", "expected"),
+    [
+        (
+            APRIEL,
+            [
+                f'\n<tool_calls>[{JSON[:-1]}, "id": "abcdefghi"}}]</tool_calls>\n<|end|>',
+                "High.\n<|end|>",
+                f'\n<tool_calls>[{FJORD[:-1]}, "id": "bbbbbbbbb"}}]</tool_calls>\n<|end|>',
+                "Low.\n<|end|>",
+            ],
+        ),
+        (
+            NEMOTRON,
+            [
+                f"<TOOLCALL>[{JSON}]</TOOLCALL>\n<|12|>",
+                "High.\n<|12|>",
+                f"<TOOLCALL>[{FJORD}]</TOOLCALL>\n<|12|>",
+                "\n</think>\n\nLow.\n<|12|>",
+            ],
+        ),
+        (
+            APERTUS,
+            [
+                '<|tools_prefix|>[{"lookup_tide": {"harbour": "islet"}}]<|tools_suffix|>',
+                "High.<|assistant_end|>",
+                '<|tools_prefix|>[{"lookup_tide": {"harbour": "fjord"}}]<|tools_suffix|>',
+                "Low.<|assistant_end|>",
+            ],
+        ),
+    ],
+    ids=["apriel", "nemotron", "apertus"],
+)
+def test_each_answer_is_trained_to_its_end_where_the_last_is_written_otherwise(
+    template: str, expected: list[str]
+) -> None:
+    assert trained(template, encoded(template, LONG, [TOOL])) == expected
+    talk = [said("user", "one"), said("assistant", "1"), said("user", "two"), said("assistant", "2")]
+    plain = trained(template, encoded(template, talk))
+    assert plain == [text.replace("High.", "1").replace("Low.", "2") for text in expected[1::2]]
+    text = tokenizer(template).apply_chat_template(LONG, tools=[TOOL], tokenize=False)
+    assert all(each in text for each in expected[:-1]), "as the template writes it"
+
+
+def test_an_empty_thought_in_the_text_is_none() -> None:
+    for thought in ("<think></think>", "<think>\n\n</think>\n\n"):
+        texts = (f"{thought}1", f"{thought}2")
+        talk = [said("user", "one"), said("assistant", texts[0]), said("user", "two"), said("assistant", texts[1])]
+        assert trained(NEMOTRON3, encoded(NEMOTRON3, talk)) == ["1<|im_end|>", "\n</think>\n\n2<|im_end|>"]
 
 
 def test_several_calls_and_text_beside_them() -> None:

@@ -133,6 +133,75 @@ DEEPSEEK = """{{- bos_token -}}{{ tools | tojson if tools }}
 # DeepSeek-R1's distillations: the generation prompt opens a thought, which a whole conversation leaves out.
 R1 = DEEPSEEK.replace("{{ '<|Assistant|>' }}{% endif", "{{ '<|Assistant|><think>\\n' }}{% endif")
 
+# Apriel 1.6: the last answer is not closed, and its calls have no ids.
+APRIEL = """{{ tools | tojson if tools }}
+{%- for m in messages -%}
+{%- if m.role == 'assistant' -%}
+{{ '\\n<|begin_assistant|>\\n' + (m.content or '') }}
+{%- if m.tool_calls -%}
+{{ '\\n<tool_calls>[' }}
+{%- set last = loop.last -%}
+{%- for c in m.tool_calls -%}
+{{ '{"name": "' + c.function.name + '", "arguments": ' + c.function.arguments | tojson }}
+{%- if c.id and not last %}{{ ', "id": "' + c.id + '"' }}{% endif %}{{ '}' + ('' if loop.last else ', ') }}
+{%- endfor -%}
+{{ ']</tool_calls>' }}
+{%- endif -%}
+{%- if not loop.last %}{{ '\\n<|end|>\\n' }}{% endif -%}
+{%- else -%}
+{{ '<|begin_' + m.role + '|>\\n' + m.content + ('\\n' if m.role == 'tool' else '') }}
+{%- endif -%}
+{%- endfor -%}
+{%- if add_generation_prompt %}{{ '\\n<|begin_assistant|>\\n' }}{% endif -%}"""
+
+# Nemotron Nano v2: the last answer stands within the thought that its prompt opens, and its calls end otherwise.
+NEMOTRON = """{{ tools | tojson if tools }}
+{%- macro calls(m) -%}
+<TOOLCALL>[{% for c in m.tool_calls -%}
+{{ '{"name": "' + c.function.name + '", "arguments": ' + c.function.arguments | tojson + '}' }}
+{{- ', ' if not loop.last }}{% endfor %}]</TOOLCALL>
+{%- endmacro -%}
+{%- for m in messages -%}
+{%- if m.role == 'tool' -%}
+{{ '<|11|>User\\n<TOOL_RESPONSE>[' + m.content + ']</TOOL_RESPONSE>\\n' }}
+{%- elif m.role == 'user' -%}
+{{ '<|11|>User\\n' + m.content + '\\n' }}
+{%- elif loop.last -%}
+{{ '<|11|>Assistant\\n' + (calls(m) + '<|12|>\\n' if m.tool_calls else '<think>\\n' + m.content + '\\n<|12|>\\n') }}
+{%- else -%}
+{{ '<|11|>Assistant\\n' + m.content.split('</think>')[-1].strip() + (calls(m) if m.tool_calls else '')
+   + '\\n<|12|>\\n' }}
+{%- endif -%}
+{%- endfor -%}
+{%- if add_generation_prompt %}{{ '<|11|>Assistant\\n<think>\\n' }}{% endif -%}"""
+
+# Nemotron 3: an empty thought, unless the text has one; of earlier answers it is always empty.
+NEMOTRON3 = """{%- for m in messages -%}
+{{ '<|im_start|>' + m.role + '\\n' }}
+{%- set empty = m.role == 'assistant' and (not loop.last or '</think>' not in m.content) -%}
+{{ ('<think></think>' + m.content.split('</think>')[-1] if empty else m.content) + '<|im_end|>\\n' }}
+{%- endfor -%}
+{%- if add_generation_prompt %}{{ '<|im_start|>assistant\\n<think>\\n' }}{% endif -%}"""
+
+# Apertus: a turn is closed by the question after it, and goes on over calls and answers of tools.
+APERTUS = """{{ tools | tojson if tools }}
+{%- set ns = namespace(inside=false) -%}
+{%- for m in messages -%}
+{%- if m.role == 'user' -%}
+{{ ('<|assistant_end|>' if ns.inside else '') + '<|user_start|>' + m.content + '<|user_end|>' }}
+{%- set ns.inside = false -%}
+{%- elif m.role == 'tool' -%}
+{{ '[' + m.content + ']' }}
+{%- else -%}
+{{ ('' if ns.inside else '<|assistant_start|>') + m.content }}
+{%- set ns.inside = true -%}
+{%- for c in m.tool_calls or [] -%}
+{{ '<|tools_prefix|>[{"' + c.function.name + '": ' + c.function.arguments | tojson + '}]<|tools_suffix|>' }}
+{%- endfor -%}
+{%- endif -%}
+{%- endfor -%}
+{%- if add_generation_prompt %}{{ '<|assistant_start|>' }}{% endif -%}"""
+
 SPECIAL = {
     QWEN25: ("<|im_start|>", "<|im_end|>"),
     QWEN3: ("<|im_start|>", "<|im_end|>"),
@@ -140,5 +209,11 @@ SPECIAL = {
     MISTRAL: ("</s>", "[INST]", "[/INST]", "[TOOL_CALLS]", "[AVAILABLE_TOOLS]", "[TOOL_RESULTS]"),
     DEEPSEEK: ("<|Assistant|>", "<|user|>", "<|call|>", "<|end_call|>", "<|end|>"),
     R1: ("<|Assistant|>", "<|user|>", "<|call|>", "<|end_call|>", "<|end|>"),
+    APRIEL: ("<|begin_user|>", "<|begin_tool|>", "<|begin_assistant|>", "<|end|>"),
+    NEMOTRON: ("<|11|>", "<|12|>"),
+    APERTUS: (
+        *("<|user_start|>", "<|user_end|>", "<|assistant_start|>", "<|tools_prefix|>", "<|tools_suffix|>"),
+        "<|assistant_end|>",
+    ),
 }
 ENDS = {QWEN25: "<|im_end|>", QWEN3: "<|im_end|>", LLAMA31: "<|eot_id|>", MISTRAL: "</s>"}
