@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import inspect
+import logging
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from itertools import chain, groupby
 from typing import Any
 
 import torch
 
 from raytune_lora.data.encode import spell
+from raytune_lora.errors import UserError
 
-_PROBED = 4  # tokens written to see whether padding changes them
+_PROBED = 4  # tokens written to see whether a way to answer changes them
+_logger = logging.getLogger(__name__)
 # One token after the other, whatever a model's own settings want of chance, length and search.
 _PLAIN: dict[str, Any] = {
     "do_sample": False,
@@ -18,6 +23,8 @@ _PLAIN: dict[str, Any] = {
     "num_return_sequences": 1,
     "use_cache": True,
     "min_length": 0,
+    "forced_bos_token_id": None,
+    "forced_eos_token_id": None,
     "min_new_tokens": None,
     "max_time": None,
     "penalty_alpha": None,
@@ -39,7 +46,9 @@ def answer(
     max_new_tokens: int,
     within: Sequence[int] | None = None,
 ) -> list[str]:
-    """Greedy answers, the same for every ``batch``: prompts are padded only where that changes nothing.
+    """Greedy answers, each as plain forward passes over its whole text give it, whatever ``batch`` is.
+
+    A cache, and other prompts beside it, are used only where they change nothing.
 
     Args:
         model: a causal language model; its ``generation_config`` applies but for chance, length and ends.
@@ -52,6 +61,9 @@ def answer(
 
     Returns:
         The text of each answer up to the token that ends it, in the order of the prompts.
+
+    Raises:
+        UserError: ``generate`` gives no answers of this model.
     """
     within = within or [0] * len(prompts)
     greedy = _PLAIN | {
@@ -61,9 +73,9 @@ def answer(
         "tokenizer": tokenizer,  # for stop_strings, where the model's own settings have some
     }
     by_length = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-    ends = (prompts[by_length[0]], prompts[by_length[-1]]) if prompts else ([], [])
-    padded = batch > 1 and len(ends[0]) < len(ends[1]) and _may_pad(model, ends, greedy)
-    alike = [by_length] if padded else [list(g) for _, g in groupby(by_length, key=lambda i: len(prompts[i]))]
+    way = _way(model, [prompts[i] for i in by_length], greedy, batch)
+    greedy["use_cache"], batch = way.cached, way.batch
+    alike = [by_length] if way.padded else [list(g) for _, g in groupby(by_length, key=lambda i: len(prompts[i]))]
     # What ends one answer may stand within another, as between its thought and its text: that one is cut afterwards.
     alike = [[i for i in group if bool(within[i]) is several] for group in alike for several in (False, True)]
     given: dict[int, list[int]] = {}
@@ -107,27 +119,87 @@ def _batches(group: list[int], batch: int) -> Iterator[list[int]]:
     yield from (group[start : start + batch] for start in range(0, len(group), batch))
 
 
-def _may_pad(model: Any, prompts: Sequence[Sequence[int]], greedy: dict[str, Any]) -> bool:
-    """Whether the shortest and the longest prompt are answered the same side by side as each alone.
+@dataclass(frozen=True)
+class _Way:
+    """How ``generate`` is called."""
 
-    Padding stands between learned vectors and the prompt that they belong before, and some architectures see it. What
-    it changes may be no more than what rounding does.
+    cached: bool  # whether each token reuses what was computed of those before it
+    batch: int  # prompts at once, at most
+    padded: bool = False  # whether prompts of several lengths may be among them
+
+
+def _way(model: Any, prompts: Sequence[Sequence[int]], greedy: dict[str, Any], batch: int) -> _Way:
+    """The fastest way that gives what the model itself computes of the shortest and the longest prompt.
+
+    Padding stands between learned vectors and the prompt that they belong before, and some architectures see it; some
+    take a cache behind learned vectors for an empty one, or count positions anew. What a way changes may be no more
+    than what rounding does.
+
+    Args:
+        model: a causal language model.
+        prompts: the shortest first.
+        greedy: settings of ``generate``.
+        batch: prompts at once, at most.
+
+    Raises:
+        UserError: no way does.
     """
-    if any(config.is_prompt_learning for config in getattr(model, "peft_config", {}).values()):
-        return False
-    together_BTV = _first_logits(model, prompts, greedy)
-    alone_BTV = torch.cat([_first_logits(model, [prompt], greedy) for prompt in prompts])
+    if not prompts:
+        return _Way(cached=True, batch=batch)
+    short, long = prompts[0], prompts[-1]
+    several = (short, long[: len(short)]) if batch > 1 else (short,)
+    learned_prompt = any(config.is_prompt_learning for config in getattr(model, "peft_config", {}).values())
+    ways: list[tuple[_Way, list[Sequence[Sequence[int]]]]] = [
+        (_Way(cached=True, batch=batch), [several, (long,)]),
+        (_Way(cached=True, batch=1), [(short,), (long,)]),
+        (_Way(cached=False, batch=batch), [several, (long,)]),
+        (_Way(cached=False, batch=1), [(short,), (long,)]),
+    ]
+    if len(short) < len(long) and batch > 1 and not learned_prompt:
+        ways.insert(0, (_Way(cached=True, batch=batch, padded=True), [(short, long)]))
+    for way, probes in ways:
+        if all(_is_right(model, probe, greedy | {"use_cache": way.cached}) for probe in probes):
+            break
+    else:
+        raise UserError(
+            "evaluation.generate_rows: transformers' generate() computes other tokens than the model's forward pass, "
+            "with and without a cache, so that no answer would be the model's own; set evaluation.generate_rows=0"
+        )
+    if not way.cached:
+        _logger.warning("the model computes other tokens with a cache than without: it answers without, and slowly")
+    return way
+
+
+def _is_right(model: Any, prompts: Sequence[Sequence[int]], greedy: dict[str, Any]) -> bool:
+    """Whether the first tokens of the answers to some prompts at once have the logits of plain forward passes."""
+    count = min(_PROBED, greedy["max_new_tokens"])
+    few = {"max_new_tokens": count, "min_new_tokens": count, "output_logits": True, "return_dict_in_generate": True}
+    output = _generate(model, prompts, greedy | few)
+    found_BTV = _comparable(torch.stack(output.logits, 1))
+    written_BT = output.sequences[:, -count:].tolist()
+    expected_BTV = torch.stack(
+        [_plain_logits(model, [*prompt, *ids], count) for prompt, ids in zip(prompts, written_BT, strict=True)]
+    )
     coarse = model.dtype not in (torch.float32, torch.float64) or getattr(model, "is_quantized", False)
-    change = (together_BTV - alone_BTV).abs().amax() / alone_BTV.std()
+    change = (found_BTV - expected_BTV).abs().amax() / expected_BTV.std()
     return bool(change < _ROUNDING[coarse])
 
 
-def _first_logits(model: Any, prompts: Sequence[Sequence[int]], greedy: dict[str, Any]) -> torch.Tensor:
-    """Logits of the first tokens of each answer, (B, T, V) in fp32 or fp64."""
-    count = min(_PROBED, greedy["max_new_tokens"])
-    few = {"max_new_tokens": count, "min_new_tokens": count, "output_logits": True, "return_dict_in_generate": True}
-    logits_BTV = torch.stack(_generate(model, prompts, greedy | few).logits, 1)
-    return logits_BTV if logits_BTV.dtype is torch.float64 else logits_BTV.float()
+def _plain_logits(model: Any, ids: Sequence[int], count: int) -> torch.Tensor:
+    """Logits of each of the last tokens, (T, V), by a forward pass over all that stand before it, with no cache."""
+    base = model.get_base_model() if hasattr(model, "peft_config") else model
+    last = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(base.forward).parameters else {}
+    device = next(model.parameters()).device
+    logits = []
+    for end in range(len(ids) - count, len(ids)):
+        ids_1T = torch.tensor([ids[:end]], device=device)
+        output = model(input_ids=ids_1T, attention_mask=torch.ones_like(ids_1T), use_cache=False, **last)
+        logits.append(output.logits[0, -1])
+    return _comparable(torch.stack(logits))
+
+
+def _comparable(logits: torch.Tensor) -> torch.Tensor:
+    return logits if logits.dtype is torch.float64 else logits.float()
 
 
 def _generate(model: Any, prompts: Sequence[Sequence[int]], settings: dict[str, Any]) -> Any:

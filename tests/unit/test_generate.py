@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -14,6 +15,8 @@ from raytune_lora.config.methods import METHODS
 from raytune_lora.config.schema import Quantization, kind_of
 from raytune_lora.data.encode import IGNORED, encode, spell
 from raytune_lora.data.rows import ASSISTANT, USER
+from raytune_lora.errors import UserError
+from raytune_lora.evaluation import generate
 from raytune_lora.evaluation.generate import answer, exact_match, stops
 from raytune_lora.models.methods import method_for
 from raytune_lora.training.batches import collate
@@ -36,11 +39,16 @@ MODELS: dict[str, dict[str, Any]] = {
     "bloom": {"initializer_range": 0.1},
     "mamba": {"initializer_range": 0.3},
     "lfm2": _WIDE,
+    "rwkv": {},
+    "bamba": {"initializer_range": 0.2},
+    "zamba2": {"initializer_range": 0.2},
+    "minimax": {"initializer_range": 0.2},
 }
 PROMPT = [kind for kind in map(kind_of, METHODS) if not method_for(config(kind)).packable]
 COMBINATIONS = [
     *(("qwen2" if kind == "bitfit" else "llama", kind) for kind in map(kind_of, METHODS)),
     *((model, kind) for model in ("gpt2", "gemma2", "opt") for kind in PROMPT),
+    *((model, kind) for model in ("bamba", "zamba2", "minimax") for kind in ("lora", "prompt_tuning")),
     *((model, None) for model in MODELS),
 ]
 
@@ -94,7 +102,7 @@ def test_answers_in_a_batch_are_those_of_a_plain_loop(
 def _model(folder: Path, kind: str | None) -> Any:
     """With what a method trains moved from its start, or the base model; in fp64, where rounding decides nothing."""
     if kind is None:
-        return Bench("full", folder).base().double()
+        return _exact(Bench("full", folder).base())
     bases = method_for(config(kind)).bases
     model = Bench(kind, folder, Quantization.none if Quantization.none in bases else Quantization.nf4).applied().eval()
     torch.manual_seed(2)
@@ -102,7 +110,46 @@ def _model(folder: Path, kind: str | None) -> Any:
         for parameter in model.parameters():
             if parameter.requires_grad:
                 parameter.add_(0.1 * torch.randn_like(parameter))
-    return model if getattr(model, "is_quantized", False) else model.double()
+    return model if getattr(model, "is_quantized", False) else _exact(model)
+
+
+def _exact(model: Any) -> Any:
+    """In fp64, which not every implementation of experts knows."""
+    with contextlib.suppress(AttributeError, ValueError):
+        model.set_experts_implementation("batched_mm")
+    return model.double()
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "cached", "several"),
+    [
+        ("llama", "prompt_tuning", True, True),
+        ("llama", "prefix_tuning", True, True),
+        ("bamba", "lora", True, True),
+        ("bamba", "prompt_tuning", False, True),  # its positions count anew behind learned vectors
+        ("minimax", "p_tuning", False, True),  # its cache says that it is empty, as long as its first layer's is
+        ("rwkv", None, True, False),  # with a cache, it mixes what stands side by side
+    ],
+)
+def test_a_cache_and_company_are_used_where_they_change_nothing(
+    name: str, kind: str | None, cached: bool, several: bool, folder: Callable[[str], Path]
+) -> None:
+    settings = generate._PLAIN | {"max_new_tokens": NEW, "eos_token_id": STOP, "pad_token_id": 0}
+    way = generate._way(_model(folder(name), kind), sorted(prompts(), key=len), settings, 4)
+    assert (way.cached, way.batch > 1) == (cached, several)
+
+
+def test_a_model_that_generates_something_else_is_refused(folder: Callable[[str], Path], tokenizer: Any) -> None:
+    model = Bench("full", folder("llama")).base()
+    prepare = model.prepare_inputs_for_generation
+
+    def elsewhere(input_ids: torch.Tensor, attention_mask: Any = None, **kwargs: Any) -> dict[str, Any]:
+        inputs: dict[str, Any] = prepare(input_ids, attention_mask=attention_mask, **kwargs)
+        return inputs | {"input_ids": torch.full_like(inputs["input_ids"], 3)}
+
+    model.prepare_inputs_for_generation = elsewhere
+    with pytest.raises(UserError, match=r"evaluation\.generate_rows=0"):
+        answer(model, tokenizer, prompts(), stop_ids=STOP, batch=4, max_new_tokens=NEW)
 
 
 @pytest.mark.parametrize("blind_to", ["attention_mask", "position_ids"])
@@ -151,6 +198,7 @@ def test_chance_is_left_out_and_the_other_settings_of_the_model_apply(
     model.generation_config.update(do_sample=True, temperature=5.0, top_k=3, num_beams=2, max_length=3)
     model.generation_config.update(return_dict_in_generate=True, min_new_tokens=8, penalty_alpha=0.6, top_k=4)
     model.generation_config.update(prompt_lookup_num_tokens=3, min_length=100)
+    model.generation_config.update(forced_bos_token_id=5, forced_eos_token_id=6)
     assert answer(model, tokenizer, prompts(), stop_ids=STOP, batch=2, max_new_tokens=8) == plain
     banned = by_a_plain_loop(model, prompts()[0], [])[0]
     model.generation_config.suppress_tokens = [banned]

@@ -23,7 +23,8 @@ from raytune_lora.training.leaks import check_causal, packed_leak, sees_ahead
 from tests.unit import zoo
 from tests.unit.zoo import VOCAB, ZOO
 
-JOIN = {"opt", "bloom", "mamba", "lfm2", "gpt_oss"}  # of the zoo, those whose packed rows see each other
+# of the zoo, those whose packed rows see each other
+JOIN = {"opt", "bloom", "mamba", "rwkv", "bamba", "zamba2", "minimax", "lfm2", "gpt_oss"}
 TOKENS = range(3, VOCAB - 3)
 
 
@@ -57,7 +58,7 @@ def test_a_model_that_lets_packed_rows_see_each_other_is_told(name: str) -> None
             torch.nn.init.normal_(parameter, std=0.25)  # so that what a row sees matters for its loss
     rows = [torch.randint(3, VOCAB - 3, (length,)) for length in (40, 25, 33)]
     alone, packed = losses(model, rows)
-    assert (abs(alone - packed) > 1e-3) == (name in JOIN)
+    assert (abs(alone - packed) > 1e-4) == (name in JOIN)
 
 
 @pytest.mark.parametrize(

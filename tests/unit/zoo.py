@@ -176,6 +176,31 @@ def mamba(**changes: Any) -> Any:
     return T.MambaConfig(**sizes | _SPECIAL | changes)
 
 
+def rwkv(**changes: Any) -> Any:
+    """A recurrence without attention."""
+    sizes = {"vocab_size": VOCAB, "hidden_size": 32, "num_hidden_layers": 2, "context_length": 256}
+    return T.RwkvConfig(**sizes | {"bos_token_id": 1, "eos_token_id": 2} | changes)
+
+
+def bamba(**changes: Any) -> Any:
+    """One layer scans, with a gated norm, the other attends."""
+    scan = {"mamba_n_heads": 8, "mamba_d_head": 8, "mamba_n_groups": 2, "mamba_d_state": 8, "mamba_chunk_size": 4}
+    return T.BambaConfig(**_GROUPED | scan | {"attn_layer_indices": [1]} | changes)
+
+
+def zamba2(**changes: Any) -> Any:
+    """Its attention layers share their weights, but for adapters of their own."""
+    scan = {"mamba_d_state": 8, "n_mamba_heads": 8, "mamba_ngroups": 2, "chunk_size": 4, "use_mamba_kernels": False}
+    shared = {"layers_block_type": ["mamba", "hybrid"] * 2, "use_shared_attention_adapter": True, "adapter_rank": 8}
+    return T.Zamba2Config(**_PLAIN | scan | shared | {"num_hidden_layers": 4} | changes)
+
+
+def minimax(**changes: Any) -> Any:
+    """One layer attends linearly, the other as usual; experts."""
+    kinds = {"layer_types": ["linear_attention", "full_attention"], "block_size": 4}
+    return T.MiniMaxConfig(**_HEADS_OF_16 | _ROUTED | kinds | changes)
+
+
 def lfm2(**changes: Any) -> Any:
     """One layer convolves, the other attends."""
     return T.Lfm2Config(**_GROUPED | {"layer_types": ["conv", "full_attention"]} | changes)
@@ -223,6 +248,10 @@ ZOO: dict[str, Callable[..., Any]] = {
         deepseek_v32,
         dbrx,
         mamba,
+        rwkv,
+        bamba,
+        zamba2,
+        minimax,
         lfm2,
         zamba2,
         llava,
