@@ -19,19 +19,23 @@ from transformers import (
 )
 
 from raytune_lora.errors import UserError
+from raytune_lora.models.loading import keep_cache
 from raytune_lora.training.leaks import check_causal, packed_leak, sees_ahead
 from tests.unit import zoo
 from tests.unit.zoo import VOCAB, ZOO
 
 # of the zoo, those whose packed rows see each other
-JOIN = {"opt", "bloom", "mamba", "rwkv", "bamba", "zamba2", "minimax", "lfm2", "gpt_oss"}
+JOIN = {  # of the zoo, those whose packed rows see each other
+    *("opt", "bloom", "falcon", "bert", "mamba", "rwkv", "bamba", "zamba2", "minimax", "lfm2", "gpt_oss"),
+    "deepseek_v32",
+}
 TOKENS = range(3, VOCAB - 3)
 
 
 def build(name: str, **changes: Any) -> Any:
     """As ``load_model`` leaves it: with a cache, no model would look at the positions."""
     model = zoo.build(name, **changes)
-    model.config.use_cache = False
+    keep_cache(model, False)
     return model
 
 

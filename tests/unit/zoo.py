@@ -189,10 +189,11 @@ def bamba(**changes: Any) -> Any:
 
 
 def zamba2(**changes: Any) -> Any:
-    """Its attention layers share their weights, but for adapters of their own."""
+    """State-space layers, and two places of one block whose weights they share, but for adapters of their own."""
     scan = {"mamba_d_state": 8, "n_mamba_heads": 8, "mamba_ngroups": 2, "chunk_size": 4, "use_mamba_kernels": False}
-    shared = {"layers_block_type": ["mamba", "hybrid"] * 2, "use_shared_attention_adapter": True, "adapter_rank": 8}
-    return T.Zamba2Config(**_PLAIN | scan | shared | {"num_hidden_layers": 4} | changes)
+    mixers = {"layers_block_type": ["mamba", "hybrid"] * 2, "num_hidden_layers": 4}
+    shared = {"use_shared_attention_adapter": True, "adapter_rank": 4, "tie_word_embeddings": True}
+    return T.Zamba2Config(**_PLAIN | scan | mixers | shared | changes)
 
 
 def minimax(**changes: Any) -> Any:
@@ -204,14 +205,6 @@ def minimax(**changes: Any) -> Any:
 def lfm2(**changes: Any) -> Any:
     """One layer convolves, the other attends."""
     return T.Lfm2Config(**_GROUPED | {"layer_types": ["conv", "full_attention"]} | changes)
-
-
-def zamba2(**changes: Any) -> Any:
-    """State-space layers, and two places of one block whose weights they share."""
-    mixers = {"layers_block_type": ["mamba", "hybrid", "mamba", "hybrid"], "num_hidden_layers": 4}
-    sizes = {"mamba_d_state": 8, "n_mamba_heads": 4, "use_shared_attention_adapter": True, "adapter_rank": 4}
-    plain = {k: v for k, v in _PLAIN.items() if k != "tie_word_embeddings"}
-    return T.Zamba2Config(**plain | mixers | sizes | changes)
 
 
 def llava(**changes: Any) -> Any:
@@ -253,7 +246,6 @@ ZOO: dict[str, Callable[..., Any]] = {
         zamba2,
         minimax,
         lfm2,
-        zamba2,
         llava,
     )
 }
