@@ -407,5 +407,8 @@ def prepare_inputs(cfg: SweepConfig, *, searching: bool = False) -> Inputs:
     if found := model_problems(cfg, shape, searching=searching):
         raise UserError(found)
     cache.publish(folder)
-    store = prepare(cfg.data, partial(load_tokenizer, folder, cfg.model), tokenizer_identity(folder, cfg.model), cache)
+    tokenizer = partial(load_tokenizer, folder, cfg.model)
+    if found := limits.text_problems(cfg, shape, tokenizer):
+        raise UserError(found)
+    store = prepare(cfg.data, tokenizer, tokenizer_identity(folder, cfg.model), cache)
     return Inputs(folder, shape, store)

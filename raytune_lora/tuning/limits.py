@@ -6,8 +6,11 @@ loss beyond the length that it was made for: that is said, and nothing is refuse
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
+from raytune_lora.config.methods import PromptTuningMethodConfig
 from raytune_lora.config.schema import RunConfig, SweepConfig
 from raytune_lora.data.store import TokenStore
 from raytune_lora.models.methods import method_for
@@ -49,6 +52,26 @@ def config_problems(cfg: RunConfig, shape: Shape) -> list[str]:
     return [
         f"data.max_length must be <= the {shape.positions} positions that the model has (got {cfg.data.max_length}); "
         f"set data.max_length={shape.positions}"
+    ]
+
+
+def text_problems(cfg: SweepConfig, shape: Shape, tokenizer: Callable[[], Any]) -> list[str]:
+    """Tokens of ``method.text`` that the model's embedding has no row for; the tokenizer is loaded where there is one.
+
+    Of a search, its choices too.
+    """
+    trials = [cfg, *(spaces.apply(cfg, params) for _, params in spaces.extremes(cfg.space, cfg))]
+    methods = [each.method for each in trials if isinstance(each.method, PromptTuningMethodConfig)]
+    texts = {(method.text, method.virtual_tokens) for method in methods if method.text}
+    if shape.embeddings is None or not texts:
+        return []
+    spell = tokenizer()  # as PEFT does: from the beginning, and no more than there are vectors
+    largest = max((token for text, count in texts for token in spell(text)["input_ids"][:count]), default=0)
+    if largest < shape.embeddings:
+        return []
+    return [
+        f"method.text has a token of id {largest}, and the model's embedding has {shape.embeddings} rows, for ids "
+        "below that; write it without that token"
     ]
 
 

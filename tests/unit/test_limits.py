@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from raytune_lora.data.prepare import prepare
 from raytune_lora.data.store import TokenStore
 from raytune_lora.errors import UserError
 from raytune_lora.models.shape import shape_of, shape_of_folder
+from raytune_lora.models.sources import byte_tokenizer
 from raytune_lora.planning.shape import Shape
 from raytune_lora.tuning import limits
 from tests.unit import zoo
@@ -228,3 +230,17 @@ def test_a_model_that_sees_what_it_is_to_predict_is_refused(config: Any, word: s
 def test_a_decoder_is_not(config: Any, tmp_path: Path) -> None:
     config().save_pretrained(tmp_path)
     assert shape_of_folder(tmp_path, ModelConfig()).parameters
+
+
+def test_a_text_to_start_from_that_the_embedding_has_no_row_for_is_refused() -> None:
+    shape = shape_of(zoo.build("llama"))
+    cfg = compose(["experiment=tiny", "method=prompt_tuning", "method.text='ab~'", "method.virtual_tokens=2"])
+    tokenizer = byte_tokenizer
+    largest = {count: max(tokenizer()("ab~")["input_ids"][:count]) for count in (2, 3)}
+    for count in (2, 3):
+        cfg.method.virtual_tokens = count  # type: ignore[attr-defined]
+        for rows in (largest[count], largest[count] + 1):
+            found = limits.text_problems(cfg, replace(shape, embeddings=rows), tokenizer)
+            assert bool(found) is (rows == largest[count])
+            assert all(f"a token of id {largest[count]}" in problem for problem in found)
+    assert limits.text_problems(compose(["experiment=tiny"]), shape, tokenizer) == []
