@@ -91,8 +91,8 @@ def listed(names: Any) -> str:
 
 
 def filled(content: Any) -> bool:
-    """Whether a field holds anything."""
-    return content is not None and content != "" and content != [] and content != {}
+    """Whether a field holds anything; NaN is what a column of numbers has for nothing."""
+    return content is not None and content != "" and content != [] and content != {} and content == content
 
 
 def checked_text(content: Any, name: str) -> str:
@@ -240,7 +240,7 @@ def _trained(message: dict[str, Any], role: str, where: str) -> bool:
     for key in _PARTIAL:
         if filled(message.get(key)):
             raise FaultError("wrong_types", f"{where}.{key}: parts of a message cannot be trained, only whole answers")
-    found = {key: message[key] for key in _FLAGS if message.get(key) is not None}
+    found = {key: message[key] for key in _FLAGS if message.get(key) is not None and message[key] == message[key]}
     for key, value in found.items():
         if not isinstance(value, (bool, int, float)) or value not in (0, 1):
             raise FaultError("wrong_types", f"{where}.{key} must be 0 or 1, true or false (found {value!r})")

@@ -29,6 +29,8 @@ _TRAIN, _VALIDATION, _TEST = range(3)
 _AT_HAND = 100  # rows that are compared with others, in memory
 _COMMON = 20  # rows, and a tenth of all: a prompt of more rows than that keeps none of them together
 
+_ABOUT_ONE = 20  # rows alike stay together where they are no more than this part of all: few groups divide badly
+
 Mask = NDArray[np.bool_]
 
 
@@ -126,7 +128,7 @@ class Split:
     def _near_duplicates(self) -> None:
         """Joins rows that are alike or ask the same; counts those that are nearly the same as an earlier one.
 
-        Rows about one passage are alike, and stay in one split, without being nearly the same.
+        Rows about one passage are alike without being nearly the same.
         """
         self._alike, self._near = duplicates.Clusters(len(self.row)), duplicates.Clusters(len(self.row))
         near_to: dict[int, int] = {}
@@ -204,6 +206,8 @@ class Split:
     def _divide(self) -> None:
         """By the position, in 0 to 1, of each cluster's earliest row."""
         root = self._alike.roots()
+        many = np.bincount(root, minlength=len(root))[root] > len(root) // _ABOUT_ONE
+        root = np.where(many, self._near.roots(), root)
         key = np.where(self._asking != 0, self._asking, self.row)
         self._root, self._position = root, key.astype(np.float64) / 2**64
         main = self._role(MAIN)

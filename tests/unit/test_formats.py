@@ -285,6 +285,15 @@ def test_the_weight_that_columns_give_to_every_message_asks_for_nothing_of_a_que
     assert turns({"messages": [{**said, name: 1.0} for said in SAID]}) == (ASK, ANSWER)
 
 
+def test_nan_is_what_a_column_of_numbers_has_for_nothing() -> None:
+    nan = float("nan")
+    flagged = [SAID[0] | {"weight": nan}, SAID[1] | {"weight": 0.0}, SAID[0] | {"weight": nan, "score": nan}, SAID[1]]
+    parsed = parse({"messages": flagged, "rating": nan}, Format.auto, {})
+    assert parsed == (Row((ASK, replace(ANSWER, trained=False), ASK, ANSWER)), "chat")
+    assert isinstance(parsed, tuple)
+    assert parsed[0].unused == ()
+
+
 def test_calls_and_the_answers_of_tools() -> None:
     called = Turn(ASSISTANT, "", calls=(Call("tide", {"at": "Islet"}, "c1"),))
     answered = Turn(TOOL, "2 m", name="tide", call_id="c1")
