@@ -20,10 +20,10 @@ from raytune_lora.data import duplicates, formats, pii, quality
 from raytune_lora.data.duplicates import Shingles
 from raytune_lora.data.encode import Encoded, encode, spell
 from raytune_lora.data.findings import Findings
-from raytune_lora.data.given import split_said
+from raytune_lora.data.given import SAID, split_said
 from raytune_lora.data.harmful import Words, load_words
 from raytune_lora.data.rows import Fault, Record, Row, leaves
-from raytune_lora.data.sources import BENCHMARK, MIX, Source
+from raytune_lora.data.sources import BENCHMARK, MIX, TEST, VALIDATION, Source
 from raytune_lora.data.statistics import Statistics
 from raytune_lora.data.templates import RowRefused
 
@@ -176,7 +176,8 @@ class Processor:
         if of.role == BENCHMARK:
             return _Usable(source, record.where, row, name, 0)
         said = split_said(record.value.get(of.split_column)) if of.split_column else 0
-        unused = [name for name in row.unused if not said or name != of.split_column]
+        as_named = said and (of.role not in (VALIDATION, TEST) or SAID[said] == of.role)
+        unused = [name for name in row.unused if not as_named or name != of.split_column]
         if unused and self._actions["unused_fields"] is not Action.off:
             names = [name or "(a column without a name)" for name in unused]
             findings.add("unused_fields", record.where, _shown(record.value), ", ".join(names), names)

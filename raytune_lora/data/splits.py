@@ -85,13 +85,14 @@ class Split:
             rows = np.flatnonzero(self.source == index)
             found = {given.SAID[number] for number in np.unique(said[rows])}
             held = [split for split in (VALIDATION, TEST) if split in found]
-            if not held or len(found) == 1:
+            if source.role in (VALIDATION, TEST) or not held or len(found) == 1:
                 continue
             if source.role != MAIN or None in found or given.TRAIN not in found:
                 without = self._where(int(rows[said[rows] == 0][0])) if None in found else None
                 raise UserError(given.column_refused(source.role, source.name, str(source.split_column), held, without))
-            if twice := [split for split in held if any(other.role == split for other in known)]:
-                raise UserError(given.column_twice(source.name, str(source.split_column), twice))
+            if twice := [other for other in known if other.role in held]:
+                rows_of = [(other.role, other.name) for other in twice]
+                raise UserError(given.column_twice(source.name, str(source.split_column), rows_of))
             for split in held:
                 mine = rows[said[rows] == given.SAID.index(split)]
                 self.source[mine] = len(self.sources)

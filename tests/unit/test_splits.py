@@ -402,6 +402,14 @@ def test_a_column_that_holds_no_rows_out_leaves_them_to_be_divided(
     assert findings(store)["unused_fields"]["count"] == unused
 
 
+def test_a_column_that_says_what_the_files_names_say_is_used(prepared: Prepare, tmp_path: Path) -> None:
+    (tmp_path / "rows").mkdir()
+    for number, name in enumerate(("train", "validation")):
+        write(tmp_path / "rows" / f"{name}.jsonl", [row | {"split": name} for row in rows(30, seed=number)])
+    store = prepared(FileDataConfig(path=str(tmp_path / "rows"), test=0.0))
+    assert (store.rows, findings(store)["unused_fields"]["count"]) == ({"train": 30, "validation": 30, "test": 0}, 0)
+
+
 def test_another_column_may_say_the_splits_and_none_may(prepared: Prepare, tmp_path: Path) -> None:
     content = [row | {"fold": "test"} for row in said(20, "train", "x")] + [*said(40, "train", "test")][20:]
     other = said(60, "train", "train", "test", column="part")
@@ -417,7 +425,11 @@ def test_another_column_may_say_the_splits_and_none_may(prepared: Prepare, tmp_p
         (("train", "test", "x"), {}, r"'split' says test of some rows, and no split of others \(the first at .*:3\);"),
         (("train", None, "dev"), {}, "says validation of some rows, and no split of others"),
         (("dev", "test"), {}, "says validation and test of some rows, and train of none"),
-        (("train", "test"), {"test_path": "v"}, r"holds test rows, as 'split' says, beside those of data\.test_path"),
+        (
+            ("train", "test"),
+            {"test_path": "v"},
+            r"holds test rows, as 'split' says, beside those of .*t\.jsonl \(test\); leave",
+        ),
         (("train", "test"), {"mix": "v"}, r"data\.mix\.general\.path: .* name a file of the rows to mix in alone"),
     ],
 )
