@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import Any
 
+from raytune_lora.config.typed import typed
 from raytune_lora.data import files
 from raytune_lora.data.json_stream import LISTS, list_keys, two_lists
 from raytune_lora.errors import UserError
@@ -165,6 +166,14 @@ def column_twice(name: str, column: str, twice: Sequence[tuple[str, str]]) -> st
     return (
         f"data.path: {name} holds {splits} rows, as {column!r} says, beside those of {others}; leave those out to take "
         "these, or set data.split_column=null to train on all rows of data.path"
+    )
+
+
+def other_column(name: str, column: str, held: Sequence[str]) -> str:
+    """What is said where a column that is not the one of splits says splits."""
+    return (
+        f"data.path: {column!r} says train of some rows of {name}, and {' and '.join(held)} of others: "
+        f"{typed('data.split_column', column)} uses them so, data.split_column=null takes all rows alike"
     )
 
 

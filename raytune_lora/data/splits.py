@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from raytune_lora.config.data import Action, DataConfig
+from raytune_lora.config.data import Action, DataConfig, FileDataConfig
 from raytune_lora.data import duplicates, given
 from raytune_lora.data.duplicates import Shingles
 from raytune_lora.data.findings import SHOWN, Findings
@@ -74,7 +74,7 @@ class Split:
     def _given(self) -> None:
         """Makes sources of the rows that their column says are for validation and for test.
 
-        Where it says one split for all rows, that is what the user has named.
+        Where it says one split for all rows, that is what the user has named. Another column that does is asked about.
 
         Raises:
             UserError: it says so of some rows, and what the others are for cannot be told.
@@ -100,6 +100,20 @@ class Split:
                 files = (f"rows whose {source.split_column!r} says so",)
                 of = replace(source, role=split, name=f"{source.name} ({split})", files=files)
                 self.sources = [*self.sources, of]
+        main = next(source for source in known if source.role == MAIN)
+        if main.split_column == FileDataConfig.split_column and len(self.sources) == len(known):
+            self._refuse_other_columns(main.name)
+
+    def _refuse_other_columns(self, name: str) -> None:
+        """Raise for a column of another name that says of each row to train on which split it is of."""
+        says: dict[str, set[int]] = {}
+        for part in self.parts:
+            for column, numbers in part.others.items():
+                says.setdefault(column, set()).update(numbers)
+        for column, numbers in says.items():
+            held = [split for split in (VALIDATION, TEST) if given.SAID.index(split) in numbers]
+            if held and 0 not in numbers and given.SAID.index(given.TRAIN) in numbers:
+                raise UserError(given.other_column(name, column, held))
 
     # ------------------------------------------------------------------------------------------------ rows alike
 

@@ -414,7 +414,13 @@ def test_another_column_may_say_the_splits_and_none_may(prepared: Prepare, tmp_p
     content = [row | {"fold": "test"} for row in said(20, "train", "x")] + [*said(40, "train", "test")][20:]
     other = said(60, "train", "train", "test", column="part")
     assert prepared(mine(tmp_path, other, split_column="part")).rows["test"] == 20
-    assert prepared(mine(tmp_path, other)).rows["test"] < 20
+    assert prepared(mine(tmp_path, other, split_column=None)).rows["test"] < 20
+    with pytest.raises(
+        UserError, match=r"'part' says train .* and test of others: data\.split_column=part uses them so"
+    ):
+        prepared(mine(tmp_path, other))
+    for names in (("train", "test", "x"), ("dev", "test")):
+        assert sum(prepared(mine(tmp_path, said(60, *names, column="part"))).rows.values()) == 60
     for settings in ({"split_column": None}, {"stratify": "split"}, {"columns": {"system": "split"}}):
         assert sum(prepared(mine(tmp_path, content, max_length=2000, **settings)).rows.values()) == 40
 
