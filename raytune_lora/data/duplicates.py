@@ -33,6 +33,7 @@ _BANDS = 16  # of four permutations each: rows that share 0.7 of their shingles 
 _WORDS = 2  # a shingle; with three, one word changed in a row of twenty would be a third of it
 _CHARACTERS = 5  # a shingle of a script that has no spaces between words
 _WORD = re.compile(r"\w+")
+_NUMBER = re.compile(r"\d+")
 _SENTENCE_END = re.compile(r"[\r\n]+|(?<=[.?!:;])\s+|(?<=[\u3002\uff1f\uff01\uff1b\u0964\u061f])")
 _LONGEST_WORD = 24  # characters; what is longer on average is written without spaces
 MOST_SHINGLES = 20_000  # of one row: a field of megabytes is known by its beginning
@@ -110,7 +111,8 @@ def ask_alike(a: Asked, b: Asked, least: float) -> bool:
 
     Sentences of what is asked that both rows have are set aside. Of the rest, ``least`` of the pairs of words must be
     common; half of that share of the words, where the answers are alike as well: a word changed somewhere in a long
-    text is then found in a short sentence too. Plain text asks nothing, and ``least`` of its words must be common.
+    text is then found in a short sentence too. Where the answers are not, another number makes another question. Plain
+    text asks nothing, and ``least`` of its words must be common.
 
     Args:
         a: of a row.
@@ -128,7 +130,8 @@ def ask_alike(a: Asked, b: Asked, least: float) -> bool:
         return not all(own) or overlap(*own) >= least
     if overlap(a.said, b.said) >= least:
         return not all(own) or overlap(*own) >= least / 2
-    return all(own) and overlap(*own, of=shingles) >= least
+    numbers, others = (set(_NUMBER.findall(each)) for each in own)
+    return all(own) and numbers == others and overlap(*own, of=shingles) >= least
 
 
 @dataclass(frozen=True)

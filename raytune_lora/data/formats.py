@@ -11,10 +11,12 @@ completion              ``prompt`` with ``completion``, ``response`` or ``answer
 text                    ``text``
 ======================  ==============================================================================================
 
-All but text may have ``system``, ``tools`` (or ``functions``: definitions, a list or JSON text) and, where
-``data.columns`` names it, ``reasoning`` (the last answer's thought) and ``label`` (KTO: rows whose label is true are
-taken). Alpaca and completion rows may have ``history``, a list of [question, answer]. ``raytune_lora.data.messages``
-says what a message may hold. A field that has none of these places, and holds something, is named in ``Row.unused``.
+All but text may have ``system`` or ``system_prompt``, ``tools`` (or ``functions``: definitions, a list or JSON text)
+and, where ``data.columns`` names it, ``reasoning`` (the last answer's thought) and ``label`` (KTO: rows whose label is
+true are taken). Alpaca and completion rows may have ``history``, a list of [question, answer], and completion rows
+``context``, what the question is about. ``raytune_lora.data.messages`` says what a message may hold. A field that has
+none of these places, and holds something, is named in ``Row.unused``; a record is a fault where such a field says that
+it must not be trained as it stands: by a flag, by pictures, by tools that the model would not be told of.
 
 A conversation is one optional system turn, then turns of the user and the assistant that alternate, as chat templates
 demand it: one that starts with the assistant, or has two turns of one role in a row, is a fault. Between two turns of
@@ -38,6 +40,7 @@ from raytune_lora.data.messages import (
     conversation,
     definitions,
     filled,
+    holds_definitions,
     kind_of,
     listed,
     messages,
@@ -57,12 +60,13 @@ FIELDS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("completion", ("question", "answer")),
     ("text", ("text",)),
 )
-_COMMON = ("system", "tools", "functions", "reasoning", "label")
+_SYSTEM = ("system", "system_prompt")
+_COMMON = (*_SYSTEM, "tools", "functions", "reasoning", "label")
 OPTIONAL = {
     "alpaca": ("input", "history", *_COMMON),
     "chat": _COMMON,
     "sharegpt": _COMMON,
-    "completion": ("history", *_COMMON),
+    "completion": ("history", "context", *_COMMON),
     "text": (),
 }
 _MAPPED = (
@@ -72,6 +76,11 @@ _MAPPED = (
 _VERDICTS = {"true": True, "1": True, "1.0": True, "false": False, "0": False, "0.0": False}
 # Fields that say, by true or false, whether an answer is a good one.
 _LABELS = ("label", "kto_tag", "preferred", "is_preferred", "desirable", "is_chosen")
+_KTO = ("prompt", "completion")  # fields beside which 0 and 1 are such a label
+_JUDGED = ("is_correct", "is_good", "accepted", "is_accepted")  # the same of data that may hold the good ones alone
+_FLAGS = ("weight", "loss_weight", "sample_weight", "train", "training", "trainable")  # of a row
+_MASKS = ("loss_mask", "train_mask", "weights", "loss_weights")  # of a row, an item a message
+_PICTURES = ("images", "image", "videos", "video", "audios", "audio")
 
 
 def parse(
@@ -95,13 +104,18 @@ def parse(
         fields = _renamed(value, columns) if columns else value
         name, names = _recognize(fields, format, columns)
         if name != "text":
-            _refuse_bad(fields, columns)
+            _refuse_bad(fields, names, columns)
+            _refuse_otherwise(fields, names, columns)
         unused = _unused(fields, name, names, columns, stratify)
         turns = _TURNS[name](fields, names, unused)
         if name != "text" and "reasoning" in columns:
             thought = reasoning(fields["reasoning"], "reasoning")
             turns = (*turns[:-1], replace(turns[-1], thought=thought or turns[-1].thought))
         tools = () if name == "text" else _tools(fields, unused)
+        if name != "text" and not tools and (other := [each for each in unused if holds_definitions(fields.get(each))]):
+            raise FaultError(
+                "wrong_types", f"{other[0]} defines tools: name it by {typed('data.columns.tools', other[0])}"
+            )
         check_calls(turns, tools)
         row = Row(turns, _stratum(value, stratify) if stratify else "", tools, tuple(sorted(unused)))
     except FaultError as error:
@@ -182,7 +196,7 @@ def _refuse_preferences(fields: dict[str, Any]) -> None:
         raise FaultError("wrong_types", f"{lists[0]} with {verdicts[0]} (preference data) are not supported")
 
 
-def _refuse_bad(fields: dict[str, Any], columns: Mapping[str, str]) -> None:
+def _refuse_bad(fields: dict[str, Any], names: tuple[str, ...], columns: Mapping[str, str]) -> None:
     """Raise for an answer that is labelled as a bad one, and for a label that ``data.columns`` does not name."""
     if "label" in columns:
         good = _VERDICTS.get(str(fields["label"]).strip().lower())
@@ -193,13 +207,41 @@ def _refuse_bad(fields: dict[str, Any], columns: Mapping[str, str]) -> None:
         return
     for name in _LABELS:
         content = fields.get(name)
-        if isinstance(content, bool) or (isinstance(content, str) and content.strip().lower() in ("true", "false")):
+        verdicts = _VERDICTS if name == "label" and names == _KTO else ("true", "false")
+        if str(content).strip().lower() in verdicts:
             raise FaultError(
                 "wrong_types",
                 f"{name} says whether the answer is a good one (preference data): "
                 f"{typed('data.columns.label', name)} trains the rows where it is "
                 "true and leaves the others out; if it says something else, rename the column",
             )
+
+    for name in _JUDGED:
+        if str(fields.get(name)).strip().lower() == "false":
+            raise FaultError(
+                "wrong_types",
+                f"{name} is false: a bad answer, which is not trained; if it says something else, rename the column",
+            )
+
+
+def _refuse_otherwise(fields: dict[str, Any], names: tuple[str, ...], columns: Mapping[str, str]) -> None:
+    """Raise for a record that is more than text, or that is marked as one that is not to be trained."""
+    for name in _FLAGS:
+        if name not in columns and _VERDICTS.get(str(fields.get(name)).strip().lower()) is False:
+            raise FaultError(
+                "nothing_trained",
+                f"{name} is {fields[name]!r}: the row is not trained; if it says something else, rename the column",
+            )
+    said = fields[names[0]]
+    for name in _MASKS:
+        mask = fields.get(name)
+        if isinstance(mask, list) and isinstance(said, list) and len(mask) == len(said):
+            raise FaultError(
+                "wrong_types",
+                f"{name} says beside {names[0]} which of them are trained: write weight, 0 or 1, into each message",
+            )
+    if pictures := [name for name in _PICTURES if name not in columns and filled(fields.get(name))]:
+        raise FaultError("wrong_types", f"{pictures[0]} beside the text; only text is supported")
 
 
 # --------------------------------------------------------------------------------------------------------- the formats
@@ -211,12 +253,12 @@ def _alpaca(fields: dict[str, Any], names: tuple[str, ...], unused: set[str]) ->
         about = ""
     elif not isinstance(about, str):
         raise wrong("input", "text", about)
-    turns = (
+    return (
+        *_system(fields, unused),
         *_history(fields, unused),
         Turn(USER, checked_text(fields["instruction"], "instruction"), about),
         Turn(ASSISTANT, checked_text(fields["output"], "output")),
     )
-    return (*_system(fields), *turns) if "system" in fields else turns
 
 
 def _chat(fields: dict[str, Any], names: tuple[str, ...], unused: set[str]) -> tuple[Turn, ...]:
@@ -232,6 +274,11 @@ def _completion(fields: dict[str, Any], names: tuple[str, ...], unused: set[str]
         content = fields[name]
         is_list = isinstance(content, list)
         turns += messages(content, name, unused) if is_list else [Turn(role, checked_text(content, name))]
+    if filled(context := fields.get("context")):
+        if isinstance(context, str) and isinstance(fields[names[0]], str):
+            turns[0] = replace(turns[0], input="" if context in turns[0].text else context)
+        else:
+            unused.add("context")
     return _conversation(fields, [*_history(fields, unused), *turns], unused)
 
 
@@ -250,20 +297,21 @@ _TURNS: dict[str, Callable[[dict[str, Any], tuple[str, ...], set[str]], tuple[Tu
 
 def _conversation(fields: dict[str, Any], turns: list[Turn], unused: set[str]) -> tuple[Turn, ...]:
     if turns and turns[0].role == SYSTEM:
-        unused |= {"system"} if filled(fields.get("system")) and fields["system"] != turns[0].text else set()
+        unused |= {name for name in _SYSTEM if filled(fields.get(name)) and fields[name] != turns[0].text}
     else:
-        turns = [*_system(fields), *turns]
+        turns = [*_system(fields, unused), *turns]
     return conversation(turns)
 
 
-def _system(fields: dict[str, Any]) -> tuple[Turn, ...]:
-    """The turn that a field ``system`` stands for: none if it is null or empty."""
-    content = fields.get("system")
-    if content is None:
-        return ()
-    if not isinstance(content, str):
-        raise wrong("system", "text", content)
-    return (Turn(SYSTEM, content),) if content.strip() else ()
+def _system(fields: dict[str, Any], unused: set[str]) -> tuple[Turn, ...]:
+    """The turn that the first of the fields stands for that is not null or empty; none if all are."""
+    found = [name for name in _SYSTEM if filled(fields.get(name))]
+    for name in found:
+        if not isinstance(fields[name], str):
+            raise wrong(name, "text", fields[name])
+    said = [name for name in found if fields[name].strip()]
+    unused |= {name for name in said if fields[name] != fields[said[0]]}
+    return (Turn(SYSTEM, fields[said[0]]),) if said else ()
 
 
 def _history(fields: dict[str, Any], unused: set[str]) -> list[Turn]:

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import Any
 
+from raytune_lora.config.typed import typed
 from raytune_lora.data import files
 from raytune_lora.data.json_stream import LISTS, list_keys, two_lists
 from raytune_lora.errors import UserError
@@ -153,12 +154,26 @@ def column_refused(role: str, name: str, column: str, held: Sequence[str], witho
     return f"data.{role}.path: {what}; name a file of the rows to mix in alone, or {ignored}"
 
 
-def column_twice(name: str, column: str, twice: Sequence[str]) -> str:
-    """What is said where a column and files of their own both give splits."""
-    keys = " and ".join(f"data.{split}_path" for split in twice)
+def column_twice(name: str, column: str, twice: Sequence[tuple[str, str]]) -> str:
+    """What is said where a column and files of their own both give splits.
+
+    Args:
+        name: of the rows to train on.
+        column: its name.
+        twice: the splits, each with the name of its rows' own source.
+    """
+    splits, others = " and ".join(split for split, _ in twice), " and ".join(other for _, other in twice)
     return (
-        f"data.path: {name} holds {' and '.join(twice)} rows, as {column!r} says, beside those of {keys}; leave {keys} "
-        "out to take these, or set data.split_column=null to train on all rows of data.path"
+        f"data.path: {name} holds {splits} rows, as {column!r} says, beside those of {others}; leave those out to take "
+        "these, or set data.split_column=null to train on all rows of data.path"
+    )
+
+
+def other_column(name: str, column: str, held: Sequence[str]) -> str:
+    """What is said where a column that is not the one of splits says splits."""
+    return (
+        f"data.path: {column!r} says train of some rows of {name}, and {' and '.join(held)} of others: "
+        f"{typed('data.split_column', column)} uses them so, data.split_column=null takes all rows alike"
     )
 
 

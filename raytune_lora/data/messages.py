@@ -5,7 +5,8 @@ Field of a message                                      What it is
 =====================================================  ==============================================================
 ``role`` and ``content``, or ``from`` and ``value``     who speaks, and the text, or a list of parts with texts
 ``weight``, ``loss_weight``, ``loss_scale``, ``train``, whether an answer is trained: 0 or 1, true or false (OpenAI,
-``training``, ``loss``, ``loss_mask``; ``masked``       Axolotl, ms-swift, verl; torchtune's ``masked`` is the opposite)
+``trainable``, ``training``, ``loss``, ``loss_mask``;   Axolotl, ms-swift, verl; torchtune's ``masked`` is the opposite)
+``masked``
 ``reasoning_content``, ``reasoning``, ``thinking``      the thought before an answer
 ``tool_calls``, ``function_call``                       calls of tools; a role ``function_call`` or ``tool_call`` has
                                                         them as its text, in JSON
@@ -42,12 +43,15 @@ ROLES = {
 }
 _CALLING = ("function_call", "tool_call")  # roles of the assistant whose text is calls
 _FLAGS = {  # field of a message: the value that has it trained
-    **dict.fromkeys(("weight", "loss_weight", "loss_scale", "train", "training", "loss", "loss_mask"), True),
+    **dict.fromkeys(
+        ("weight", "loss_weight", "loss_scale", "train", "trainable", "training", "loss", "loss_mask"), True
+    ),
     "masked": False,
 }
 _WEIGHTS = ("weight", "loss_weight", "loss_scale")  # of answers: other messages have them where files are columns
 _PARTIAL = ("train_detail", "training_detail")  # Axolotl's: parts of a message
 _THOUGHTS = ("reasoning_content", "reasoning", "thinking")
+_SCHEMAS = ("parameters", "input_schema", "inputSchema")  # of a tool: OpenAI's name, Anthropic's and MCP's
 _JOINED = (  # what data sets of columns make of objects of different shapes
     "this comes of a file that gives every object the fields of all; keep tools and arguments there as JSON text"
 )
@@ -87,8 +91,8 @@ def listed(names: Any) -> str:
 
 
 def filled(content: Any) -> bool:
-    """Whether a field holds anything."""
-    return content is not None and content != "" and content != [] and content != {}
+    """Whether a field holds anything; NaN is what a column of numbers has for nothing."""
+    return content is not None and content != "" and content != [] and content != {} and content == content
 
 
 def checked_text(content: Any, name: str) -> str:
@@ -183,7 +187,11 @@ def _turn(message: Any, where: str, name: str, unused: set[str]) -> Turn:
     thoughts = [key for key in thoughts if key == thoughts[0] or message[key] == message[thoughts[0]]]
     own = {ASSISTANT: (*thoughts, "tool_calls", "function_call"), TOOL: ("name", "tool_call_id")}.get(role, ())
     used = {*keys, *_FLAGS, *own}
-    unused.update(f"{name}.{key}" for key, value in message.items() if key not in used and filled(value))
+    for key, value in message.items():
+        if key not in used and filled(value):
+            if holds_definitions(value):
+                raise FaultError("wrong_types", f"{where}.{key} defines tools: write them as the row's own field tools")
+            unused.add(f"{name}.{key}")
     text, thought = ("", "") if calling else _content(content, role, place, bool(calls))
     turn = Turn(role, text, trained=_trained(message, role, where), calls=calls)
     if role == ASSISTANT:
@@ -232,7 +240,7 @@ def _trained(message: dict[str, Any], role: str, where: str) -> bool:
     for key in _PARTIAL:
         if filled(message.get(key)):
             raise FaultError("wrong_types", f"{where}.{key}: parts of a message cannot be trained, only whole answers")
-    found = {key: message[key] for key in _FLAGS if message.get(key) is not None}
+    found = {key: message[key] for key in _FLAGS if message.get(key) is not None and message[key] == message[key]}
     for key, value in found.items():
         if not isinstance(value, (bool, int, float)) or value not in (0, 1):
             raise FaultError("wrong_types", f"{where}.{key} must be 0 or 1, true or false (found {value!r})")
@@ -313,12 +321,30 @@ def definitions(content: Any, name: str) -> tuple[dict[str, Any], ...]:
             raise wrong(f"{name}[{index}]", "a tool's definition (an object with name and parameters)", tool)
         if not isinstance(tool.get("function"), dict):
             tool = {"type": "function", "function": {key: value for key, value in tool.items() if key != "type"}}
+        schema = next((tool["function"][key] for key in _SCHEMAS if isinstance(tool["function"].get(key), dict)), None)
+        if schema is not None:
+            rest = {key: value for key, value in tool["function"].items() if key not in _SCHEMAS}
+            tool = {**tool, "function": {**rest, "parameters": schema}}
         if None in _properties(tool).values():
             raise FaultError("wrong_types", f"{name}[{index}] has a property that is null: {_JOINED}")
         if not isinstance(tool["function"].get("name"), str):
             raise FaultError("wrong_types", f"{name}[{index}] is the definition of a tool without a name")
         found.append(_json(tool, f"{name}[{index}]"))
     return tuple(found)
+
+
+def holds_definitions(content: Any) -> bool:
+    """Whether a field of another name holds what ``definitions`` reads."""
+    if isinstance(content, str) and content.lstrip().startswith("[") and '"name"' in content:
+        content = decode_json(content)
+    tools = content if isinstance(content, list) else []
+    inner = [tool.get("function", tool) if isinstance(tool, dict) else None for tool in tools]
+    return bool(inner) and all(
+        isinstance(tool, dict)
+        and isinstance(tool.get("name"), str)
+        and any(isinstance(tool.get(key), dict) for key in _SCHEMAS)
+        for tool in inner
+    )
 
 
 def check_calls(turns: Sequence[Turn], tools: Sequence[dict[str, Any]]) -> None:

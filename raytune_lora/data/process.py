@@ -20,10 +20,10 @@ from raytune_lora.data import duplicates, formats, pii, quality
 from raytune_lora.data.duplicates import Shingles
 from raytune_lora.data.encode import Encoded, encode, spell
 from raytune_lora.data.findings import Findings
-from raytune_lora.data.given import split_said
+from raytune_lora.data.given import SAID, split_said
 from raytune_lora.data.harmful import Words, load_words
 from raytune_lora.data.rows import Fault, Record, Row, leaves
-from raytune_lora.data.sources import BENCHMARK, MIX, Source
+from raytune_lora.data.sources import BENCHMARK, MAIN, MIX, TEST, VALIDATION, Source
 from raytune_lora.data.statistics import Statistics
 from raytune_lora.data.templates import RowRefused
 
@@ -55,6 +55,7 @@ class Part:
     stratum: list[str]  # (N,)
     format: list[str]  # (N,) names
     said: NDArray[np.int8]  # (N,) which split a row's own column says, as an index of ``given.SAID``
+    others: dict[str, set[int]]  # what each other column of rows to train on says in the same words
     ends: Counter[int]  # by token: the rows, benchmarks' aside, whose last answer it ends
     largest_id: int  # of those rows' tokens
 
@@ -101,6 +102,7 @@ class Processor:
         """
         findings, statistics = Findings(), Statistics()
         self._left_out: Counter[tuple[int, str]] = Counter()
+        self._others: dict[str, set[int]] = {}
         found = [self._usable(source, record, findings) for source, record in records]
         rows = [usable for usable in found if usable is not None]
         kept, ids = rows, list[Encoded]()
@@ -128,6 +130,7 @@ class Processor:
             stratum=[usable.row.stratum for usable in kept],
             format=[usable.format for usable in kept],
             said=np.array([usable.said for usable in kept], np.int8),
+            others=self._others,
             ends=Counter(one.input_ids[one.end] for one in own if one.end is not None),
             largest_id=max((max(one.input_ids) for one in own), default=0),
         )
@@ -176,7 +179,12 @@ class Processor:
         if of.role == BENCHMARK:
             return _Usable(source, record.where, row, name, 0)
         said = split_said(record.value.get(of.split_column)) if of.split_column else 0
-        unused = [name for name in row.unused if not said or name != of.split_column]
+        as_named = said and (of.role not in (VALIDATION, TEST) or SAID[said] == of.role)
+        unused = [name for name in row.unused if not as_named or name != of.split_column]
+        if of.role == MAIN:
+            for name in unused:
+                if 0 not in (seen_there := self._others.setdefault(name, set())):
+                    seen_there.add(split_said(record.value.get(name)))
         if unused and self._actions["unused_fields"] is not Action.off:
             names = [name or "(a column without a name)" for name in unused]
             findings.add("unused_fields", record.where, _shown(record.value), ", ".join(names), names)

@@ -161,15 +161,27 @@ _ON_DIALOGUES = re.compile(
     re.IGNORECASE,
 )
 _URL = re.compile(r"https?://\S+")
+# What pandas, databases and spreadsheets write where there is no value; "None" and "N/A" may be answers.
+_NO_VALUE = {
+    "nan",
+    "nat",
+    "<na>",
+    "null",
+    *(f"#{name}" for name in ("n/a", "value!", "ref!", "name?", "div/0!", "num!")),
+}
+_LONGEST_NO_VALUE = max(map(len, _NO_VALUE))
 
 
 def leftovers(row: Row) -> str | None:
-    """Marks of a prompt template or of HTML within the text.
+    """Marks of a prompt template or of HTML within the text, and a text that is what a table has for no value.
 
     Code between backticks, whole documents, texts that read as code, and rows that are about HTML, about templates or
     (for ``Human:`` and ``Assistant:``) about a dialogue are let be.
     """
     for turn in row.turns:
+        for text in (turn.text, turn.input):
+            if len(text) <= _LONGEST_NO_VALUE and text.strip().lower() in _NO_VALUE:
+                return f"the text of the {turn.role} is {text.strip()!r}, which tables have where there is no value"
         for text in turn.texts():
             suspect = "<" in text or "&" in text or "###" in text or "INST]" in text or "Below is an instr" in text
             if suspect and (found := _template_mark(text, row) or _html_mark(text, row)):

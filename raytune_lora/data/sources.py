@@ -55,8 +55,7 @@ def sources(cfg: DataConfig) -> list[Source]:
             "or try data=extraction or data=fake"
         )
     else:
-        own, *held = _own(cfg, cfg.path)
-        found = [_by_column(own, cfg, cfg.stratify), *held]
+        found = [_by_column(source, cfg, cfg.stratify) for source in _own(cfg, cfg.path)]
     for name, mix in cfg.mix.items():
         if mix.path is None:
             raise UserError(

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from raytune_lora.config.data import Action, DataConfig
+from raytune_lora.config.data import Action, DataConfig, FileDataConfig
 from raytune_lora.data import duplicates, given
 from raytune_lora.data.duplicates import Shingles
 from raytune_lora.data.findings import SHOWN, Findings
@@ -28,6 +28,8 @@ OUT = -1  # in no split
 _TRAIN, _VALIDATION, _TEST = range(3)
 _AT_HAND = 100  # rows that are compared with others, in memory
 _COMMON = 20  # rows, and a tenth of all: a prompt of more rows than that keeps none of them together
+
+_ABOUT_ONE = 20  # rows alike stay together where they are no more than this part of all: few groups divide badly
 
 Mask = NDArray[np.bool_]
 
@@ -72,7 +74,7 @@ class Split:
     def _given(self) -> None:
         """Makes sources of the rows that their column says are for validation and for test.
 
-        Where it says one split for all rows, that is what the user has named.
+        Where it says one split for all rows, that is what the user has named. Another column that does is asked about.
 
         Raises:
             UserError: it says so of some rows, and what the others are for cannot be told.
@@ -83,13 +85,14 @@ class Split:
             rows = np.flatnonzero(self.source == index)
             found = {given.SAID[number] for number in np.unique(said[rows])}
             held = [split for split in (VALIDATION, TEST) if split in found]
-            if not held or len(found) == 1:
+            if source.role in (VALIDATION, TEST) or not held or len(found) == 1:
                 continue
             if source.role != MAIN or None in found or given.TRAIN not in found:
                 without = self._where(int(rows[said[rows] == 0][0])) if None in found else None
                 raise UserError(given.column_refused(source.role, source.name, str(source.split_column), held, without))
-            if twice := [split for split in held if any(other.role == split for other in known)]:
-                raise UserError(given.column_twice(source.name, str(source.split_column), twice))
+            if twice := [other for other in known if other.role in held]:
+                rows_of = [(other.role, other.name) for other in twice]
+                raise UserError(given.column_twice(source.name, str(source.split_column), rows_of))
             for split in held:
                 mine = rows[said[rows] == given.SAID.index(split)]
                 self.source[mine] = len(self.sources)
@@ -97,6 +100,20 @@ class Split:
                 files = (f"rows whose {source.split_column!r} says so",)
                 of = replace(source, role=split, name=f"{source.name} ({split})", files=files)
                 self.sources = [*self.sources, of]
+        main = next(source for source in known if source.role == MAIN)
+        if main.split_column == FileDataConfig.split_column and len(self.sources) == len(known):
+            self._refuse_other_columns(main.name)
+
+    def _refuse_other_columns(self, name: str) -> None:
+        """Raise for a column of another name that says of each row to train on which split it is of."""
+        says: dict[str, set[int]] = {}
+        for part in self.parts:
+            for column, numbers in part.others.items():
+                says.setdefault(column, set()).update(numbers)
+        for column, numbers in says.items():
+            held = [split for split in (VALIDATION, TEST) if given.SAID.index(split) in numbers]
+            if held and 0 not in numbers and given.SAID.index(given.TRAIN) in numbers:
+                raise UserError(given.other_column(name, column, held))
 
     # ------------------------------------------------------------------------------------------------ rows alike
 
@@ -126,7 +143,7 @@ class Split:
     def _near_duplicates(self) -> None:
         """Joins rows that are alike or ask the same; counts those that are nearly the same as an earlier one.
 
-        Rows about one passage are alike, and stay in one split, without being nearly the same.
+        Rows about one passage are alike without being nearly the same.
         """
         self._alike, self._near = duplicates.Clusters(len(self.row)), duplicates.Clusters(len(self.row))
         near_to: dict[int, int] = {}
@@ -204,6 +221,8 @@ class Split:
     def _divide(self) -> None:
         """By the position, in 0 to 1, of each cluster's earliest row."""
         root = self._alike.roots()
+        many = np.bincount(root, minlength=len(root))[root] > len(root) // _ABOUT_ONE
+        root = np.where(many, self._near.roots(), root)
         key = np.where(self._asking != 0, self._asking, self.row)
         self._root, self._position = root, key.astype(np.float64) / 2**64
         main = self._role(MAIN)

@@ -153,6 +153,7 @@ TALE = "A fox lives here. It hunts at night in the old wood by the river, and sl
         ((f"{TALE} Where does the fox sleep?", "here"), (f"{TALE} What does it hunt at night?", "mice"), False),
         ((f"{TALE} Where does the fox sleep?", "yes"), (f"{TALE} Is it hunted much?", "yes"), False),
         ((f"{TALE} 17 euros", "low"), (f"{TALE} 18 euros", "low"), False),
+        ((f"{TALE} {SENTENCE} 17 times", "153"), (f"{TALE} {SENTENCE} 18 times", "162"), False),
         ((TALE, "yes"), (f"{TALE} Where does it sleep?", "by day"), False),
         ((TALE, "yes"), (TALE.replace("fox", "cat"), "yes"), True),
         ((TALE, "yes"), (TALE.replace("night in the old", "dusk in the old"), "no"), True),

@@ -15,6 +15,7 @@ from raytune_lora.data.rows import ASSISTANT, SYSTEM, TOOL, USER, Call, Fault, R
 ASK, ANSWER = Turn(USER, "ask"), Turn(ASSISTANT, "answer")
 SAID = [{"role": "user", "content": "ask"}, {"role": "assistant", "content": "answer"}]
 CALL = {"name": "tide", "arguments": {"at": "Islet"}}
+TIDE: dict[str, Any] = {"type": "function", "function": {"name": "tide", "parameters": {"type": "object"}}}
 SHARED = [{"from": "human", "value": "ask"}, {"from": "gpt", "value": "answer"}]
 
 
@@ -284,6 +285,15 @@ def test_the_weight_that_columns_give_to_every_message_asks_for_nothing_of_a_que
     assert turns({"messages": [{**said, name: 1.0} for said in SAID]}) == (ASK, ANSWER)
 
 
+def test_nan_is_what_a_column_of_numbers_has_for_nothing() -> None:
+    nan = float("nan")
+    flagged = [SAID[0] | {"weight": nan}, SAID[1] | {"weight": 0.0}, SAID[0] | {"weight": nan, "score": nan}, SAID[1]]
+    parsed = parse({"messages": flagged, "rating": nan}, Format.auto, {})
+    assert parsed == (Row((ASK, replace(ANSWER, trained=False), ASK, ANSWER)), "chat")
+    assert isinstance(parsed, tuple)
+    assert parsed[0].unused == ()
+
+
 def test_calls_and_the_answers_of_tools() -> None:
     called = Turn(ASSISTANT, "", calls=(Call("tide", {"at": "Islet"}, "c1"),))
     answered = Turn(TOOL, "2 m", name="tide", call_id="c1")
@@ -361,6 +371,67 @@ def test_rows_with_a_verdict_are_taken_only_where_it_is_named(label: Any) -> Non
         )
     assert "data.columns.label=kto_tag" in fault({"messages": SAID, "kto_tag": good})[1]
     assert turns({"text": "answer", "label": good}) == (ANSWER,)  # a text's class
+
+
+@pytest.mark.parametrize("label", [0, 1, 0.0, "1"])
+def test_a_number_is_a_verdict_beside_the_fields_of_kto_and_a_class_elsewhere(label: Any) -> None:
+    row = {"prompt": "ask", "completion": "answer", "label": label}
+    assert "data.columns.label=label" in fault(row)[1]
+    if float(label):
+        assert turns(row, label="label") == (ASK, ANSWER)
+    assert turns(row | {"label": 3}) == (ASK, ANSWER)
+    assert turns({"instruction": "ask", "output": "answer", "label": label}) == (ASK, ANSWER)
+
+
+@pytest.mark.parametrize("name", ["is_correct", "is_good", "accepted", "is_accepted"])
+def test_an_answer_that_is_marked_as_bad_is_a_fault_and_one_marked_as_good_is_not(name: str) -> None:
+    row = {"instruction": "ask", "output": "answer"}
+    assert fault(row | {name: False})[1].startswith(f"{name} is false")
+    assert turns(row | {name: True}) == turns(row | {name: "a text"}) == (ASK, ANSWER)
+
+
+@pytest.mark.parametrize(
+    ("more", "kind", "told"),
+    [
+        *(({name: off}, "nothing_trained", f"{name} is ") for name in ("weight", "train") for off in (0, 0.0, False)),
+        ({"loss_mask": [0, 1]}, "wrong_types", "loss_mask says beside messages which of them are trained"),
+        ({"images": ["a.png"]}, "wrong_types", "images beside the text"),
+        ({"apis": [TIDE]}, "wrong_types", "apis defines tools: name it by data.columns.tools=apis"),
+        ({"apis": json.dumps([TIDE["function"]])}, "wrong_types", "apis defines tools"),
+    ],
+)
+def test_a_record_that_says_it_must_not_be_trained_as_it_stands_is_a_fault(
+    more: dict[str, Any], kind: str, told: str
+) -> None:
+    found = fault({"messages": SAID, **more})
+    assert found[0] == kind
+    assert told in found[1]
+
+
+def test_what_only_resembles_such_a_mark_is_none() -> None:
+    like = {"weight": 0.5, "train": "ICE 4", "loss_mask": [0, 1, 1, 0], "images": [], "apis": [{"name": "x"}]}
+    assert turns({"messages": SAID, **like}) == (ASK, ANSWER)
+    assert turns({"text": "answer", "image": "a.png", "train": False}) == (ANSWER,)
+
+
+def test_tools_in_a_message_are_a_fault_and_tools_of_other_makers_are_read() -> None:
+    system = {"role": "system", "content": "be", "tools": [TIDE]}
+    assert "messages[0].tools defines tools" in fault({"messages": [system, *SAID]})[1]
+    own = TIDE["function"]
+    for name in ("input_schema", "inputSchema"):
+        theirs = {name if key == "parameters" else key: value for key, value in own.items()}
+        parsed = parse({"messages": SAID, "tools": [theirs]}, Format.auto, {})
+        assert isinstance(parsed, tuple)
+        assert parsed[0].tools == (TIDE,)
+
+
+def test_a_question_may_have_a_context_and_a_system_prompt() -> None:
+    row = {"question": "ask", "answer": "answer", "context": "it", "system_prompt": "be"}
+    assert turns(row) == (Turn(SYSTEM, "be"), Turn(USER, "ask", "it"), ANSWER)
+    assert turns({"prompt": "it: ask", "completion": "answer", "context": "it"}) == (Turn(USER, "it: ask"), ANSWER)
+    parsed = parse(row | {"context": ["it"], "system": "other"}, Format.auto, {})
+    assert isinstance(parsed, tuple)
+    assert (parsed[0].turns, parsed[0].unused) == ((Turn(SYSTEM, "other"), ASK, ANSWER), ("context", "system_prompt"))
 
 
 def test_preference_data_is_told_from_answers() -> None:

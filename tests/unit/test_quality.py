@@ -189,6 +189,14 @@ def test_marks_of_templates_and_html_are_found(answer: str, mark: str) -> None:
     assert CHECKS["leftovers"](says(answer)) == f"{mark!r} in the text of the assistant"
 
 
+@pytest.mark.parametrize("text", ["nan", " NaN", "<NA>", "NULL", "#N/A", "#VALUE!", "#DIV/0!"])
+def test_what_a_table_has_for_no_value_is_no_text(text: str) -> None:
+    assert "no value" in (CHECKS["leftovers"](says(text)) or "")
+    assert CHECKS["leftovers"](asked("Sum up.", "ok", text))
+    assert CHECKS["leftovers"](says(f"It is {text}")) is None
+    assert CHECKS["leftovers"](says("None")) is CHECKS["leftovers"](says("N/A")) is None
+
+
 def test_they_are_found_in_every_text_of_a_row() -> None:
     row = Row((Turn(SYSTEM, "Be brief.<br>"), Turn(USER, "Hi"), Turn(ASSISTANT, "Hello")))
     assert CHECKS["leftovers"](row) == "'<br>' in the text of the system"

@@ -266,22 +266,22 @@ FORMS: dict[str, Callable[[dict[str, str]], Alpaca]] = {
 }
 
 
-@pytest.mark.parametrize("size", [2, 12])
+@pytest.mark.parametrize("size", [2, 8])
 @pytest.mark.parametrize("form", FORMS)
 def test_rows_that_ask_different_things_about_one_text_are_not_near_duplicates(
     form: str, size: int, prepared: Prepare, tmp_path: Path
 ) -> None:
     draw = random.Random(0)
-    content = about_passages(draw, 120 // size, size)
+    content = about_passages(draw, 240 // size, size)
     copies = [of | {"passage": of["passage"].replace(of["passage"].split()[30], "changed")} for of in content[:60:7]]
     cfg = mine(tmp_path, [FORMS[form](of) for of in content + copies], max_length=4000)
     cfg.quality.near_duplicates = Action.drop
     store = prepared(cfg)
     found = findings(store)["near_duplicates"]
     assert found["count"] == len(copies)
-    assert int(found["examples"][0]["where"].rpartition(":")[2]) == 121
+    assert int(found["examples"][0]["where"].rpartition(":")[2]) == 241
     told = json.loads((store.folder / REPORT).read_text())
-    assert told["rows"]["groups"]["count"] == 120 // size, "what is about one text stays in one split all the same"
+    assert told["rows"]["groups"]["count"] == 240 // size, "what is about one text stays in one split all the same"
 
 
 def test_rows_about_a_text_of_held_out_rows_are_trained_on(prepared: Prepare, tmp_path: Path) -> None:
@@ -296,8 +296,10 @@ def test_rows_about_a_text_of_held_out_rows_are_trained_on(prepared: Prepare, tm
 
 
 def test_a_few_instructions_of_few_rows_each_can_be_divided(prepared: Prepare, tmp_path: Path) -> None:
-    content = [FORMS["fixed instructions"](of) for of in about_passages(random.Random(0), 4, 15)]
-    assert sum(prepared(mine(tmp_path, content, max_length=4000)).rows.values()) == 60
+    content = [FORMS["fixed instructions"](of) for of in about_passages(random.Random(0), 10, 12)]
+    rows_of = prepared(mine(tmp_path, content, max_length=4000)).rows
+    assert rows_of["validation"] / 120 == pytest.approx(0.2, abs=0.1)
+    assert rows_of["test"] / 120 == pytest.approx(0.2, abs=0.1)
 
 
 def test_too_few_groups_to_divide_are_the_reason_told(prepared: Prepare, tmp_path: Path) -> None:
@@ -400,11 +402,25 @@ def test_a_column_that_holds_no_rows_out_leaves_them_to_be_divided(
     assert findings(store)["unused_fields"]["count"] == unused
 
 
+def test_a_column_that_says_what_the_files_names_say_is_used(prepared: Prepare, tmp_path: Path) -> None:
+    (tmp_path / "rows").mkdir()
+    for number, name in enumerate(("train", "validation")):
+        write(tmp_path / "rows" / f"{name}.jsonl", [row | {"split": name} for row in rows(30, seed=number)])
+    store = prepared(FileDataConfig(path=str(tmp_path / "rows"), test=0.0))
+    assert (store.rows, findings(store)["unused_fields"]["count"]) == ({"train": 30, "validation": 30, "test": 0}, 0)
+
+
 def test_another_column_may_say_the_splits_and_none_may(prepared: Prepare, tmp_path: Path) -> None:
     content = [row | {"fold": "test"} for row in said(20, "train", "x")] + [*said(40, "train", "test")][20:]
     other = said(60, "train", "train", "test", column="part")
     assert prepared(mine(tmp_path, other, split_column="part")).rows["test"] == 20
-    assert prepared(mine(tmp_path, other)).rows["test"] < 20
+    assert prepared(mine(tmp_path, other, split_column=None)).rows["test"] < 20
+    with pytest.raises(
+        UserError, match=r"'part' says train .* and test of others: data\.split_column=part uses them so"
+    ):
+        prepared(mine(tmp_path, other))
+    for names in (("train", "test", "x"), ("dev", "test")):
+        assert sum(prepared(mine(tmp_path, said(60, *names, column="part"))).rows.values()) == 60
     for settings in ({"split_column": None}, {"stratify": "split"}, {"columns": {"system": "split"}}):
         assert sum(prepared(mine(tmp_path, content, max_length=2000, **settings)).rows.values()) == 40
 
@@ -415,7 +431,11 @@ def test_another_column_may_say_the_splits_and_none_may(prepared: Prepare, tmp_p
         (("train", "test", "x"), {}, r"'split' says test of some rows, and no split of others \(the first at .*:3\);"),
         (("train", None, "dev"), {}, "says validation of some rows, and no split of others"),
         (("dev", "test"), {}, "says validation and test of some rows, and train of none"),
-        (("train", "test"), {"test_path": "v"}, r"holds test rows, as 'split' says, beside those of data\.test_path"),
+        (
+            ("train", "test"),
+            {"test_path": "v"},
+            r"holds test rows, as 'split' says, beside those of .*t\.jsonl \(test\); leave",
+        ),
         (("train", "test"), {"mix": "v"}, r"data\.mix\.general\.path: .* name a file of the rows to mix in alone"),
     ],
 )
