@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import math
 import socket
 import threading
+import time
 from urllib.parse import urlsplit
 from urllib.request import getproxies, proxy_bypass
 
 SECONDS = 5.0  # to connect
+_REMEMBERED = 30.0  # seconds for which what was found of the hub is taken as known: a start asks several times
+_ASKED: dict[str, tuple[float, str | None]] = {}
 _HEADER, _SETTINGS = 9, 4  # of an HTTP/2 frame: its bytes, and a type
 
 
@@ -57,5 +61,21 @@ def hub_unreachable() -> str | None:
     host, proxies = endpoint.hostname or "", getproxies()
     proxy = proxies.get(endpoint.scheme) or proxies.get("all")
     where = urlsplit(proxy) if proxy and not proxy_bypass(host) else endpoint
-    why = unreachable(where.hostname or "", where.port or (443 if where.scheme == "https" else 80))
+    asked, why = _ASKED.get(where.geturl(), (-math.inf, None))
+    if time.monotonic() - asked > _REMEMBERED:
+        why = unreachable(where.hostname or "", where.port or (443 if where.scheme == "https" else 80))
+        why = why or _silent(constants.ENDPOINT)
+        _ASKED[where.geturl()] = time.monotonic(), why
     return why and f"{where.hostname}: {why}"
+
+
+def _silent(url: str) -> str | None:
+    """Why the hub's own client gets no answer from a server that takes connections; None where it gets one."""
+    from huggingface_hub import get_session
+
+    try:
+        get_session().head(url, timeout=SECONDS)
+    except Exception as error:  # the client's transport has errors of its own, another kind in each of its versions
+        timeout = "timeout" in type(error).__name__.lower()
+        return f"no answer in {SECONDS:g} s" if timeout else str(error).strip() or type(error).__name__
+    return None

@@ -17,6 +17,7 @@ from raytune_lora.config.schema import (
     SweepConfig,
 )
 from raytune_lora.errors import UserError
+from raytune_lora.network import SECONDS, hub_unreachable
 
 _CONFIG = "config.json"
 _UNQUANTIZED_COPY = (
@@ -136,7 +137,8 @@ def _own(cfg: ModelConfig) -> QuantizationConfig | None:
     from huggingface_hub import hf_hub_download
 
     try:
-        file = hf_hub_download(cfg.path, _CONFIG, revision=cfg.revision, etag_timeout=5)
+        offline = hub_unreachable() is not None
+        file = hf_hub_download(cfg.path, _CONFIG, revision=cfg.revision, etag_timeout=SECONDS, local_files_only=offline)
     except Exception:  # ``sources.problems`` says why
         return None
     return stored_as(read_config(Path(file).parent))

@@ -160,20 +160,32 @@ ASKING = """
 import time
 import datasets, huggingface_hub
 from raytune_lora.config.data import FileDataConfig
-from raytune_lora.config.schema import HubModelConfig
+from raytune_lora.config.methods import LoraMethodConfig
+from raytune_lora.config.schema import HubModelConfig, SweepConfig
 from raytune_lora.data import sources as data
 from raytune_lora.models import sources as models
+from raytune_lora.models.stored import as_stored
 
 began = time.monotonic()
+as_stored(SweepConfig(HubModelConfig(path="owner/name"), FileDataConfig(), LoraMethodConfig()))
 print(*models.problems(HubModelConfig(path="owner/name")))
 print(*data.problems(FileDataConfig(path="owner/name")))
 print(time.monotonic() - began)
 """
 
 
-def test_a_hub_that_does_not_answer(dead_port: int) -> None:
+@pytest.mark.parametrize("listens", [False, True])
+def test_a_hub_that_does_not_answer(listens: bool, dead_port: int) -> None:
     """In a process of its own: the client reads its address once."""
-    environment = os.environ | {"HF_ENDPOINT": f"http://127.0.0.1:{dead_port}", "PYTHONPATH": str(ROOT)}
+    with socket.socket() as silent:
+        silent.bind(("127.0.0.1", 0))
+        silent.listen()
+        port = silent.getsockname()[1] if listens else dead_port
+        _is_said(f"http://127.0.0.1:{port}")
+
+
+def _is_said(hub: str) -> None:
+    environment = os.environ | {"HF_ENDPOINT": hub, "PYTHONPATH": str(ROOT)}
     for name in ("HF_HUB_OFFLINE", "HTTP_PROXY", "http_proxy", "ALL_PROXY", "all_proxy"):
         environment.pop(name, None)
     done = subprocess.run([sys.executable, "-c", ASKING], env=environment, capture_output=True, text=True, check=True)
@@ -181,6 +193,7 @@ def test_a_hub_that_does_not_answer(dead_port: int) -> None:
     assert model.startswith("model.path: 'owner/name' is no folder here, and the hub, where it would be a model, does")
     assert "owner/name cannot be read from the hub, which does not answer (127.0.0.1: " in rows
     assert float(seconds) < SOON
+    assert not done.stderr
 
 
 # -------------------------------------------------------------------------------------------------------------- storage
