@@ -6,10 +6,13 @@ import math
 import socket
 import threading
 import time
+from collections.abc import Callable
+from typing import Any
 from urllib.parse import urlsplit
 from urllib.request import getproxies, proxy_bypass
 
 SECONDS = 5.0  # to connect
+_PATIENT = 60.0  # seconds after which a thread that nobody waits for ends
 _REMEMBERED = 30.0  # seconds for which what was found of the hub is taken as known: a start asks several times
 _ASKED: dict[str, tuple[float, str | None]] = {}
 _HEADER, _SETTINGS = 9, 4  # of an HTTP/2 frame: its bytes, and a type
@@ -24,18 +27,31 @@ def unreachable(host: str, port: int, seconds: float = SECONDS, *, grpc: bool = 
         seconds: after which it does not answer; names are looked up within them.
         grpc: whether it is to speak gRPC, as Ray does.
     """
-    found = [f"no answer in {seconds:g} s"]
 
     def connect() -> None:
+        with socket.create_connection((host, port), timeout=seconds) as server:
+            if grpc and not _speaks_http2(server):
+                raise OSError("something else listens there")
+
+    return failure(connect, seconds)  # a resolver has a patience of its own
+
+
+def failure(ask: Callable[[], Any], seconds: float) -> str | None:
+    """Why something outside does not do what it is asked within so many seconds; None where it does."""
+    found = [f"no answer in {seconds:g} s"]
+
+    def run() -> None:
         try:
-            with socket.create_connection((host, port), timeout=seconds) as server:
-                found.append("" if not grpc or _speaks_http2(server) else "something else listens there")
+            ask()
         except TimeoutError:
             return
-        except OSError as error:
-            found.append(error.strerror or str(error))
+        except Exception as error:  # clients have errors of their own
+            said = getattr(error, "strerror", None) or str(error).strip() or type(error).__name__
+            found.append(said.splitlines()[0])
+        else:
+            found.append("")
 
-    thread = threading.Thread(target=connect, daemon=True)  # a resolver has a patience of its own
+    thread = threading.Thread(target=run, daemon=True)
     thread.start()
     thread.join(seconds)
     return found[-1] or None
@@ -53,7 +69,7 @@ def hub_unreachable() -> str | None:
 
     That is the hub of ``HF_ENDPOINT``, and the proxy on the way to it where the environment names one.
     """
-    from huggingface_hub import constants
+    from huggingface_hub import constants, get_session
 
     if constants.is_offline_mode():
         return "HF_HUB_OFFLINE is set"
@@ -64,18 +80,6 @@ def hub_unreachable() -> str | None:
     asked, why = _ASKED.get(where.geturl(), (-math.inf, None))
     if time.monotonic() - asked > _REMEMBERED:
         why = unreachable(where.hostname or "", where.port or (443 if where.scheme == "https" else 80))
-        why = why or _silent(constants.ENDPOINT)
+        why = why or failure(lambda: get_session().head(constants.ENDPOINT, timeout=_PATIENT), SECONDS)
         _ASKED[where.geturl()] = time.monotonic(), why
     return why and f"{where.hostname}: {why}"
-
-
-def _silent(url: str) -> str | None:
-    """Why the hub's own client gets no answer from a server that takes connections; None where it gets one."""
-    from huggingface_hub import get_session
-
-    try:
-        get_session().head(url, timeout=SECONDS)
-    except Exception as error:  # the client's transport has errors of its own, another kind in each of its versions
-        timeout = "timeout" in type(error).__name__.lower()
-        return f"no answer in {SECONDS:g} s" if timeout else str(error).strip() or type(error).__name__
-    return None

@@ -14,13 +14,16 @@ from optuna.storages import BaseStorage, JournalStorage, RDBStorage
 from optuna.storages.journal import JournalFileBackend
 from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState, create_trial
+from sqlalchemy import create_engine
 from sqlalchemy.engine import make_url
 from sqlalchemy.exc import ArgumentError, NoSuchModuleError, SQLAlchemyError
+from sqlalchemy.pool import NullPool
 
 from raytune_lora.config.compose import load
 from raytune_lora.config.schema import SweepConfig
 from raytune_lora.config.search import SearchConfig
 from raytune_lora.errors import UserError
+from raytune_lora.network import failure
 from raytune_lora.tuning import samplers, secrets
 from raytune_lora.tuning.samplers import WARM
 from raytune_lora.tuning.space import Space, fitting
@@ -36,6 +39,7 @@ CONTINUES = "continues"  # the trial whose later part it is
 PARENT, REPLACES = "parent", "replaces"  # of a child in a population
 
 _JOURNAL = "journal://"
+_SECONDS = 10.0  # for a database server to take a connection
 _DRIVERS = {
     "postgresql": "pip install psycopg2-binary, and write postgresql+psycopg2://…",
     "mysql": "pip install pymysql, and write mysql+pymysql://…",
@@ -161,7 +165,15 @@ def _storage_problems(url: str | None) -> list[str]:
     except ModuleNotFoundError as error:
         remedy = _DRIVERS.get(parsed.get_backend_name(), "install it")
         return [f"search.storage={parsed.drivername}://… needs the driver {error.name}: {remedy}"]
-    return _path_problems(url, parsed.database or "") if parsed.get_backend_name() == "sqlite" else []
+    return _path_problems(url, parsed.database or "") if parsed.get_backend_name() == "sqlite" else _silent(url)
+
+
+def _silent(url: str) -> list[str]:
+    """Whether a database server answers, found before anything is measured."""
+    engine = create_engine(secrets.with_password(url), poolclass=NullPool)
+    why = failure(lambda: engine.connect().close(), _SECONDS)
+    where = "see that the server runs, takes connections from here, and knows the user"
+    return [f"search.storage: {_shown(url)} cannot be reached ({why}); {where}"] if why else []
 
 
 def _path_problems(url: str, path: str) -> list[str]:

@@ -270,6 +270,22 @@ def test_a_server_that_does_not_answer_is_named_without_its_password(tmp_path: P
     assert "secret" not in str(caught.value)
 
 
+@pytest.mark.parametrize("listens", [False, True])
+def test_a_server_that_does_not_answer_is_named_before_the_start(
+    listens: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("raytune_lora.tuning.study._SECONDS", 2.0)
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        if listens:
+            server.listen()
+        began = time.monotonic()
+        (problem,) = problems_with(storage=f"postgresql+psycopg2://u@127.0.0.1:{server.getsockname()[1]}/d")
+    assert problem.startswith("search.storage: postgresql+psycopg2://u@127.0.0.1:")
+    assert ("no answer in 2 s" if listens else "cannot be reached (") in problem
+    assert time.monotonic() - began < 10
+
+
 def test_optuna_dashboard_shows_the_study(study: optuna.Study, cfg: SweepConfig, tmp_path: Path) -> None:
     searcher(study, cfg).suggest("")
     tell(study, trial(0, "completed", 1.5))
