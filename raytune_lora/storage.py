@@ -33,7 +33,6 @@ _DIGESTS = "sha256"  # in the manifest
 _BLOCK = 16 * 2**20  # bytes of a request
 _AT_ONCE = 8  # files
 _PASSING = r"NETWORK_CONNECTION|HTTP status 5|SLOW_DOWN|SERVICE_UNAVAILABLE|INTERNAL_FAILURE|REQUEST_TIMEOUT"  # of S3
-_GCS_PAUSES = 8.0  # seconds that stand for one attempt: that client counts time instead
 
 
 @dataclass(frozen=True)
@@ -42,10 +41,11 @@ class Patience:
 
     attempts: int = 8  # at each request: with the pauses between them about a minute
     silence: float = 20.0  # seconds without a byte after which an attempt has failed
+    seconds: float = 60.0  # in all, of a client that counts no attempts
 
 
 PATIENT = Patience()
-QUICK = Patience(attempts=3, silence=5.0)  # to look whether it is there
+QUICK = Patience(attempts=3, silence=5.0, seconds=10.0)  # to look whether it is there
 
 
 class StorageError(UserError):
@@ -152,7 +152,7 @@ def _gcs(_bucket: str, patience: Patience, _environment: tuple[tuple[str, str], 
     from fsspec.implementations.arrow import ArrowFSWrapper
     from pyarrow.fs import GcsFileSystem
 
-    client = GcsFileSystem(retry_time_limit=timedelta(seconds=patience.attempts * _GCS_PAUSES))
+    client = GcsFileSystem(retry_time_limit=timedelta(seconds=patience.seconds))
     return ArrowFSWrapper(client, skip_instance_cache=True)
 
 
@@ -187,6 +187,7 @@ def reason(error: BaseException) -> str:
     """What a store's client says, in short."""
     text = str(getattr(error, "strerror", None) or error) or type(error).__name__
     text = re.sub(r"^.*?AWS Error ", "", text, flags=re.DOTALL)
+    text = re.sub(r"^google::cloud::Status\((.*?)\s*error_info=.*$", r"\1", text, flags=re.DOTALL)
     return re.sub(r"\s*\(Request ID:.*?\)|; Details:.*$", "", text, flags=re.DOTALL).strip()
 
 

@@ -113,3 +113,8 @@ def test_a_cache_is_a_folder_or_a_store_with_a_folder_on_each_node(monkeypatch: 
     assert Cache.of("~/mine", "~/node") == Cache(Path("/home/of-this-node/mine"))
     assert Cache.of("file:///shared", "~/node") == Cache(Path("/shared"))
     assert Cache.of("s3://bucket/x", "~/node") == Cache(Path("/home/of-this-node/node"), "s3://bucket/x")
+
+
+def test_what_google_s_client_says_is_cut_to_its_words() -> None:
+    said = "google::cloud::Status(UNAVAILABLE: no token error_info={reason=, domain=, metadata={gcloud-cpp.retry=1}})"
+    assert storage.reason(OSError(said)) == "UNAVAILABLE: no token"
