@@ -18,6 +18,7 @@ from raytune_lora.evaluation.figures import loss_interval, wilson
 from raytune_lora.evaluation.generate import answer, exact_match, stops
 from raytune_lora.models.loading import load_model, precision
 from raytune_lora.models.methods import method_for
+from raytune_lora.models.shape import auto_class
 from raytune_lora.models.sources import materialize
 from raytune_lora.models.tokenizer import load_tokenizer
 from raytune_lora.training.leaks import check_causal
@@ -32,7 +33,8 @@ def measure(cfg: RunConfig, store: TokenStore, place: Place, *, adapter: str | N
     Reported are ``eval_loss`` over ``eval_loss_rows`` rows, with its ``eval_loss_interval``; of these, ``trial_loss``
     over the rows that a trial is measured on, and in which ``arithmetic``; and ``exact_match`` over
     ``exact_match_rows`` rows, with its ``exact_match_interval``, all None where no rows are to be answered; and the
-    base model's ``parameters`` and ``dtype``. The workers share the rows; each holds the whole model.
+    base model's ``parameters``, ``dtype`` and ``loader``, the class of transformers that loads it. The workers share
+    the rows; each holds the whole model.
 
     Args:
         cfg: the run.
@@ -47,7 +49,7 @@ def measure(cfg: RunConfig, store: TokenStore, place: Place, *, adapter: str | N
     folder = materialize(cfg.model, Cache.of(cfg.cache, cfg.cluster.node_cache))
     tokenizer = load_tokenizer(folder, cfg.model)
     model = load_model(folder, cfg.model, cfg.quantization)
-    parameters = model.num_parameters()
+    parameters, loader = model.num_parameters(), auto_class(model.config).__name__
     if adapter is not None:
         method = method_for(cfg.method)
         model = method.load(model, _here(cfg, adapter), folder)
@@ -71,7 +73,7 @@ def measure(cfg: RunConfig, store: TokenStore, place: Place, *, adapter: str | N
     }
     seconds = time.perf_counter() - began
     facts |= {"parameters": parameters, "dtype": str(precision(cfg.model.precision)).removeprefix("torch.")}
-    place.report(facts | {"measuring_seconds": seconds})
+    place.report(facts | {"loader": loader, "measuring_seconds": seconds})
 
 
 def _losses(cfg: RunConfig, store: TokenStore, place: Place, model: Any, pad_id: int) -> dict[str, Any]:

@@ -55,7 +55,6 @@ _IMPORTS = {
     "prepare_model_for_kbit_training": "from peft import prepare_model_for_kbit_training",
     "load_file": "from safetensors.torch import load_file",
 }
-_TRANSFORMERS = ("AutoConfig", "AutoModelForCausalLM", "AutoTokenizer", "BitsAndBytesConfig")
 _TEMPLATES = {"text": "patterns of text, as a chat template", "chat": "a chat template"}
 _FULL_BITS = """
 # bitsandbytes would compute in bf16 on some CPUs
@@ -142,9 +141,8 @@ def recipe(record: dict[str, Any], adapter: str = ".") -> str:
         body = _base(record, name=json.dumps(record["base"]["name"], ensure_ascii=False)) + _OWN.get(kind, _PEFT)
     trust = ", trust_remote_code=True" if record["base"]["trust_remote_code"] else ""
     body += f"tokenizer = AutoTokenizer.from_pretrained(adapter{trust})\n"
-    names = [
-        name for name in ("AutoConfig", "AutoModelForCausalLM", "AutoTokenizer", "BitsAndBytesConfig") if name in body
-    ]
+    known = ("AutoConfig", record["base"]["loader"], "AutoTokenizer", "BitsAndBytesConfig")
+    names = [name for name in known if name in body]
     imports = ["import torch"] if "torch." in body else []
     imports += [line for name, line in _IMPORTS.items() if name in body]
     imports.append(f"from transformers import {', '.join(names)}")
@@ -169,7 +167,7 @@ def _base(record: dict[str, Any], name: str) -> str:
     elif quantized:
         settings.append("quantization_config=quantization")
         text = f"quantization = {_quantization(record)}\n"
-    text += f"model = AutoModelForCausalLM.from_pretrained({name}, {', '.join(settings)}).eval()\n"
+    text += f"model = {base['loader']}.from_pretrained({name}, {', '.join(settings)}).eval()\n"
     if not quantized:
         return text
     if record["dtype"] == "float32":

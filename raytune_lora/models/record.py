@@ -4,7 +4,7 @@ Schema, version 1. Null stands for what is not known.
 
 - ``format``, ``version`` (of raytune-lora)
 - ``base``: ``name`` (on the hub, or an absolute path), ``revision`` (of the hub, a commit), ``trust_remote_code``,
-  ``stored_quantized`` (whether its files are quantized already)
+  ``stored_quantized`` (whether its files are quantized already), ``loader`` (the class of transformers that loads it)
 - ``dtype`` of the base model's weights, as torch calls it; ``quantization`` and ``method``: their configs
 - ``template``: ``kind`` (text: patterns; chat), ``file`` (of an own chat template), ``prompts`` and ``rows``: whether
   ``chat_template.jinja`` gives the same tokens as in training, of prompts and of whole rows
@@ -35,6 +35,7 @@ def make_record(
     model_folder: Path,
     *,
     dtype: str,
+    loader: str,
     template: dict[str, Any],
     stop_ids: list[int],
     measured: dict[str, Any],
@@ -45,6 +46,7 @@ def make_record(
         cfg: the run.
         model_folder: of its base model, on this node.
         dtype: of the base model's weights.
+        loader: class of transformers that loads the base model.
         template: ``prompts`` and ``rows``.
         stop_ids: of the token store.
         measured: the figures and their rows.
@@ -53,7 +55,7 @@ def make_record(
     return {
         "format": FORMAT,
         "version": __version__,
-        "base": base_of(cfg, model_folder),
+        "base": base_of(cfg, model_folder) | {"loader": loader},
         "dtype": dtype,
         "quantization": to_plain(cfg.quantization),
         "method": to_plain(cfg.method),

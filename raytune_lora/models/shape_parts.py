@@ -8,7 +8,7 @@ from collections.abc import Hashable, Iterator
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
-from raytune_lora.models.weights import is_transposed
+from raytune_lora.models.weights import is_transposed, saved_names
 from raytune_lora.planning.shape import BYPASSED, IDLE, ROUTER, UNMET, Experts, Linear
 
 if TYPE_CHECKING:
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 _LAST = {"o_proj", "out_proj", "c_proj", "dense", "dense_4h_to_h", "down_proj", "fc2", "wo", "w2"}
 _ROUTERS = {"router", "gate", "shared_expert_gate"}
 _STACKED = 3  # dimensions of a weight that gives each expert a matrix
-_WEIGHT_READ = re.compile(r"self\.(\w+)\.weight\b(?!\[|\.(?:data\.|dtype|device|shape|ndim|dim|size|numel)\b)")
+_WEIGHT_READ = re.compile(r"self\.(\w+)\.weight\b(?!\[|\.(?:dtype|device|shape|ndim|dim|size|numel)\b)")
 
 
 def norms(model: Any) -> list[tuple[str, Any]]:
@@ -45,10 +45,13 @@ def biases(model: Any) -> list[tuple[str, Any]]:
 
 
 def modules(skeleton: Skeleton) -> tuple[tuple[str, int], ...]:
-    """Those whose forward runs and that could train, each with its number of parameters."""
+    """Those whose forward runs, with parameters that could all train, each with the number of these."""
     named = [(name, m) for name, m in skeleton.model.named_modules() if name and name in skeleton.called]
-    able = ((name, m) for name, m in named if _can_train(name, m, skeleton))
-    return tuple((name, sum(p.numel() for p in m.parameters())) for name, m in able)
+    able = (
+        (name, m) for name, m in named if all(f"{name}.{leaf}" in skeleton.trains for leaf, _ in m.named_parameters())
+    )
+    sizes = ((name, sum(p.numel() for p in m.parameters())) for name, m in able)
+    return tuple((name, size) for name, size in sizes if size)
 
 
 def linears(skeleton: Skeleton, *, mixture: bool) -> Iterator[Linear]:
@@ -64,24 +67,28 @@ def linears(skeleton: Skeleton, *, mixture: bool) -> Iterator[Linear]:
     from raytune_lora.models.skeleton import quantized
 
     packed, seen = quantized(skeleton), set()
+    kinds = (torch.nn.Linear, Conv1D)
+    saved = saved_names(skeleton.model, [n for n, m in skeleton.model.named_modules() if isinstance(m, kinds)])
     for name, module in skeleton.model.named_modules():
         tied = id(getattr(module, "weight", None)) in seen
         seen.add(id(getattr(module, "weight", None)))
-        if not isinstance(module, (torch.nn.Linear, Conv1D)):
+        if not isinstance(module, kinds):
             continue
         parent, _, leaf = name.rpartition(".")
         source = f"{parent}.{'inside' if leaf in _LAST else 'input'}"
         transposed = is_transposed(module)
         d_in, d_out = module.weight.shape if isinstance(module, Conv1D) else module.weight.shape[::-1]
         bias, apart = module.bias is not None, _apart(name, skeleton, mixture=mixture)
-        yield Linear(name, d_in, d_out, source, transposed, bias, apart, name in packed, tied)
+        saved_as = "" if saved.get(name) == name else saved.get(name)
+        yield Linear(name, d_in, d_out, source, transposed, bias, apart, name in packed, tied, saved_as)
 
 
 def _apart(name: str, skeleton: Skeleton, *, mixture: bool) -> str:
     """Why no adapter goes to a linear layer; empty where one may."""
     parent, _, leaf = name.rpartition(".")
     trains = f"{name}.weight" in skeleton.trains
-    if leaf in _weights_read(type(skeleton.model.get_submodule(parent))):  # type: ignore[arg-type]
+    owner: Any = type(skeleton.model.get_submodule(parent))
+    if f"{name}.weight" in skeleton.read or leaf in _weights_read(owner):
         return BYPASSED
     if name not in skeleton.called:
         return BYPASSED if trains else UNMET

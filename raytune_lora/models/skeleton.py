@@ -72,9 +72,12 @@ def _run(model: Any, place: AbstractContextManager[Any], *, masked: bool) -> tup
     _ignore_values(model)
     with place:
         row = torch.zeros((1, _TOKENS), dtype=torch.long)
-        with _Watch(model) as watch:
+        watch = _Watch(model)
+        with watch:
             logits = model.train()(input_ids=row, use_cache=False, **_mask(masked)).logits
         logits.sum().backward()
+        with watch, torch.no_grad():  # RWKV's code rescales weights for the evaluation
+            model.eval()(input_ids=row, use_cache=False, **_mask(masked))
     named = list(model.named_parameters(remove_duplicate=False))  # shared ones by all their names
     return (
         frozenset(watch.called),

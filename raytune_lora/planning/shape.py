@@ -21,6 +21,7 @@ class Linear:
     apart: str = ""  # why no adapter goes there, one of the words below; empty where one may
     quantized: bool = True  # whether its weight is, where the model is
     tied: bool = False  # whether its weight is that of a module before it, and counted there
+    saved_as: str | None = ""  # the name that PEFT finds its LoRA by, if another; None: by none
 
     @property
     def numel(self) -> int:

@@ -205,6 +205,7 @@ def export(
         cfg,
         model_folder,
         dtype=measured["dtype"],
+        loader=measured["loader"],
         template=json.loads((store.folder / TRIED).read_text()),
         stop_ids=store.stop_ids,
         measured={name: measured[name] for name in figures} | rows,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +39,7 @@ MODELS = (
         "deepseek_v32",
         "dbrx",
     ),
-    *("mamba", "lfm2"),
+    *("mamba", "lfm2", "nemotron_h", "rwkv", "laguna"),
 )
 MIXTURES = ("mixtral", "qwen3_moe", "gpt_oss", "deepseek_v3")
 UNQUANTIZED = [kind_of(cls) for cls in METHODS if kind_of(cls) not in ("loftq", "ir_qlora")]
@@ -117,15 +118,36 @@ def test_experts_are_adapted_where_asked_and_the_router_never(
     same(resumed(bench, *saved), learned)
 
 
-@pytest.mark.parametrize("model", ["gemma3", "mixtral", "qwen3_moe", "mamba"])
+@pytest.mark.parametrize(
+    ("model", "kind"),
+    [(model, "lora") for model in ("gemma3", "mixtral", "qwen3_moe", "mamba", "laguna", "llava", "zamba2", "rwkv")]
+    + [("laguna", "dora"), ("laguna", "pissa")],
+)
 def test_an_adapter_that_leaves_parts_out_is_loaded_by_peft_alone(
-    model: str, folder: Callable[[str], Path], tmp_path: Path
+    model: str, kind: str, folder: Callable[[str], Path], tmp_path: Path
 ) -> None:
-    bench = Bench("lora", folder(model), Quantization.none)
+    """Also one of layers whose names PEFT would change: they are saved as the checkpoint calls them."""
+    bench = Bench(kind, folder(model), Quantization.none, r=4)
     trained = bench.applied()
     bench.train(trained, range(1, 4), bench.optimizer(trained))
     bench.method.save(trained, bench.state(trained), tmp_path)
     same(loaded_by_peft(bench, tmp_path), bench.logits(trained))
+
+
+def test_a_layer_that_peft_would_not_find_again_gets_no_adapter() -> None:
+    """Whatever name it is saved under. A name of the checkpoint's is one that PEFT takes for today's."""
+    base = zoo.build("laguna")
+    shape = shape_of(base)
+    saved = {linear.name: linear.saved_as for linear in shape.linears if linear.saved_as != ""}
+    assert saved["model.layers.1.mlp.shared_experts.up_proj"] == "model.layers.1.mlp.shared_expert.up_proj"
+    assert len(saved) == 3
+    lost = tuple(replace(x, saved_as=None) if "shared" in x.name else x for x in shape.linears)
+    method = method_for(config("lora"))
+    left = set(method.targets(shape)) - set(method.targets(replace(shape, linears=lost)))
+    assert {linear.name for linear in left} == set(saved)
+    (_, said) = sorted(method.left_out(replace(shape, linears=lost)), key=lambda words: "PEFT" in words)
+    assert "shared_experts.up_proj" in said
+    assert "PEFT would not load it again" in said
 
 
 def test_what_is_left_out_is_said_with_the_reason() -> None:

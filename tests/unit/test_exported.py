@@ -13,9 +13,11 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from transformers import AutoConfig
 
 from raytune_lora.config.compose import compose
 from raytune_lora.models.methods import registered
+from raytune_lora.models.shape import auto_class
 from raytune_lora.models.sources import byte_tokenizer
 from raytune_lora.training.place import Place
 from raytune_lora.training.worker import train
@@ -62,6 +64,7 @@ ON_OTHERS = {  # name: model of the zoo, method, what else
     "gpt2-adapter": ("gpt2", "adapter", []),
     "gpt2-bitfit": ("gpt2", "bitfit", []),
     "gemma2-full": ("gemma2", "full", []),
+    "llava-lora": ("llava", "lora", []),
     "qwen2-lora-nf4": ("qwen2", "lora", ["quantization=nf4"]),
 }
 
@@ -104,10 +107,17 @@ def exported(
             place = Place(0, 1, tmp_path_factory.mktemp("run"), partial(heard, reports), lambda: 0)
             train(plain_run(cfg), inputs.store, place)
             reported[name] = reports[-1]["eval_loss"]
-            figures = {"eval_loss": reported[name], "eval_loss_rows": 1, "exact_match": None, "exact_match_rows": 0}
+            figures: dict[str, Any] = {
+                "eval_loss": reported[name],
+                "eval_loss_rows": 1,
+                "exact_match": None,
+                "exact_match_rows": 0,
+            }
             checkpoint = Path(reports[-1]["checkpoint"])
             target = folder / name
-            export(plain_run(cfg), inputs.store, inputs.model, checkpoint, target, figures | {"dtype": "float32"})
+            loader = auto_class(AutoConfig.from_pretrained(inputs.model)).__name__
+            figures |= {"dtype": "float32", "loader": loader}
+            export(plain_run(cfg), inputs.store, inputs.model, checkpoint, target, figures)
     torch.set_num_threads(threads)
     validation = [{"input_ids": r["input_ids"], "labels": r["labels"]} for r in inputs.store.split("validation")]
     (folder.parent / "validation.json").write_text(json.dumps(validation))

@@ -52,7 +52,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
 
     def made(name: str) -> Path:
         if not (root / name).exists():
-            zoo.build(name, **MODELS[name]).save_pretrained(root / name)
+            zoo.build(name, **MODELS.get(name, {})).save_pretrained(root / name)
         return root / name
 
     return made
@@ -207,6 +207,9 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "patterns": {"rank_pattern": {"q_proj": 4, r"layers\.1\..*v_proj": 8}, "alpha_pattern": {"k_proj": 3.0}},
     "embedding": {"modules_to_save": ["embed_tokens"]},
     "head": {"modules_to_save": ["lm_head"]},
+    "words": {"modules_to_save": ["word_embeddings"]},
+    "decoder": {"modules_to_save": ["decoder"]},
+    "predictions": {"modules_to_save": ["predictions"], "target_modules": ["query", "value"]},
     "norm": {"modules_to_save": ["norm"], "target_modules": [r".*layers\.\d+\..*(q|v)_proj"]},
     "experts": {"experts": True, "modules_to_save": ["layers.0.mlp.experts"]},
     "bias_beside_norm": {"bias": Bias.all, "modules_to_save": ["final_layer_norm"]},
@@ -215,8 +218,8 @@ OPTIONS: dict[str, dict[str, Any]] = {
 USED = [  # the options that each model has something for
     ("qwen2", "bias"), ("qwen2", "own_bias"), ("opt", "own_bias"), ("opt", "bias"), ("llama", "layers"),
     ("llama", "patterns"), ("llama", "embedding"), ("llama", "head"), ("llama", "norm"), ("tied_llama", "embedding"),
-    ("tied_llama", "head"), ("gemma2", "embedding"), ("gpt2", "conv"), ("opt", "embedding"),
-    ("mixtral", "experts"), ("opt", "bias_beside_norm"),
+    ("tied_llama", "head"), ("gemma2", "embedding"), ("gpt2", "conv"), ("opt", "embedding"), ("bert", "words"),
+    ("bert", "decoder"), ("tied_bert", "predictions"), ("mixtral", "experts"), ("opt", "bias_beside_norm"),
 ]  # fmt: skip
 
 
@@ -253,6 +256,7 @@ def test_an_option_of_lora_keeps_its_promises(
             ],
         ),
         ("gpt2", {"modules_to_save": ["embed_tokens"]}, ["method.modules_to_save", "embed_tokens", "transformer.wte"]),
+        ("tied_bert", {"modules_to_save": ["decoder"]}, ["method.modules_to_save: cls.predictions.decoder", "bias"]),
         ("llama", {"bias": Bias.all}, ["method.bias=all", "none"]),
         ("qwen2", {"bias": Bias.lora_only, "target_modules": ["o_proj"]}, ["method.bias=lora_only", "target layers"]),
         ("llama", {"target_modules": [r"layers\.0\..*"]}, ["method.target_modules", "whole name matches"]),

@@ -109,6 +109,17 @@ def test_weights_that_the_model_s_code_reads_are_unpacked(
     assert bench.loss(trained) < before
 
 
+@pytest.mark.parametrize("model", ["llava", "gemma3", "nemotron_h", "rwkv", "laguna"])
+def test_loftq_finds_weights_that_the_checkpoint_names_otherwise(model: str, folder: Callable[[str], Path]) -> None:
+    """It starts nearer to the unquantized model than plain quantization does."""
+    plain = Bench("lora", folder(model), Quantization.nf4)
+    exact = Bench("lora", folder(model)).logits(Bench("lora", folder(model)).base())
+    loftq = Bench("loftq", folder(model), Quantization.nf4, r=4)
+    assert loftq.method.problems(loftq.shape()) == []
+    lost, left = (float((b.logits(m) - exact).norm()) for b, m in ((plain, plain.base()), (loftq, loftq.applied())))
+    assert left < 0.95 * lost
+
+
 def test_layers_that_lost_nothing_start_as_in_lora(folder: Callable[[str], Path]) -> None:
     """LoftQ's other layers start from what quantizing them lost."""
     bench = Bench("loftq", folder("zamba2"), Quantization.nf4, r=4)

@@ -107,7 +107,8 @@ def test_the_exported_tokenizer_writes_with_the_trained_template(tmp_path: Path)
     trained = tmp_path / "trained.jinja"
     trained.write_text("{{ messages[0].content }}!")
     record = {
-        "base": {"name": "owner/name", "revision": "abc", "trust_remote_code": False, "stored_quantized": False},
+        "base": {"name": "owner/name", "revision": "abc", "trust_remote_code": False, "stored_quantized": False}
+        | {"loader": "AutoModelForCausalLM"},
         "dtype": "float32",
         "quantization": {"kind": "none"},
         "method": {"kind": "lora", "r": 4},

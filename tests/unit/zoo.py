@@ -124,6 +124,11 @@ def bert(**changes: Any) -> Any:
     return T.BertConfig(**_PLAIN | {"is_decoder": True} | changes)
 
 
+def tied_bert(**changes: Any) -> Any:
+    """The layer within its head that gives logits has the embedding's weight, under names of its own."""
+    return bert(**{"tie_word_embeddings": True} | changes)
+
+
 def bloom(**changes: Any) -> Any:
     """ALiBi, one layer for queries, keys and values, a tied head."""
     return T.BloomConfig(**{"vocab_size": VOCAB, "hidden_size": 32, "n_layer": 2, "n_head": 4} | _SPECIAL | changes)
@@ -176,10 +181,26 @@ def mamba(**changes: Any) -> Any:
     return T.MambaConfig(**sizes | _SPECIAL | changes)
 
 
+def nemotron_h(**changes: Any) -> Any:
+    """State-space, attention, dense and mixture layers, one of each, under names that its checkpoint does not have."""
+    mixers = {"layers_block_type": ["mamba", "attention", "mlp", "moe"]}
+    scan = {"ssm_state_size": 8, "mamba_num_heads": 4, "mamba_head_dim": 16, "n_groups": 2, "chunk_size": 16}
+    experts = {"n_routed_experts": 4, "moe_intermediate_size": 16, "moe_shared_expert_intermediate_size": 16}
+    plain = {k: v for k, v in _HEADS_OF_16.items() if k != "num_hidden_layers"}
+    return T.NemotronHConfig(**plain | mixers | scan | experts | {"num_experts_per_tok": 2} | changes)
+
+
 def rwkv(**changes: Any) -> Any:
-    """A recurrence without attention."""
-    sizes = {"vocab_size": VOCAB, "hidden_size": 32, "num_hidden_layers": 2, "context_length": 256}
-    return T.RwkvConfig(**sizes | {"bos_token_id": 1, "eos_token_id": 2} | changes)
+    """A recurrence, whose code rescales weights for inference."""
+    sizes = {"vocab_size": VOCAB, "hidden_size": 32, "num_hidden_layers": 4, "rescale_every": 2}
+    return T.RwkvConfig(**sizes | {"attention_hidden_size": 32, "intermediate_size": 64} | _SPECIAL | changes)
+
+
+def laguna(**changes: Any) -> Any:
+    """Shared experts, which its checkpoint names otherwise, beside routed ones; a gate on attention."""
+    experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+    experts |= {"shared_expert_intermediate_size": 16, "layer_types": ["full_attention", "full_attention"]}
+    return T.LagunaConfig(**_HEADS_OF_16 | experts | changes)
 
 
 def bamba(**changes: Any) -> Any:
@@ -233,6 +254,7 @@ ZOO: dict[str, Callable[..., Any]] = {
         opt,
         falcon,
         bert,
+        tied_bert,
         bloom,
         mixtral,
         qwen3_moe,
@@ -243,6 +265,8 @@ ZOO: dict[str, Callable[..., Any]] = {
         mamba,
         rwkv,
         bamba,
+        nemotron_h,
+        laguna,
         zamba2,
         minimax,
         lfm2,

@@ -10,7 +10,10 @@ from raytune_lora.models.methods.peft_method import anywhere, few
 from raytune_lora.planning.shape import Shape
 
 # what transformers has it quantize
-_QUANTIZABLE = "torch.nn.Linear and Conv1D alone, neither subclasses of them nor layers that share weights"
+_QUANTIZABLE = (
+    "torch.nn.Linear and Conv1D alone, neither subclasses of them nor layers that share weights or whose weights the "
+    "model's code reads itself"
+)
 _SAID_FROM = 0.01  # of the parameters: what stays unquantized below that is of no account
 
 

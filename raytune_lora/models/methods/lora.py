@@ -15,19 +15,19 @@ from raytune_lora.config.methods import (
 from raytune_lora.config.schema import Quantization
 from raytune_lora.models.methods import lora_options as options
 from raytune_lora.models.methods.base import ANY, FOUR_BITS, Start
-from raytune_lora.models.methods.peft_method import TargetedMethod, anywhere, experts_apart, few, layers_apart
+from raytune_lora.models.methods.peft_method import BASE, TargetedMethod, anywhere, experts_apart, few, layers_apart
 from raytune_lora.planning.added import Added
 from raytune_lora.planning.shape import Experts, Linear, Shape
 
 L = TypeVar("L", bound=LoraMethodConfig)
-_BASE = "base_model.model."  # what PEFT puts before the names of the base model's modules
 
 
 class LoraFamily(TargetedMethod[L]):
     """Trains B, d_out x r, and A, r x d_in, beside each layer's W, d_out x d_in: W + alpha / r * B A.
 
     Where experts lie in one parameter, each has such a pair of its own. PEFT gives the names of layers that experts
-    once were to their parameters, so that other layers of those names (a shared expert's) are out of its reach.
+    once were to their parameters, so that other layers of those names (a shared expert's) are out of its reach; so are
+    layers whose matrices it would not find again in the file.
     """
 
     adapts_experts: ClassVar[bool] = False
@@ -54,7 +54,7 @@ class LoraFamily(TargetedMethod[L]):
         adapted = super().apply(model, start)
         if self.cfg.bias is Bias.all:  # PEFT lets a vision tower's train as well
             for name, p in adapted.named_parameters():
-                plain = name.removeprefix(_BASE).replace(".base_layer.", ".")
+                plain = name.removeprefix(BASE).replace(".base_layer.", ".")
                 if plain.endswith(".bias") and plain not in met and ".modules_to_save." not in plain:
                     p.requires_grad_(False)
         return adapted
@@ -64,7 +64,8 @@ class LoraFamily(TargetedMethod[L]):
         return {}
 
     def reach(self, shape: Shape) -> list[Linear]:
-        return [linear for linear in super().reach(shape) if linear.name.rpartition(".")[2] not in shape.claimed]
+        found = [linear for linear in super().reach(shape) if linear.name.rpartition(".")[2] not in shape.claimed]
+        return [linear for linear in found if linear.saved_as is not None]
 
     def targets(self, shape: Shape) -> list[Linear]:
         """Within ``layers_to_transform``; what is trained whole gets no adapter."""
@@ -86,11 +87,11 @@ class LoraFamily(TargetedMethod[L]):
     def left_out(self, shape: Shape) -> list[str]:
         names = list(self.cfg.target_modules)
         reach = {linear.name for linear in self.reach(shape)}
-        claimed = [linear for linear in shape.targets(names) if linear.name not in reach]
+        beyond = [linear for linear in shape.targets(names) if linear.name not in reach]
         found = layers_apart(names, shape)
-        if claimed:
-            where = few(dict.fromkeys(anywhere(linear.name) for linear in claimed))
-            found.append(f"{where} (PEFT takes these names for the experts')")
+        for lost, why in ((False, "PEFT takes these names for the experts'"), (True, "PEFT would not load it again")):
+            if where := few(dict.fromkeys(anywhere(x.name) for x in beyond if (x.saved_as is None) is lost)):
+                found.append(f"{where} ({why})")
         remedy = "method.experts=true adapts them" if self.adapts_experts else "method=lora can adapt them"
         if any(experts.below for experts in shape.experts):
             remedy = "PEFT has no adapter for each of them"
@@ -101,13 +102,17 @@ class LoraFamily(TargetedMethod[L]):
 
         shape = shape_of(model)
         config = super().narrowed(config, model)
-        if shape.claimed:  # left to itself, PEFT would add experts and router to all-linear
+        if shape.claimed or any(
+            linear.saved_as is None for linear in shape.linears
+        ):  # left to itself, PEFT would add experts and router to all-linear
             config.target_modules = {linear.name for linear in self.targets(shape)}
         if named := [experts.name for experts in self.experts(shape)]:
             config.target_parameters = named
         if whole := list(options.saved(self.cfg, shape)):  # by whole names: PEFT would take parts of words as well
             config.modules_to_save = whole
-            config.ensure_weight_tying = shape.tied and shape.head in whole  # PEFT would part them unless told
+            if shape.tied and shape.head in whole:  # PEFT would part them unless told, and knows the usual names alone
+                config.modules_to_save = [name for name in whole if name != shape.head]
+                config.ensure_weight_tying, config.modules_to_tie = True, [shape.head]
         return config
 
     def problems(self, shape: Shape) -> list[str]:

@@ -80,14 +80,19 @@ def problems(cfg: LoraMethodConfig, shape: Shape, targets: list[Linear]) -> list
     if unknown:
         usual = ", ".join(name for name in (shape.embedding, shape.head) if name)
         found.append(
-            f"method.modules_to_save: the model has no module called {', '.join(unknown)} with parameters; its "
-            f"embedding and head are {usual}"
+            f"method.modules_to_save: the model has no module called {', '.join(unknown)} with parameters that could "
+            f"all train; its embedding and head are {usual}"
         )
     named = shape.head is not None and any(matches(word, shape.head) for word in cfg.target_modules)
     if shape.tied and named and shape.embedding in saved(cfg, shape):
         found.append(
             f"method.target_modules: {shape.head} shares its weight with {shape.embedding}, which "
             "method.modules_to_save trains whole; take it out of one of them"
+        )
+    if shape.tied and shape.head in saved(cfg, shape) and any(x.bias and x.name == shape.head for x in shape.linears):
+        found.append(
+            f"method.modules_to_save: {shape.head} shares its weight with {shape.embedding} and has a bias beside it, "
+            "and PEFT would not load the two as they were trained; name a module around the head, or leave it out"
         )
     if cfg.bias is not Bias.none and not biases(cfg, shape, targets):
         where = "the model has" if cfg.bias is Bias.all else "the target layers have"

@@ -17,6 +17,7 @@ T = TypeVar("T", bound=TargetedMethodConfig)
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"  # PEFT's own names
 _SHOWN = 4  # names in a message
+BASE = "base_model.model."  # what PEFT puts before the names of the base model's modules
 _ADAPTER = "default"  # PEFT's name of a model's only adapter
 
 
@@ -85,7 +86,11 @@ def write_adapter(model: Any, weights: dict[str, Any], folder: Path, **changes: 
 
     from safetensors.torch import save_file
 
-    apart = {name: tensor.detach().clone().contiguous() for name, tensor in weights.items()}  # of tied modules, both
+    from raytune_lora.models.shape import shape_of
+
+    others = {linear.name: linear.saved_as for linear in shape_of(model.get_base_model()).linears if linear.saved_as}
+    copies = {name: tensor.detach().clone().contiguous() for name, tensor in weights.items()}  # of tied modules, both
+    apart = {_saved_as(name, others): tensor for name, tensor in copies.items()}
     save_file(apart, folder / WEIGHTS, {"format": "pt"})
     config = deepcopy(model.peft_config[_ADAPTER])
     config.inference_mode = True
@@ -95,6 +100,12 @@ def write_adapter(model: Any, weights: dict[str, Any], folder: Path, **changes: 
     for name, value in changes.items():
         setattr(config, name, value)
     config.save_pretrained(folder)
+
+
+def _saved_as(name: str, others: dict[str, str]) -> str:
+    """PEFT's name of a weight, or for LoRA's of a layer that has another name in files, with that."""
+    layer, lora, rest = name.removeprefix(BASE).partition(".lora_")
+    return f"{BASE}{others[layer]}{lora}{rest}" if lora and layer in others else name
 
 
 class TargetedMethod(PeftMethod[T]):

@@ -9,12 +9,12 @@ from raytune_lora.config.methods import IrQloraMethodConfig, LoftqMethodConfig
 from raytune_lora.models.methods.base import FOUR_BITS, Start
 from raytune_lora.models.methods.lora import LoraFamily
 from raytune_lora.models.methods.own import load_state, save_state, untouched
+from raytune_lora.models.methods.peft_method import BASE
 from raytune_lora.models.shape import shape_of
 from raytune_lora.models.weights import Weights
 from raytune_lora.planning.shape import Shape
 
 _WHOLE = "it quantizes the model's weights or measures what that lost, layer by layer and whole: set quantization=nf4"
-_BASE = "base_model.model."  # what PEFT puts before the names of the base model's layers
 
 
 class Loftq(LoraFamily[LoftqMethodConfig]):
@@ -31,9 +31,10 @@ class Loftq(LoraFamily[LoftqMethodConfig]):
     starts_as_base = False  # it starts nearer to the unquantized model
 
     def apply(self, model: Any, start: Start) -> Any:
+        stored = Weights(start.weights, model) if start.earlier is None else None
         adapted = super().apply(model, start)
-        if start.earlier is None:
-            _fit(adapted, Weights(start.weights))
+        if stored is not None:
+            _fit(adapted, stored)
         return adapted
 
     def problems(self, shape: Shape) -> list[str]:
@@ -61,7 +62,7 @@ class IrQlora(LoraFamily[IrQloraMethodConfig]):
         from raytune_lora.models.layers.elastic import calibrate, connect
 
         names = [linear.name for linear in self.targets(shape_of(model)) if linear.quantized]
-        calibrate(model, Weights(weights), names, self.cfg.tau_range, self.cfg.tau_steps, offsets)
+        calibrate(model, Weights(weights, model), names, self.cfg.tau_range, self.cfg.tau_steps, offsets)
         adapted = super().apply(model, start)
         connect(adapted)
         return adapted
@@ -70,7 +71,7 @@ class IrQlora(LoraFamily[IrQloraMethodConfig]):
         """The offset chosen for each block, as a number of steps."""
         from raytune_lora.models.layers.elastic import offsets
 
-        return offsets(model, _BASE)
+        return offsets(model, BASE)
 
     def save(self, model: Any, state: dict[str, Any], folder: Path) -> None:
         save_state(self.cfg, state | self.extra_state(model), folder)
@@ -126,7 +127,7 @@ def _fit(model: Any, weights: Weights) -> None:
             quantized = base.weight
             if not hasattr(quantized, "quant_state"):
                 continue
-            whole = weights.linear(name.removeprefix(_BASE), base).to(quantized.device, torch.float32)
+            whole = weights.linear(name.removeprefix(BASE), base).to(quantized.device, torch.float32)
             lost = whole - dequantize_4bit(quantized.data, quantized.quant_state).float()
             u, s, v = torch.linalg.svd(lost, full_matrices=False)
             r = layer.r["default"]
