@@ -157,14 +157,20 @@ def _way(model: Any, prompts: Sequence[Sequence[int]], greedy: dict[str, Any], b
     ]
     if len(short) < len(long) and batch > 1 and not learned_prompt:
         ways.insert(0, (_Way(cached=True, batch=batch, padded=True), [(short, long)]))
+    trouble: Exception | None = None
     for way, probes in ways:
-        if all(_is_right(model, probe, greedy | {"use_cache": way.cached}) for probe in probes):
-            break
+        try:
+            if all(_is_right(model, probe, greedy | {"use_cache": way.cached}) for probe in probes):
+                break
+        except torch.cuda.OutOfMemoryError:
+            raise
+        except Exception as error:  # some models' code fails with caches, or behind learned vectors
+            trouble = error
     else:
         raise UserError(
             "evaluation.generate_rows: transformers' generate() computes other tokens than the model's forward pass, "
             "with and without a cache, so that no answer would be the model's own; set evaluation.generate_rows=0"
-        )
+        ) from trouble
     if not way.cached:
         _logger.warning("the model computes other tokens with a cache than without: it answers without, and slowly")
     return way

@@ -60,6 +60,8 @@ def known_shape(folder: Path, cfg: ModelConfig, cache: Cache) -> Shape:
         "claimed": tuple(found["claimed"]),
         "sublayers": tuple(found["sublayers"]),
         "modules": tuple(map(tuple, found["modules"])),
+        "norms_apart": tuple(found["norms_apart"]),
+        "keys": found["keys"] and tuple(found["keys"]),
     }
     return Shape(**{**found, **parts})
 
@@ -144,17 +146,21 @@ def _shape(skeleton: Skeleton) -> Shape:
         vocab=config.vocab_size,
         head=names.get(id(head)),
         linears=linears,
-        norms=sum(p.numel() for _, norm in norms(model) for p in norm.parameters()),
+        norms=sum(p.numel() for _, norm in scales(model) for p in norm.parameters()),
+        norms_apart=tuple(name for name, norm in norms(model) if _scale_read(model, name) and list(norm.parameters())),
         biases=sum(p.numel() for _, p in biases(model)),
         parameters=sum(p.numel() for p in model.parameters()),
         softcap=getattr(config, "final_logit_softcapping", None) is not None,
         sublayers=_sublayers(model),
-        prefixable=_prefixable(config),
+        keys=skeleton.keys,
+        unprompted=skeleton.unprompted,
+        unprefixed=skeleton.unprefixed,
         experts=experts,
         claimed=_claimed(model.config),
         unmet=sum(p.numel() for name, p in model.named_parameters() if name not in skeleton.trains),
         approximate=_unlike_attention(config),
         embeddings=model.get_input_embeddings().weight.shape[0],
+        embedded=model.get_input_embeddings().weight.shape[1],
         positions=_positions(model, config),
         context=_context(config),
         embedding=names.get(id(model.get_input_embeddings())),
@@ -187,19 +193,33 @@ def _modules(skeleton: Skeleton) -> tuple[tuple[str, int], ...]:
     return tuple((name, size) for name, size in sizes if size)
 
 
-def _prefixable(config: Any) -> bool:
-    """Whether learned keys and values can stand before each layer's own: none convolves, scans or has latent ones."""
-    kinds = getattr(config, "layer_types", None) or ["full_attention"]
-    attends = all("attention" in kind and "linear" not in kind for kind in kinds)
-    return attends and bool(getattr(config, "num_attention_heads", 0)) and not getattr(config, "kv_lora_rank", None)
-
-
 def norms(model: Any) -> list[tuple[str, Any]]:
     """Normalization layers that text passes through, by name."""
     from raytune_lora.models.skeleton import skeleton_of
 
     called = skeleton_of(model).called
     return [(name, m) for name, m in model.named_modules() if "norm" in type(m).__name__.lower() and name in called]
+
+
+def scales(model: Any) -> list[tuple[str, Any]]:
+    """Of these, those with weights of their own that train where they lie, by name.
+
+    Some have none (OLMo's), some are whole sublayers (DBRX's); a gated one's may be handed to a kernel (Mamba2's).
+    """
+    from raytune_lora.models.skeleton import skeleton_of
+
+    trains = skeleton_of(model).trains
+    found = []
+    for name, norm in norms(model):
+        own = [f"{name}.{leaf}" for leaf, _ in norm.named_parameters()]
+        if own and all(p in trains for p in own) and not list(norm.children()) and not _scale_read(model, name):
+            found.append((name, norm))
+    return found
+
+
+def _scale_read(model: Any, name: str) -> bool:
+    parent, _, leaf = name.rpartition(".")
+    return leaf in _weights_read(type(model.get_submodule(parent)))  # type: ignore[arg-type]
 
 
 def biases(model: Any) -> list[tuple[str, Any]]:
