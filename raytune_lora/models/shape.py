@@ -18,7 +18,7 @@ from raytune_lora.config.schema import ModelConfig
 from raytune_lora.errors import UserError
 from raytune_lora.models.tokenizer import trusted
 from raytune_lora.models.weights import is_transposed
-from raytune_lora.planning.shape import BYPASSED, ROUTER, UNMET, Block, Experts, Linear, Shape
+from raytune_lora.planning.shape import BYPASSED, IDLE, ROUTER, UNMET, Block, Experts, Linear, Shape
 
 if TYPE_CHECKING:
     from raytune_lora.models.skeleton import Skeleton
@@ -247,6 +247,8 @@ def _linears(skeleton: Skeleton, *, mixture: bool) -> list[Linear]:
             apart = BYPASSED
         elif name not in skeleton.called:
             apart = UNMET if f"{name}.weight" not in skeleton.trains else BYPASSED
+        elif f"{name}.weight" not in skeleton.trains:
+            apart = IDLE
         elif mixture and _ROUTERS & set(name.split(".")[-2:]):
             apart = ROUTER
         found.append(Linear(name, d_in, d_out, source, transposed, module.bias is not None, apart))

@@ -23,6 +23,7 @@ class Linear:
 
 UNMET = "text does not pass through them"  # a vision tower
 BYPASSED = "their weights are read past the layers themselves, where an adapter has no effect"  # Mamba's dt_proj
+IDLE = "the loss does not depend on them"  # what picks the tokens to attend to, a classifier's pooler
 ROUTER = "they route tokens to experts"
 
 
