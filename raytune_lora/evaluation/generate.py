@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import logging
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain, groupby
@@ -162,18 +163,25 @@ def _way(model: Any, prompts: Sequence[Sequence[int]], greedy: dict[str, Any], b
         ways.insert(0, (_Way(cached=True, batch=batch, padded=True), [(short, long)]))
     coarse = model.dtype not in (torch.float32, torch.float64) or getattr(model, "is_quantized", False)
     changes: dict[_Way, float] = {}
+    trouble: Exception | None = None
     for way, probes in ways:
-        changes[way] = max(_change(model, probe, greedy | {"use_cache": way.cached}) for probe in probes)
-        if changes[way] < _ROUNDING[coarse]:
-            break
+        try:
+            changes[way] = max(_change(model, probe, greedy | {"use_cache": way.cached}) for probe in probes)
+        except torch.cuda.OutOfMemoryError:
+            raise
+        except Exception as error:  # some models' code fails with caches, or behind learned vectors
+            trouble = error
+        else:
+            if changes[way] < _ROUNDING[coarse]:
+                break
     else:
-        way = min(changes, key=lambda way: changes[way])
-        if not changes[way] < _WRONG[coarse]:
+        way = min(changes, key=lambda way: changes[way], default=ways[0][0])
+        if not changes.get(way, math.inf) < _WRONG[coarse]:
             raise UserError(
                 "evaluation.generate_rows: transformers' generate() computes other tokens than the model's forward "
                 "pass, with and without a cache, so that no answer would be the model's own; set "
                 "evaluation.generate_rows=0"
-            )
+            ) from trouble
     if not way.cached:
         _logger.warning("the model computes other tokens with a cache than without: it answers without, and slowly")
     return way

@@ -54,6 +54,8 @@ def known_shape(folder: Path, cfg: ModelConfig, cache: Cache) -> Shape:
         "sublayers": tuple(found["sublayers"]),
         "modules": tuple(map(tuple, found["modules"])),
         "biases": tuple(map(tuple, found["biases"])),
+        "norms_apart": tuple(found["norms_apart"]),
+        "keys": found["keys"] and tuple(found["keys"]),
     }
     return Shape(**{**found, **parts})
 
@@ -138,19 +140,22 @@ def _shape(skeleton: Skeleton) -> Shape:
         vocab=config.vocab_size,
         head=names.get(id(head)),
         linears=linears,
-        norms=sum(p.numel() for _, norm in parts.norms(model) for p in norm.parameters()),
+        norms=sum(p.numel() for _, norm in parts.scales(model) for p in norm.parameters()),
+        norms_apart=parts.norms_apart(model),
         biases=tuple((name, p.numel()) for name, p in parts.biases(model)),
         parameters=sum(p.numel() for p in model.parameters()),
         softcap=getattr(config, "final_logit_softcapping", None) is not None,
         sublayers=_sublayers(model),
-        prefixable=_prefixable(config),
-        promptable=skeleton.embeds,
+        keys=skeleton.keys,
+        unprompted=skeleton.unprompted,
+        unprefixed=skeleton.unprefixed,
         checkpointable=_checkpointable(model),
         experts=experts,
         claimed=_claimed(model.config),
         unmet=sum(p.numel() for name, p in model.named_parameters() if name not in skeleton.trains),
         approximate=_unlike_attention(config),
         embeddings=model.get_input_embeddings().weight.shape[0],
+        embedded=model.get_input_embeddings().weight.shape[1],
         positions=_positions(model, config),
         context=_context(config),
         embedding=names.get(id(model.get_input_embeddings())),
@@ -180,17 +185,6 @@ def _checkpointable(model: Any) -> bool:
     """Transformers' own condition: the class says so, and there is a module to switch."""
     said = getattr(model, "supports_gradient_checkpointing", False)
     return bool(said) and any(hasattr(module, "gradient_checkpointing") for module in model.modules())
-
-
-def _prefixable(config: Any) -> bool:
-    """Whether learned keys and values of one width can stand before each layer's own.
-
-    None convolves, scans, has latent ones or those of another layer.
-    """
-    kinds = getattr(config, "layer_types", None) or ["full_attention"]
-    attends = all("attention" in kind and "linear" not in kind for kind in kinds)
-    others = getattr(config, "kv_lora_rank", None) or getattr(config, "num_kv_shared_layers", None)
-    return attends and not others and len({(count, size) for _, count, size in settings.heads(config)} - {(0, 0)}) == 1
 
 
 def _claimed(config: Any) -> tuple[str, ...]:

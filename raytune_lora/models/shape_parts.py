@@ -22,18 +22,38 @@ _WEIGHT_READ = re.compile(r"self\.(\w+)\.weight\b(?!\[|\.(?:dtype|device|shape|n
 
 
 def norms(model: Any) -> list[tuple[str, Any]]:
-    """Normalization layers that text passes through and a gradient comes back through, by name."""
+    """Normalization layers that text passes through, by name; not the sublayers that are named after theirs."""
     from raytune_lora.models.skeleton import skeleton_of
 
-    skeleton = skeleton_of(model)
+    called = skeleton_of(model).called
     named = [(name, m) for name, m in model.named_modules() if "norm" in type(m).__name__.lower()]
-    alone = [(name, m) for name, m in named if name in skeleton.called and not list(m.children())]
-    return [(name, m) for name, m in alone if _can_train(name, m, skeleton)]
+    return [(name, m) for name, m in named if name in called and not list(m.children())]
 
 
-def _can_train(name: str, module: Any, skeleton: Skeleton) -> bool:
-    """Whether a module has parameters, and one of them would get a gradient."""
-    return bool(skeleton.trains.intersection(f"{name}.{leaf}" for leaf, _ in module.named_parameters()))
+def scales(model: Any) -> list[tuple[str, Any]]:
+    """Of these, those with weights of their own, as OLMo's have none, that train where they lie, by name."""
+    from raytune_lora.models.skeleton import skeleton_of
+
+    skeleton, found = skeleton_of(model), []
+    for name, norm in norms(model):
+        own = [f"{name}.{leaf}" for leaf, _ in norm.named_parameters()]
+        if own and skeleton.trains.issuperset(own) and not _bypassed(name, skeleton):
+            found.append((name, norm))
+    return found
+
+
+def norms_apart(model: Any) -> tuple[str, ...]:
+    """The names of those whose weights are handed to a kernel past them, as gated ones' are (Mamba2's)."""
+    from raytune_lora.models.skeleton import skeleton_of
+
+    return tuple(name for name, norm in norms(model) if _bypassed(name, skeleton_of(model)) and list(norm.parameters()))
+
+
+def _bypassed(name: str, skeleton: Skeleton) -> bool:
+    """Whether other code reads a layer's weight past its forward, here or on a GPU."""
+    parent, _, leaf = name.rpartition(".")
+    owner: Any = type(skeleton.model.get_submodule(parent))
+    return f"{name}.weight" in skeleton.read or leaf in _weights_read(owner)
 
 
 def biases(model: Any) -> list[tuple[str, Any]]:
@@ -68,6 +88,7 @@ def linears(skeleton: Skeleton, *, mixture: bool) -> Iterator[Linear]:
 
     packed, seen = quantized(skeleton), set()
     kinds = (torch.nn.Linear, Conv1D)
+    met = {id(m.weight) for n, m in skeleton.model.named_modules() if n in skeleton.called and isinstance(m, kinds)}
     saved = saved_names(skeleton.model, [n for n, m in skeleton.model.named_modules() if isinstance(m, kinds)])
     for name, module in skeleton.model.named_modules():
         tied = id(getattr(module, "weight", None)) in seen
@@ -78,20 +99,25 @@ def linears(skeleton: Skeleton, *, mixture: bool) -> Iterator[Linear]:
         source = f"{parent}.{'inside' if leaf in _LAST else 'input'}"
         transposed = is_transposed(module)
         d_in, d_out = module.weight.shape if isinstance(module, Conv1D) else module.weight.shape[::-1]
-        bias, apart = module.bias is not None, _apart(name, skeleton, mixture=mixture)
+        bias, apart = module.bias is not None, _apart(name, skeleton, met, mixture=mixture)
         saved_as = "" if saved.get(name) == name else saved.get(name)
         yield Linear(name, d_in, d_out, source, transposed, bias, apart, name in packed, tied, saved_as)
 
 
-def _apart(name: str, skeleton: Skeleton, *, mixture: bool) -> str:
-    """Why no adapter goes to a linear layer; empty where one may."""
-    parent, _, leaf = name.rpartition(".")
+def _apart(name: str, skeleton: Skeleton, met: set[int], *, mixture: bool) -> str:
+    """Why no adapter goes to a linear layer; empty where one may.
+
+    Args:
+        name: of the layer.
+        skeleton: of the model.
+        met: ids of the weights of layers that run: one that shares its weight may rest while another runs (Zamba2's).
+        mixture: as for ``linears``.
+    """
     trains = f"{name}.weight" in skeleton.trains
-    owner: Any = type(skeleton.model.get_submodule(parent))
-    if f"{name}.weight" in skeleton.read or leaf in _weights_read(owner):
+    if _bypassed(name, skeleton):
         return BYPASSED
     if name not in skeleton.called:
-        return BYPASSED if trains else UNMET
+        return BYPASSED if trains and id(skeleton.model.get_submodule(name).weight) not in met else UNMET
     if not trains:
         return IDLE
     return ROUTER if mixture and _ROUTERS & set(name.split(".")[-2:]) else ""

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import logging
+import warnings
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -18,6 +19,8 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 _TOKENS = 8  # of the row; more than any convolution in use is wide
+_UNKNOWN = "what its layers keep is not known, as its code does not run without values"
+_LEARNED = 2  # virtual tokens, where PEFT's prompts are tried
 _KNOWN: dict[tuple[type, str], Skeleton] = {}
 
 
@@ -29,7 +32,9 @@ class Skeleton:
     called: frozenset[str]  # modules whose forward runs
     trains: frozenset[str]  # parameters that would get a gradient
     read: frozenset[str] = frozenset()  # parameters that are used outside of their own module's forward
-    embeds: bool = True  # whether it takes the embedding of tokens for the tokens, and all of it then takes part
+    keys: tuple[int, int, int] | None = None  # layers, and heads and width of the keys and values each of them keeps
+    unprompted: str = ""  # why PEFT cannot put learned vectors before a row; empty where it can
+    unprefixed: str = ""  # why PEFT cannot put learned keys and values before those of a row
 
 
 def skeleton_of(model: Any) -> Skeleton:
@@ -53,14 +58,11 @@ def _probed(cls: type, config: Any) -> Skeleton:
     whole = _made(cls, config, torch.device("meta"))
     for place, masked in ((torch.device("meta"), True), (torch.device("meta"), False), (FakeTensorMode(), True)):
         try:
-            found = _run(_made(cls, config, place), place, masked=masked)
+            called, trains, read = _run(_runnable(cls, config, place), place, masked=masked)
         except Exception:  # the code of a model may do anything
             continue
-        called, trains, read = found
-        return Skeleton(
-            whole, called, trains, read, _takes_embeddings(_made(cls, config, place), place, called, masked)
-        )
-    return Skeleton(whole, *_language_model(whole))
+        return Skeleton(whole, called, trains, read, *_prompts(cls, config, place, called, masked=masked))
+    return Skeleton(whole, *_language_model(whole), unprefixed=_UNKNOWN)
 
 
 def _made(cls: type, config: Any, place: AbstractContextManager[Any]) -> Any:
@@ -68,16 +70,29 @@ def _made(cls: type, config: Any, place: AbstractContextManager[Any]) -> Any:
         return cls(copy.deepcopy(config))
 
 
+def _runnable(cls: type, config: Any, place: AbstractContextManager[Any]) -> Any:
+    """A model with the implementations that look at no values."""
+    model = _made(cls, config, place)
+    for setting, value in (("set_attn_implementation", "eager"), ("set_experts_implementation", "batched_mm")):
+        with contextlib.suppress(AttributeError, ValueError):
+            getattr(model, setting)(value)
+    return model
+
+
+def _row(*, masked: bool) -> dict[str, torch.Tensor]:
+    row = {"input_ids": torch.zeros((1, _TOKENS), dtype=torch.long)}
+    return row | ({"attention_mask": torch.ones((1, _TOKENS), dtype=torch.long)} if masked else {})
+
+
 def _run(model: Any, place: AbstractContextManager[Any], *, masked: bool) -> tuple[frozenset[str], ...]:
-    _ignore_values(model)
+    watch = _Watch(model)
     with place:
-        row = torch.zeros((1, _TOKENS), dtype=torch.long)
-        watch = _Watch(model)
+        row = _row(masked=masked)
         with watch:
-            logits = model.train()(input_ids=row, use_cache=False, **_mask(masked)).logits
+            logits = model.train()(**row, use_cache=False).logits
         logits.sum().backward()
         with watch, torch.no_grad():  # RWKV's code rescales weights for the evaluation
-            model.eval()(input_ids=row, use_cache=False, **_mask(masked))
+            model.eval()(**row, use_cache=False)
     named = list(model.named_parameters(remove_duplicate=False))  # shared ones by all their names
     return (
         frozenset(watch.called),
@@ -86,28 +101,97 @@ def _run(model: Any, place: AbstractContextManager[Any], *, masked: bool) -> tup
     )
 
 
-def _takes_embeddings(model: Any, place: AbstractContextManager[Any], called: frozenset[str], masked: bool) -> bool:
-    """Whether all that runs for tokens runs for vectors in their stead, too: Gemma 3n has more of each token."""
-    _ignore_values(model)
-    embedding = model.get_input_embeddings()
+def _prompts(
+    cls: type, config: Any, place: AbstractContextManager[Any], called: frozenset[str], *, masked: bool
+) -> tuple[tuple[int, int, int] | None, str, str]:
+    """What a model has for PEFT's learned prompts: see ``Skeleton``. Where a row runs, a row behind a prompt must."""
+    from peft import PrefixTuningConfig, PromptTuningConfig, PromptTuningInit
+
+    keys = _keys(_runnable(cls, config, place), place, masked=masked)
+    width = _made(cls, config, place).get_input_embeddings().weight.shape[1]
+    vectors = PromptTuningConfig(
+        prompt_tuning_init=PromptTuningInit.SAMPLE_VOCAB, **prompt_sizes(_LEARNED, (1, 1, width))
+    )
+    learned: list[tuple[Any, int]] = [(vectors, _LEARNED)]
+    if keys is not None:
+        learned.append((PrefixTuningConfig(**prompt_sizes(_LEARNED, keys)), 0))
+    found = ["", ""]
+    for which, (prompt, longer) in enumerate(learned):
+        try:
+            with place:
+                row = _row(masked=masked)
+            _run_behind(prompt, _runnable(cls, config, place), place, row, longer, called)
+        except Exception as error:  # PEFT knows nothing of some models, and these nothing of it
+            found[which] = f"{type(error).__name__}: {error}".strip().splitlines()[0]
+    return keys, found[0], found[1]
+
+
+def prompt_sizes(tokens: int, keys: tuple[int, int, int]) -> dict[str, Any]:
+    """Settings of PEFT's prompts, which it would read from configs that call them by other names, or mean others.
+
+    Args:
+        tokens: virtual ones.
+        keys: layers, and heads and width of their keys and values; of input vectors 1, 1 and the embedding's width.
+    """
+    from peft import TaskType
+
+    layers, heads, width = keys
+    sizes = {"num_layers": layers, "num_attention_heads": heads, "token_dim": heads * width}
+    return {"task_type": TaskType.CAUSAL_LM, "num_virtual_tokens": tokens} | sizes
+
+
+def _keys(model: Any, place: AbstractContextManager[Any], *, masked: bool) -> tuple[int, int, int] | None:
+    """Layers, heads and width of the keys and values that the model keeps of a row; None where layers differ."""
     try:
-        with place, _Watch(model) as watch:
-            vectors = embedding(torch.zeros((1, _TOKENS), dtype=torch.long))
-            model.train()(inputs_embeds=vectors, use_cache=False, **_mask(masked))
-    except Exception:
-        return False
-    return called <= watch.called
+        with place, torch.no_grad():
+            kept = model.eval()(**_row(masked=masked), use_cache=True).past_key_values
+        kept = getattr(kept, "self_attention_cache", kept)
+        if getattr(kept, "linear_cache", None):  # MiniMax's, beside its layers
+            return None
+        shapes = {(tuple(layer.keys.shape), tuple(layer.values.shape)) for layer in kept.layers}
+    except Exception:  # no cache, or one without keys and values
+        return None
+    if len(shapes) != 1:
+        return None
+    ((keys, values),) = shapes
+    return (len(kept.layers), keys[1], keys[3]) if keys == values and len(keys) == 4 else None
 
 
-def _ignore_values(model: Any) -> None:
-    """Take the implementations that look at no values."""
-    for setting, value in (("set_attn_implementation", "eager"), ("set_experts_implementation", "batched_mm")):
-        with contextlib.suppress(AttributeError, ValueError):
-            getattr(model, setting)(value)
+def _run_behind(
+    prompt: Any,
+    model: Any,
+    place: AbstractContextManager[Any],
+    row: dict[str, torch.Tensor],
+    longer: int,
+    called: frozenset[str],
+) -> None:
+    """A row behind a prompt of PEFT's, forward and back; raises where that goes wrong."""
+    from peft import get_peft_model
+
+    with place, _staying(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        watch = _Watch(model)
+        tuned = get_peft_model(model, prompt).train()
+        with watch:
+            logits = tuned(**row, use_cache=False).logits
+        logits.sum().backward()
+        if logits.shape[1] != _TOKENS + longer:
+            raise ValueError(f"{_TOKENS} tokens behind {_LEARNED} learned vectors give {logits.shape[1]} outputs")
+    if idle := sorted(called - watch.called):  # Gemma 3n has more of each token than its vector
+        raise ValueError(f"{idle[0]} does not take part behind learned vectors")
+    if [name for name, p in tuned.named_parameters() if p.requires_grad and p.grad is None]:
+        raise ValueError("what is learned gets no gradient")
 
 
-def _mask(masked: bool) -> dict[str, Any]:
-    return {"attention_mask": torch.ones((1, _TOKENS), dtype=torch.long)} if masked else {}
+@contextlib.contextmanager
+def _staying() -> Iterator[None]:
+    """Modules stay where they were made: fake ones cannot be moved, not even to where they are."""
+    move = torch.nn.Module.to
+    torch.nn.Module.to = lambda module, *_args, **_kwargs: module  # type: ignore[method-assign,assignment]
+    try:
+        yield
+    finally:
+        torch.nn.Module.to = move  # type: ignore[method-assign]
 
 
 class _Watch(TorchFunctionMode):

@@ -31,7 +31,7 @@ class Linear:
 
 UNMET = "text does not pass through them"  # a vision tower
 BYPASSED = "their weights are read past the layers themselves, where an adapter has no effect"  # Mamba's dt_proj
-IDLE = "no gradient comes back through them"  # what picks the tokens that are attended to
+IDLE = "no gradient comes back through them"  # what picks the tokens to attend to, a classifier's pooler
 ROUTER = "they route tokens to experts"
 
 
@@ -79,29 +79,27 @@ class Shape:
     vocab: int
     head: str | None  # name of the linear layer that gives the logits
     linears: tuple[Linear, ...]
-    norms: int  # parameters of all normalization layers
+    norms: int  # parameters of normalization layers that can train where they lie
     biases: tuple[tuple[str, int], ...]  # name and size of each parameter called bias
     parameters: int  # all, shared ones once
     softcap: bool = False  # whether the logits are capped
     sublayers: tuple[str, ...] = ()  # names of the modules that every decoder layer has
-    prefixable: bool = True  # whether every layer attends, with keys and values of one width
-    promptable: bool = True  # whether vectors can stand in for tokens
+    keys: tuple[int, int, int] | None = None  # layers, and heads and width of their keys and values; None: they differ
+    unprompted: str = ""  # why PEFT cannot put learned vectors before a row; empty where it can
+    unprefixed: str = ""  # why PEFT cannot put learned keys and values before those of a row
+    norms_apart: tuple[str, ...] = ()  # names of those whose weights are read past them
     checkpointable: bool = True  # whether its code knows gradient checkpointing
     experts: tuple[Experts, ...] = ()
     claimed: tuple[str, ...] = ()  # names of linear layers that PEFT's LoRA takes for those of experts
     unmet: int = 0  # parameters that a row of text does not meet
     approximate: bool = False  # whether some layers are of a kind whose activations are not reckoned
     embeddings: int | None = None  # rows of the input embedding; None: not known
+    embedded: int | None = None  # its width, where that is not ``hidden``; None: not known
     positions: int | None = None  # tokens of a row that its table of positions has room for; None: it has no table
     embedding: str | None = None  # name of the module that embeds the input
     tied: bool = False  # whether the head's weight is the embedding's
     modules: tuple[tuple[str, int], ...] = ()  # name and parameters of each module that has some and that text meets
     context: int | None = None  # tokens of a row that it was made for, as its config says; None: it does not say
-
-    @property
-    def kv_width(self) -> int:
-        """Of one layer's keys."""
-        return self.block.kv_width
 
     def targets(self, names: list[str]) -> list[Linear]:
         """The linear layers that these ``target_modules`` name and that adapters can go to."""

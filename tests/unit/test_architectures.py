@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from transformers import AutoModelForCausalLM, CTRLConfig
+from transformers import AutoModelForCausalLM, BartConfig, BigBirdConfig, CTRLConfig, TrOCRConfig
 
 from raytune_lora.config import validate
 from raytune_lora.config.compose import compose
@@ -169,6 +169,7 @@ def test_what_is_left_out_is_said_with_the_reason() -> None:
     assert "router.layer (they route tokens" in said("dbrx")
     assert "ffn.experts.mlp.w2" in said("dbrx")
     assert said("gemma4_text") == ""
+    assert "model.layers.*.shared_transformer.self_attn.linear_q_adapter_list.1, " in said("zamba2")
     assert "planned memory is approximate" in said("lfm2")
 
 
@@ -214,6 +215,27 @@ def test_checkpointing_needs_a_model_whose_code_has_it() -> None:
         if refused:
             with pytest.raises(ValueError, match=r"does not support (gradient|activation) checkpointing"):
                 base.gradient_checkpointing_enable()
+
+
+def test_a_decoder_whose_cross_attention_is_idle_is_not_said_to_be_left_out() -> None:
+    sizes = {"d_model": 32, "decoder_layers": 2, "decoder_attention_heads": 4, "decoder_ffn_dim": 64, "vocab_size": 272}
+    for cls in (BartConfig, TrOCRConfig):
+        shape = shape_of(AutoModelForCausalLM.from_config(cls(**sizes)))
+        (note,) = fit.notes(compose(["model.path=here", "data=fake"]), shape)
+        assert "leaves out model.decoder.layers.*.encoder_attn (text does not pass" in note
+
+
+def test_a_layer_that_the_loss_does_not_depend_on_gets_no_adapter() -> None:
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
+    base = AutoModelForCausalLM.from_config(
+        BigBirdConfig(is_decoder=True, attention_type="original_full", vocab_size=272, pad_token_id=0, **sizes)
+    )
+    shape, method = shape_of(base), method_for(config("lora"))
+    assert method.left_out(shape) == ["bert.pooler (no gradient comes back through them)"]
+    tuned = adapted(base, method)
+    heard = FirstGradients(tuned)
+    backward(tuned)
+    heard.check("lora")
 
 
 @pytest.mark.parametrize("kind", ["dora", "pissa", "olora", "eva", "loftq", "ir_qlora"])

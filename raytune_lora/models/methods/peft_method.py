@@ -158,12 +158,19 @@ class TargetedMethod(PeftMethod[T]):
 def layers_apart(names: list[str], shape: Shape) -> list[str]:
     """The linear layers among ``target_modules`` that no adapter goes to, by reason."""
     found: dict[str, dict[str, None]] = {}
+    met = [linear.name for linear in shape.linears if linear.apart != UNMET]
     for linear in shape.named(names):
         if linear.apart:
-            parts = linear.name.split(".")
-            place = ".".join(parts[:2]) if linear.apart == UNMET else anywhere(linear.name)
-            found.setdefault(linear.apart, {})[place] = None
+            place = _outermost(linear.name, met) if linear.apart == UNMET else linear.name
+            found.setdefault(linear.apart, {})[anywhere(place)] = None
     return [f"{few(places)} ({why})" for why, places in found.items()]
+
+
+def _outermost(name: str, met: list[str]) -> str:
+    """The largest module around a layer that holds no layer that text meets: a vision tower, a cross-attention."""
+    parts = name.split(".")
+    around = (".".join(parts[:depth]) for depth in range(1, len(parts)))
+    return next((place for place in around if not any(m.startswith(f"{place}.") for m in met)), name)
 
 
 def experts_apart(shape: Shape, remedy: str = "they are no linear layers") -> list[str]:

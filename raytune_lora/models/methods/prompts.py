@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, ClassVar, TypeVar
+from typing import Any, TypeVar
 
 from raytune_lora.config.methods import (
+    MethodConfig,
     PrefixTuningMethodConfig,
     PromptTuningMethodConfig,
     PTuningMethodConfig,
 )
 from raytune_lora.models.methods.base import Start
 from raytune_lora.models.methods.peft_method import PeftMethod, write_adapter
-from raytune_lora.models.shape import shape_of
 from raytune_lora.planning.added import Added
 from raytune_lora.planning.shape import Shape
 
-C = TypeVar("C", PrefixTuningMethodConfig, PromptTuningMethodConfig, PTuningMethodConfig)
+C = TypeVar("C", bound=MethodConfig)
 _ENCODER = "prompt_encoder.default."  # what PEFT puts before the names of the network's parameters
 
 
@@ -26,28 +27,20 @@ class PromptMethod(PeftMethod[C]):
     mergeable = False
     packable = False
     starts_as_base = False
-    among_tokens: ClassVar[bool] = True  # whether the vectors are those of the input
-
-    def settings(self, model: Any) -> dict[str, Any]:
-        """What PEFT asks the model's config for, by names that not every config has."""
-        shape = shape_of(model)
-        return {
-            "task_type": "CAUSAL_LM",
-            "num_virtual_tokens": self.cfg.virtual_tokens,
-            "num_layers": shape.layers,
-            "num_attention_heads": shape.block.heads,
-            "token_dim": shape.hidden,
-        }
 
     def problems(self, shape: Shape) -> list[str]:
-        if not shape.promptable and self.among_tokens:
+        if not shape.block.heads:
             return [
-                f"method={self.cfg.kind} puts vectors among those of the tokens, and this model looks up more than one "
-                "for each token, in each of its layers; take method=lora"
+                f"method={self.cfg.kind} needs a model whose layers attend, and this one has none; take method=lora"
             ]
-        if shape.block.heads:
-            return []
-        return [f"method={self.cfg.kind} needs a model whose layers attend, and this one has none; take method=lora"]
+        why = self.refused(shape)
+        return [f"method={self.cfg.kind} {why}; take method=lora"] if why else []
+
+    def refused(self, shape: Shape) -> str:
+        """Why the model cannot have its vectors; empty where it can."""
+        if not shape.unprompted:
+            return ""
+        return f"puts learned vectors before each row's, and PEFT cannot do so with this model ({shape.unprompted})"
 
     def save(self, model: Any, state: dict[str, Any], folder: Path) -> None:
         """A network is built anew from the state: the model's own may lie in parts on other workers."""
@@ -66,39 +59,57 @@ class PromptMethod(PeftMethod[C]):
         write_adapter(model, {"prompt_embeddings": vectors}, folder)
 
 
+def _sizes(model: Any, tokens: int, keys: Callable[[Shape], tuple[int, int, int]]) -> dict[str, Any]:
+    from raytune_lora.models.shape import shape_of
+    from raytune_lora.models.skeleton import prompt_sizes
+
+    return prompt_sizes(tokens, keys(shape_of(model)))
+
+
 class PrefixTuning(PromptMethod[PrefixTuningMethodConfig]):
     """Keys and values (arXiv:2101.00190)."""
 
     config_class = PrefixTuningMethodConfig
-    among_tokens = False
 
     def peft_config(self, model: Any, start: Start) -> Any:
         from peft import PrefixTuningConfig
 
-        block = shape_of(model).block
-        heads = block.kv_width * block.heads // block.query_width
         return PrefixTuningConfig(
-            **self.settings(model) | {"num_attention_heads": heads, "token_dim": block.kv_width},
+            **_sizes(model, self.cfg.virtual_tokens, _keys),
             prefix_projection=self.cfg.projection is not None,
             encoder_hidden_size=self.cfg.projection,  # type: ignore[arg-type]  # unused without projection
         )
 
     def count(self, shape: Shape) -> int:
-        tokens, width, out = self.cfg.virtual_tokens, self.cfg.projection, 2 * shape.layers * shape.kv_width
+        layers, heads, size = _keys(shape)
+        tokens, keys, width = self.cfg.virtual_tokens, heads * size, self.cfg.projection
         if width is None:
-            return tokens * out
-        return tokens * shape.kv_width + shape.kv_width * width + width + width * out + out
+            return tokens * 2 * layers * keys
+        return tokens * keys + keys * width + width + (width + 1) * 2 * layers * keys
 
     def added(self, shape: Shape) -> Added:
         return Added(trained=self.count(shape), keys=self.cfg.virtual_tokens)
 
-    def problems(self, shape: Shape) -> list[str]:
-        if shape.prefixable or not shape.block.heads:
-            return super().problems(shape)
-        return [
-            "method=prefix_tuning puts keys and values before those of every layer, and not every layer of this model "
-            "has both, of one width (some convolve, scan, or attend to latent vectors); take method=prompt_tuning"
-        ]
+    def refused(self, shape: Shape) -> str:
+        what = "puts learned keys and values before those of every layer, and"
+        if shape.unprefixed:
+            return f"{what} PEFT cannot do so with this model ({shape.unprefixed})"
+        if shape.keys is None:
+            return (
+                f"{what} not every layer of this model keeps both, of one width (some convolve, scan, or keep others)"
+            )
+        return ""
+
+
+def _keys(shape: Shape) -> tuple[int, int, int]:
+    """Layers, and heads and width of their keys and values, of a model that has them."""
+    assert shape.keys is not None, "problems() has refused the model"
+    return shape.keys
+
+
+def _embedded(shape: Shape) -> int:
+    """The width of the model's input vectors, in some models less than that of its layers."""
+    return shape.embedded or shape.hidden
 
 
 class PromptTuning(PromptMethod[PromptTuningMethodConfig]):
@@ -109,17 +120,18 @@ class PromptTuning(PromptMethod[PromptTuningMethodConfig]):
     def peft_config(self, model: Any, start: Start) -> Any:
         from peft import PromptTuningConfig, PromptTuningInit
 
-        start_from: dict[str, Any] = {"prompt_tuning_init": PromptTuningInit.SAMPLE_VOCAB}
+        settings: dict[str, Any] = {"prompt_tuning_init": PromptTuningInit.SAMPLE_VOCAB}
         if self.cfg.text is not None:
-            start_from = {
+            settings = {
                 "prompt_tuning_init": PromptTuningInit.TEXT,
                 "prompt_tuning_init_text": self.cfg.text,
                 "tokenizer_name_or_path": str(start.weights),
             }
-        return PromptTuningConfig(**self.settings(model), **start_from)
+        sizes = _sizes(model, self.cfg.virtual_tokens, lambda shape: (1, 1, _embedded(shape)))
+        return PromptTuningConfig(**sizes, **settings)
 
     def count(self, shape: Shape) -> int:
-        return self.cfg.virtual_tokens * shape.hidden
+        return self.cfg.virtual_tokens * _embedded(shape)
 
     def added(self, shape: Shape) -> Added:
         return Added(trained=self.count(shape), prefix=self.cfg.virtual_tokens, from_start=True)
@@ -133,12 +145,13 @@ class PTuning(PromptMethod[PTuningMethodConfig]):
     def peft_config(self, model: Any, start: Start) -> Any:
         from peft import PromptEncoderConfig
 
-        return PromptEncoderConfig(**self.settings(model), encoder_hidden_size=self.cfg.width)
+        sizes = _sizes(model, self.cfg.virtual_tokens, lambda shape: (1, 1, _embedded(shape)))
+        return PromptEncoderConfig(**sizes, encoder_hidden_size=self.cfg.width)
 
     def count(self, shape: Shape) -> int:
-        hidden, width = shape.hidden, self.cfg.width
-        network = hidden * width + width + width * width + width + width * hidden + hidden
-        return self.cfg.virtual_tokens * hidden + network
+        each, width = _embedded(shape), self.cfg.width
+        network = each * width + width + width * width + width + width * each + each
+        return self.cfg.virtual_tokens * each + network
 
     def added(self, shape: Shape) -> Added:
         return Added(trained=self.count(shape), prefix=self.cfg.virtual_tokens, from_start=True)

@@ -8,9 +8,9 @@ from typing import Any
 from raytune_lora.config.methods import BitfitMethodConfig, FullMethodConfig, LayernormMethodConfig
 from raytune_lora.models.methods.base import UNQUANTIZED, Method, Start
 from raytune_lora.models.methods.own import OwnMethod
-from raytune_lora.models.methods.peft_method import PeftMethod
+from raytune_lora.models.methods.peft_method import PeftMethod, anywhere, few
 from raytune_lora.planning.added import Added
-from raytune_lora.planning.shape import IDLE, UNMET, Shape
+from raytune_lora.planning.shape import BYPASSED, IDLE, UNMET, Shape
 
 _WITH_BIASES = "GPT-2, GPT-NeoX and Pythia, OPT, BLOOM, Phi, StarCoder2, and the attention of Qwen2 and Qwen2.5"
 
@@ -111,9 +111,21 @@ class Layernorm(PeftMethod[LayernormMethodConfig]):
     def peft_config(self, model: Any, start: Start) -> Any:
         from peft import LNTuningConfig, TaskType
 
-        from raytune_lora.models.shape_parts import norms
+        from raytune_lora.models.shape_parts import scales
 
-        return LNTuningConfig(task_type=TaskType.CAUSAL_LM, target_modules=[name for name, _ in norms(model)])
+        return LNTuningConfig(task_type=TaskType.CAUSAL_LM, target_modules=[name for name, _ in scales(model)])
+
+    def problems(self, shape: Shape) -> list[str]:
+        if shape.norms:
+            return []
+        return [
+            "method=layernorm trains the weights of normalization layers, and those of this model have none that could "
+            "train; take method=lora"
+        ]
+
+    def left_out(self, shape: Shape) -> list[str]:
+        places = dict.fromkeys(anywhere(name) for name in shape.norms_apart)
+        return [f"{few(places)} ({BYPASSED})"] if places else []
 
     def count(self, shape: Shape) -> int:
         return shape.norms
