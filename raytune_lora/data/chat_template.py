@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -58,17 +58,11 @@ class ChatTemplate:
     def _as_written(
         self, chat: Chat, messages: Sequence[Message], prompt: bool = False, **settings: Any
     ) -> tuple[str, list[tuple[int, int]]]:
-        from transformers.utils.chat_template_utils import render_jinja_template
-
+        plain = [message.plain(chat.style) for message in messages]
+        tools = None if chat.tools is None else [*chat.tools]
         try:
-            rendered: Any = render_jinja_template(
-                conversations=[[message.plain(chat.style) for message in messages]],
-                tools=None if chat.tools is None else [*chat.tools],
-                chat_template=self._text,
-                return_assistant_tokens_mask=self.marked,
-                add_generation_prompt=prompt,
-                **self._special,
-                **settings,
+            rendered = self._rendered(
+                map(_in_parts, plain) if self._takes_parts else plain, tools, add_generation_prompt=prompt, **settings
             )
         except Exception as error:  # whatever a template's own code raises
             roles = ", ".join(message.role for message in messages)
@@ -78,6 +72,31 @@ class ChatTemplate:
             raise RowRefused(f"{what} ({error}): {remedy}", f"{what}{about} ({error}): {remedy}") from error
         (text,), marks = rendered
         return text, [(start, end) for start, end in marks[0] if end > start] if self.marked else []
+
+    def _rendered(self, messages: Iterable[dict[str, Any]], tools: Any = None, **settings: Any) -> Any:
+        from transformers.utils.chat_template_utils import render_jinja_template
+
+        return render_jinja_template(
+            conversations=[[*messages]],
+            tools=tools,
+            chat_template=self._text,
+            return_assistant_tokens_mask=self.marked,
+            **self._special,
+            **settings,
+        )
+
+    @cached_property
+    def _takes_parts(self) -> bool:
+        """Whether a content must be a list of parts, as templates of models with vision want it, and no text."""
+        asked = _words(USER)[0]
+
+        def written(message: dict[str, Any]) -> bool:
+            try:
+                return asked.text in self._rendered([message])[0][0]
+            except Exception:  # which is told where a row is written
+                return False
+
+        return not written(asked.plain(STYLES[0])) and written(_in_parts(asked.plain(STYLES[0])))
 
     @cached_property
     def _unasked(self) -> str:
@@ -165,6 +184,11 @@ class ChatTemplate:
             "the chat template does not write all calls of tools: leave such rows out, or take a template that does "
             "(data.template.chat_template=…)"
         )
+
+
+def _in_parts(message: dict[str, Any]) -> dict[str, Any]:
+    content = message["content"]
+    return message | {"content": [{"type": "text", "text": content}]} if isinstance(content, str) else message
 
 
 def _words(*roles: str) -> list[Message]:

@@ -78,7 +78,7 @@ _EXPLAINED = {  # finding: what its rows are
     "mixed_formats": "in another form than most rows of the data",
     "encoding": "characters that a wrong decoding left, such as Ã© for é",
     "control_characters": "invisible characters, which a model learns like any other",
-    "leftovers": "marks of a prompt template or of HTML within the text, or a text such as nan or #N/A",
+    "leftovers": "marks of a prompt template or of HTML within the text, or nan for text",
     "exact_duplicates": "the same as an earlier row",
     "near_duplicates": "nearly the same as another row",
     "contradictions": "the same question as another row, and another answer",
