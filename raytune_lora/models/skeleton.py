@@ -53,13 +53,9 @@ def _probed(cls: type, config: Any) -> Skeleton:
     whole = _made(cls, config, torch.device("meta"))
     for place, masked in ((torch.device("meta"), True), (torch.device("meta"), False), (FakeTensorMode(), True)):
         try:
-            found = _run(_made(cls, config, place), place, masked=masked)
+            return Skeleton(whole, **_run(_made(cls, config, place), place, masked=masked))
         except Exception:  # the code of a model may do anything
             continue
-        called, trains, read = found
-        return Skeleton(
-            whole, called, trains, read, _takes_embeddings(_made(cls, config, place), place, called, masked)
-        )
     return Skeleton(whole, *_language_model(whole))
 
 
@@ -68,35 +64,33 @@ def _made(cls: type, config: Any, place: AbstractContextManager[Any]) -> Any:
         return cls(copy.deepcopy(config))
 
 
-def _run(model: Any, place: AbstractContextManager[Any], *, masked: bool) -> tuple[frozenset[str], ...]:
+def _run(model: Any, place: AbstractContextManager[Any], *, masked: bool) -> dict[str, Any]:
+    """The fields of the skeleton, from a training step and an evaluation: RWKV's code rescales weights for that.
+
+    The evaluation has vectors for tokens, if the model takes them.
+    """
     _ignore_values(model)
+    embedding, embeds = model.get_input_embeddings(), False
     with place:
         row = torch.zeros((1, _TOKENS), dtype=torch.long)
-        watch = _Watch(model)
-        with watch:
-            logits = model.train()(input_ids=row, use_cache=False, **_mask(masked)).logits
+        others = {"use_cache": False} | ({"attention_mask": torch.ones((1, _TOKENS)).long()} if masked else {})
+        with _Watch(model) as watch:
+            logits = model.train()(input_ids=row, **others).logits
         logits.sum().backward()
-        with watch, torch.no_grad():  # RWKV's code rescales weights for the evaluation
-            model.eval()(input_ids=row, use_cache=False, **_mask(masked))
+        called, read = frozenset(watch.called), watch.read
+        for key in ("inputs_embeds", "input_ids"):
+            with contextlib.suppress(Exception), torch.no_grad(), _Watch(model) as again:
+                model.eval()(**{key: embedding(row) if key == "inputs_embeds" else row}, **others)
+                embeds = key == "inputs_embeds" and called <= again.called
+                read |= again.read
+                break
     named = list(model.named_parameters(remove_duplicate=False))  # shared ones by all their names
-    return (
-        frozenset(watch.called),
-        frozenset(name for name, p in named if p.grad is not None),
-        frozenset(name for name, p in named if id(p) in watch.read),
-    )
-
-
-def _takes_embeddings(model: Any, place: AbstractContextManager[Any], called: frozenset[str], masked: bool) -> bool:
-    """Whether all that runs for tokens runs for vectors in their stead, too: Gemma 3n has more of each token."""
-    _ignore_values(model)
-    embedding = model.get_input_embeddings()
-    try:
-        with place, _Watch(model) as watch:
-            vectors = embedding(torch.zeros((1, _TOKENS), dtype=torch.long))
-            model.train()(inputs_embeds=vectors, use_cache=False, **_mask(masked))
-    except Exception:
-        return False
-    return called <= watch.called
+    return {
+        "called": called,
+        "trains": frozenset(name for name, p in named if p.grad is not None),
+        "read": frozenset(name for name, p in named if id(p) in read),
+        "embeds": embeds,
+    }
 
 
 def _ignore_values(model: Any) -> None:
@@ -104,10 +98,6 @@ def _ignore_values(model: Any) -> None:
     for setting, value in (("set_attn_implementation", "eager"), ("set_experts_implementation", "batched_mm")):
         with contextlib.suppress(AttributeError, ValueError):
             getattr(model, setting)(value)
-
-
-def _mask(masked: bool) -> dict[str, Any]:
-    return {"attention_mask": torch.ones((1, _TOKENS), dtype=torch.long)} if masked else {}
 
 
 class _Watch(TorchFunctionMode):
