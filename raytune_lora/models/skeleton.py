@@ -91,11 +91,12 @@ def _run(model: Any, place: AbstractContextManager[Any], *, masked: bool) -> tup
         with watch:
             logits = model.train()(**row, use_cache=False).logits
         logits.sum().backward()
-        with watch, torch.no_grad():  # RWKV's code rescales weights for the evaluation
+        called = frozenset(watch.called)
+        with watch, torch.no_grad(), contextlib.suppress(Exception):  # RWKV's code rescales weights for the evaluation
             model.eval()(**row, use_cache=False)
     named = list(model.named_parameters(remove_duplicate=False))  # shared ones by all their names
     return (
-        frozenset(watch.called),
+        called,
         frozenset(name for name, p in named if p.grad is not None),
         frozenset(name for name, p in named if id(p) in watch.read),
     )

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import copy
+
 from raytune_lora.config.methods import LoraMethodConfig
-from raytune_lora.config.schema import Quantization, RunConfig
+from raytune_lora.config.schema import Offload, Quantization, QuantizationConfig, RunConfig
 from raytune_lora.models.methods import method_for
 from raytune_lora.models.methods.lora_options import quantized_problems
 from raytune_lora.models.methods.peft_method import anywhere, few
+from raytune_lora.planning.memory import GB, plan_memory
 from raytune_lora.planning.shape import Shape
 
 # what transformers has it quantize
@@ -92,6 +95,14 @@ def _unquantized(shape: Shape) -> list[str]:
     return [f"{what}, {count:,} of {shape.parameters:,} parameters," for what, count in known.items()]
 
 
+def _weights(cfg: RunConfig, quantization: QuantizationConfig, shape: Shape) -> float:
+    """GB of the base model; PEFT keeps in fp32 what is not quantized of a quantized one."""
+    changed = copy.deepcopy(cfg)
+    changed.quantization, changed.deepspeed.offload_weights = quantization, Offload.none
+    plan = plan_memory(changed, shape, method_for(cfg.method).added(shape), 1)
+    return (plan.weights + plan.embeddings) / GB
+
+
 def notes(cfg: RunConfig, shape: Shape) -> list[str]:
     """What people should know of how the method and the memory plan take the model."""
     left = method_for(cfg.method).left_out(shape)
@@ -99,7 +110,8 @@ def notes(cfg: RunConfig, shape: Shape) -> list[str]:
     if cfg.quantization.kind is not Quantization.none and (whole := _unquantized(shape)):
         found.append(
             f"quantization={cfg.quantization.kind.value} leaves {' and '.join(whole)} unquantized: bitsandbytes "
-            f"takes {_QUANTIZABLE}"
+            f"takes {_QUANTIZABLE}; a worker's weights then take {_weights(cfg, cfg.quantization, shape):.3g} GB, and "
+            f"{_weights(cfg, QuantizationConfig(), shape):.3g} GB with quantization=none"
         )
     if shape.approximate:
         found.append("the planned memory is approximate: some layers of this model do not attend")
