@@ -235,6 +235,7 @@ def _linears(skeleton: Skeleton, *, mixture: bool) -> list[Linear]:
     from transformers.pytorch_utils import Conv1D
 
     found = []
+    trained = {id(p) for name, p in skeleton.model.named_parameters() if name in skeleton.trains}  # by any of its names
     for name, module in skeleton.model.named_modules():
         if not isinstance(module, (torch.nn.Linear, Conv1D)):
             continue
@@ -246,8 +247,8 @@ def _linears(skeleton: Skeleton, *, mixture: bool) -> list[Linear]:
         if leaf in _weights_read(type(skeleton.model.get_submodule(parent))):  # type: ignore[arg-type]
             apart = BYPASSED
         elif name not in skeleton.called:
-            apart = UNMET if f"{name}.weight" not in skeleton.trains else BYPASSED
-        elif f"{name}.weight" not in skeleton.trains:
+            apart = BYPASSED if id(module.weight) in trained else UNMET
+        elif id(module.weight) not in trained:
             apart = IDLE
         elif mixture and _ROUTERS & set(name.split(".")[-2:]):
             apart = ROUTER
