@@ -198,6 +198,21 @@ def test_the_gradient_of_a_difference_is_that_of_the_weight(model: str, folder: 
         torch.testing.assert_close(found, expected.T if target.transposed else expected, atol=1e-6, rtol=1e-4)
 
 
+@pytest.mark.parametrize(("model", "name"), [("tied_llama", "lm_head"), ("gpt2", "transformer.h.0.attn.c_attn")])
+def test_dora_on_a_layer_with_a_row_of_zeros(model: str, name: str, tmp_path: Path) -> None:
+    """As a head has one that is tied to an embedding with a padding token."""
+    base = zoo.build(model, **MODELS[model])
+    weight = base.get_submodule(name).weight
+    with torch.no_grad():
+        (weight.T if model == "gpt2" else weight)[0] = 0.0
+    base.save_pretrained(tmp_path / "base")
+    (tmp_path / "adapter").mkdir()
+    modules = [name.rpartition(".")[2]]
+    keeps_its_promises(
+        Bench("dora", tmp_path / "base", Quantization.none, target_modules=modules), tmp_path / "adapter"
+    )
+
+
 # ------------------------------------------------------------------------------------------- what trains beside A and B
 
 OPTIONS: dict[str, dict[str, Any]] = {

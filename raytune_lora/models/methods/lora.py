@@ -20,6 +20,7 @@ from raytune_lora.planning.added import Added
 from raytune_lora.planning.shape import Experts, Linear, Shape
 
 L = TypeVar("L", bound=LoraMethodConfig)
+_ADAPTER = "default"  # PEFT's name of a model's only adapter
 
 
 class LoraFamily(TargetedMethod[L]):
@@ -189,6 +190,21 @@ class Dora(LoraFamily[DoraMethodConfig]):
     bases = ANY - {Quantization.int8}
     because = "PEFT's DoRA reads the weights of bitsandbytes' int8 layers in a way that loses their scales: use nf4"
     apart = (FOUR_BITS, "PEFT's DoRA copies 4-bit layers to read their weights, and ZeRO-3 knows nothing of the copies")
+
+    def apply(self, model: Any, start: Start) -> Any:
+        """An output whose weights are all 0 (a padding token's in a head) would have no direction: 0 / 0.
+
+        It gets that of B A, at a magnitude of 0, so that it starts as in the base model and can grow.
+        """
+        import torch
+
+        adapted = super().apply(model, start)
+        layers = [m for m in adapted.modules() if _ADAPTER in getattr(m, "lora_magnitude_vector", {})]
+        with torch.no_grad():
+            for layer in layers:
+                b = layer.lora_B[_ADAPTER].weight
+                b[layer.lora_magnitude_vector[_ADAPTER].weight == 0] = b.shape[1] ** -0.5
+        return adapted
 
     def variant(self) -> dict[str, Any]:
         return {"use_dora": True}
