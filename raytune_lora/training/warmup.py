@@ -95,10 +95,11 @@ def _take_away(op: Path, builder: str | None) -> None:
         builder: the machine whose process of this package built there last. Where that is this one, it is dead: we hold
             its lock. Another machine may share the folder and not the lock, and another program knows torch's alone.
     """
-    lock = op / "lock"
+    lock, began = op / "lock", time.monotonic()
     while lock.exists():
         with contextlib.suppress(FileNotFoundError):
-            if builder == platform.node() or time.time() - lock.stat().st_mtime > _BUILD:
+            old = time.time() - lock.stat().st_mtime > _BUILD  # by another machine's clock, which may be wrong
+            if builder == platform.node() or old or time.monotonic() - began > _BUILD:
                 shutil.rmtree(op, ignore_errors=True)  # its compiler may live, and go on to write there
                 return
         time.sleep(_LOOK)

@@ -61,6 +61,22 @@ def test_a_build_of_another_machine_is_waited_for_as_long_as_one_takes(tmp_path:
     assert not op.exists()
 
 
+def test_a_build_of_a_machine_whose_clock_is_ahead_is_waited_for_no_longer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(warmup, "_BUILD", 0.5)
+    monkeypatch.setattr(warmup, "_LOOK", 0.1)
+    op = tmp_path / "op"
+    op.mkdir()
+    (op / "lock").touch()
+    later = time.time() + 3600
+    os.utime(op / "lock", (later, later))
+    began = time.monotonic()
+    warmup._take_away(op, "another-machine")
+    assert not op.exists()
+    assert 0.5 < time.monotonic() - began < 10
+
+
 def test_a_build_that_ends_is_left_as_it_is(tmp_path: Path) -> None:
     op = tmp_path / "op"
     op.mkdir()
