@@ -38,7 +38,7 @@ def known_shape(folder: Path, cfg: ModelConfig, cache: Cache) -> Shape:
     Raises:
         UserError: the model cannot be fine-tuned on text.
     """
-    said = [folder / "config.json", *sorted(folder.glob("*.py")), *sorted(Path(__file__).parent.glob("s*.py"))]
+    said = [folder / "config.json", *sorted(folder.glob("*.py")), *sorted(Path(__file__).parent.glob("[sw]*.py"))]
     versions = [metadata.version(name) for name in ("transformers", "peft", "bitsandbytes")]
     name = fingerprint(*versions, trusted(cfg), [f.read_text() for f in said if f.is_file()])
     try:
