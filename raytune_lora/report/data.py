@@ -67,7 +67,7 @@ _REPORT: dict[str, Any] = {
 _ROWS: dict[str, Any] = {"read": {}, "left_out": 0, "reasons": {}, "splits": {}, "too_long": 0, "cut": 0}
 
 _EXPLAINED = {  # finding: what its rows are
-    "unreadable": "no record at all: broken JSON, or bytes that are no text",
+    "unreadable": "no record: broken JSON, a table's line of too few or many fields, no text",
     "missing_fields": "without a field that their form needs, such as the answer",
     "wrong_types": "a field holds a number, a list or the like where text belongs",
     "empty_fields": "a question or an answer of nothing but space",

@@ -83,6 +83,8 @@ def _results(
     folder: SweepFolder, cfg: SweepConfig, store: TokenStore, record: Record, kind: str, learned: dict[str, Any]
 ) -> dict[str, Any]:
     phases = {name: phase["seconds"] for name, phase in record.phases.items()}
+    if TRIALS in phases and record.began is not None:  # the trials of earlier sittings are among them
+        phases[TRIALS] = max(phases[TRIALS], round(record.phases[TRIALS]["clock"] - record.began, 3))
     search = {
         "sampler": chosen(cfg).value,
         "scheduler": cfg.scheduler.kind.value,

@@ -140,7 +140,8 @@ def _head(status: Status) -> Iterator[str]:
     if best:
         key = "trial_loss" if best["eval_loss"] is None else "eval_loss"  # both on the same rows
         before = f" ({base[key]:.4f} before)" if base and base[key] is not None else ""
-        yield f"best:   trial {best['trial_id']}, validation loss {best[key]:.4f}{before}"
+        rows = f" on {best['eval_loss_rows']} rows" if best["eval_loss"] is not None else ""  # a trial's are fewer
+        yield f"best:   trial {best['trial_id']}, validation loss {best[key]:.4f}{rows}{before}"
     for key, spent in budget(status).items():
         used = "none yet" if spent["used"] is None else f"{spent['used']:g}"
         yield f"budget: {key} {used} of {spent['limit']:g}"

@@ -10,8 +10,8 @@
 - ``counts``: trials of the search by status, and ``ended`` and ``total``
 - ``budget``: by key of the group ``budget`` that has a limit: ``limit`` and ``used``; ``ended_by``: as in results.json
 - ``baseline``: ``eval_loss``, ``trial_loss`` (on the rows that trials are measured on), ``exact_match``; ``best``: the
-  same of the best adapter, whose ``eval_loss`` and ``exact_match`` are null until it is measured, and ``trial_id``,
-  ``params``; null before
+  same of the best adapter, whose ``eval_loss`` (on ``eval_loss_rows`` rows) and ``exact_match`` are null until it is
+  measured, and ``trial_id``, ``params``; null before
 - ``last``: ``event``, ``time`` (seconds since 1970, by the clock where the sweep runs), ``age`` (seconds)
 - ``eta_seconds``: until the last trial ends, if they go on as they went; null before the third has ended
 - ``hints``: sentences: what looks wrong, and what to do about it
@@ -213,6 +213,7 @@ def summary(status: Status) -> dict[str, Any]:
             "trial_id": best.trial_id,
             "params": best.params,
             "eval_loss": measured.get("eval_loss"),
+            "eval_loss_rows": measured.get("eval_loss_rows"),
             "trial_loss": best.eval_loss,
             "exact_match": measured.get("exact_match"),
         },

@@ -89,6 +89,7 @@ class Record:
     phases: dict[str, dict[str, Any]] = field(default_factory=dict)  # finished ones: seconds and what they measured
     clock: float = 0.0  # seconds at work, in all sittings
     progressed: float = 0.0  # Unix time of the last event that was not the clock's
+    began: float | None = None  # the clock when the first trial started
     ended_by: dict[str, Any] | None = None  # the budget that ended the search, and why
     mismatch: dict[str, Any] | None = None  # where the best adapter is not what its trial measured: losses, and why
     # of the search's trials:
@@ -108,6 +109,7 @@ class Record:
             self.phases[event["name"]] = event
             self.mismatch = None if event["name"] == BEST else self.mismatch
         elif kind == "trial_started":
+            self.began = self.clock if self.began is None else self.began
             self._started(event)
         elif kind == "trial_retried":
             self.trials[event["trial_id"]].retries += 1

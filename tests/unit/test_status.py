@@ -74,7 +74,7 @@ def test_a_sweep_that_runs(running: SweepFolder) -> None:
     said = facts(running)
     assert (said["state"], said["doing"], said["kind"]) == ("running", "trials", "sweep")
     assert said["counts"] == {"completed": 1, "running": 1, "ended": 1, "total": 4}
-    not_yet = {"eval_loss": None, "exact_match": None}
+    not_yet = {"eval_loss": None, "eval_loss_rows": None, "exact_match": None}
     assert said["best"] == {"trial_id": "0000", "trial_loss": 1.25, "params": {"method.r": 8}, **not_yet}
     assert said["baseline"] == {"eval_loss": 5.5, "trial_loss": 5.25, "exact_match": 0.0}
     assert said["budget"].keys() == {"hours"}

@@ -6,6 +6,7 @@ import json
 import math
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -113,6 +114,14 @@ def test_what_a_trial_says_again_is_not_recorded_again(path: Path) -> None:
     assert path.read_bytes() == lines
     journal.report("0000", result(32, 2.0))
     assert curve(journal.record.trials["0000"]) == [(8, 5.0), (16, 3.0), (24, 4.0), (32, 2.0)]
+
+
+def test_the_clock_of_the_first_start_is_kept(path: Path) -> None:
+    journal = Journal(path, began=time.monotonic() - 100)
+    write(journal, "0000", 5.0, status="completed")
+    write(journal, "0001", 4.0, status="completed")
+    for record in (journal.record, Journal(path).record):
+        assert record.began == pytest.approx(100, abs=10)
 
 
 def test_the_seconds_of_all_starts_add_up(path: Path) -> None:
