@@ -241,7 +241,8 @@ def _refuse_otherwise(fields: dict[str, Any], names: tuple[str, ...], columns: M
                 f"{name} says beside {names[0]} which of them are trained: write weight, 0 or 1, into each message",
             )
     if pictures := [name for name in _PICTURES if name not in columns and filled(fields.get(name))]:
-        raise FaultError("wrong_types", f"{pictures[0]} beside the text; only text is supported")
+        why = "and only text is trained; if the text needs none, drop the column"
+        raise FaultError("wrong_types", f"{pictures[0]} beside the text, {why}")
 
 
 # --------------------------------------------------------------------------------------------------------- the formats

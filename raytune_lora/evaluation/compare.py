@@ -13,6 +13,7 @@ from raytune_lora import storage
 from raytune_lora.cache import Cache
 from raytune_lora.config.schema import Precision, Quantization, RunConfig
 from raytune_lora.data.store import TokenStore
+from raytune_lora.errors import UserError
 from raytune_lora.evaluation import ANSWERS
 from raytune_lora.evaluation.figures import loss_interval, wilson
 from raytune_lora.evaluation.generate import answer, exact_match, stops
@@ -32,9 +33,9 @@ def measure(cfg: RunConfig, store: TokenStore, place: Place, *, adapter: str | N
 
     Reported are ``eval_loss`` over ``eval_loss_rows`` rows, with its ``eval_loss_interval``; of these, ``trial_loss``
     over the rows that a trial is measured on, and in which ``arithmetic``; and ``exact_match`` over
-    ``exact_match_rows`` rows, with its ``exact_match_interval``, all None where no rows are to be answered; and the
-    base model's ``parameters``, ``dtype`` and ``loader``, the class of transformers that loads it. The workers share
-    the rows; each holds the whole model.
+    ``exact_match_rows`` rows, with its ``exact_match_interval``, all None where no rows are to be answered;
+    ``unanswered``, why none could be of an adapter; and the base model's ``parameters``, ``dtype`` and ``loader``, the
+    class of transformers that loads it. The workers share the rows; each holds the whole model.
 
     Args:
         cfg: the run.
@@ -61,12 +62,20 @@ def measure(cfg: RunConfig, store: TokenStore, place: Place, *, adapter: str | N
     if adapter is None:  # which is before the first trial
         check_causal(model, store, tokenizer.pad_token_id)
     facts = _losses(cfg, store, place, model, tokenizer.pad_token_id)
-    answers = _answers(cfg, store, place, model, tokenizer)
+    answers: list[dict[str, str]] = []
+    unanswered = None
+    try:
+        answers = _answers(cfg, store, place, model, tokenizer)
+    except UserError as error:  # on every worker
+        if adapter is None:
+            raise
+        unanswered = str(error)  # what was trained is still worth its loss
     match = exact_match([a["answer"] for a in answers], [a["expected"] for a in answers]) if answers else None
     if place.rank == 0:
         lines = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in answers)
         (place.folder / ANSWERS).write_text(lines, encoding="utf-8")
     facts |= {
+        "unanswered": unanswered,
         "exact_match": match,
         "exact_match_rows": len(answers),
         "exact_match_interval": None if match is None else wilson(round(match * len(answers)), len(answers)),
@@ -140,6 +149,7 @@ def _answers(cfg: RunConfig, store: TokenStore, place: Place, model: Any, tokeni
         batch=cfg.evaluation.generate_batch,
         max_new_tokens=cfg.evaluation.max_new_tokens,
         within=[sum(token in stop_ids for token in expected[i]) for i in mine],
+        among=prompts,
     )
     parts: list[Any] = [dict(zip(mine, given, strict=True))]
     if place.workers > 1:

@@ -49,6 +49,7 @@ def answer(
     batch: int,
     max_new_tokens: int,
     within: Sequence[int] | None = None,
+    among: Sequence[Sequence[int]] | None = None,
 ) -> list[str]:
     """Greedy answers, each as plain forward passes over its whole text give it, whatever ``batch`` is.
 
@@ -62,6 +63,7 @@ def answer(
         batch: prompts answered at once, at most.
         max_new_tokens: tokens after which an answer is cut off.
         within: how many tokens of ``stop_ids`` stand in each answer before the one that ends it; None: none in any.
+        among: the prompts of all workers, by which all of them choose one way to answer; None: ``prompts``.
 
     Returns:
         The text of each answer up to the token that ends it, in the order of the prompts.
@@ -77,7 +79,7 @@ def answer(
         "tokenizer": tokenizer,  # for stop_strings, where the model's own settings have some
     }
     by_length = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-    way = _way(model, [prompts[i] for i in by_length], greedy, batch)
+    way = _way(model, sorted(among or prompts, key=len), greedy, batch)
     greedy["use_cache"], batch = way.cached, way.batch
     alike = [by_length] if way.padded else [list(g) for _, g in groupby(by_length, key=lambda i: len(prompts[i]))]
     # What ends one answer may stand within another, as between its thought and its text: that one is cut afterwards.

@@ -137,6 +137,8 @@ class Job:
         with self.phase(BEST, f"measuring the best model, trial {best.trial_id}") as facts:
             facts |= self._measure(winner, BEST, f"{best.checkpoint}/{ADAPTER}")
             self._see_that_it_is_what_was_trained(best, facts)
+            if facts["unanswered"]:
+                self.progress.note(f"no exact match of the best adapter: {facts['unanswered']}")
             checkpoint = self.folder.copy.here(best.checkpoint)
             target = self.folder.best / "adapter"
             record = export(plain_run(winner), self.store, self.model_folder, checkpoint, target, facts)

@@ -20,7 +20,7 @@ from raytune_lora.config.compose import compose
 from raytune_lora.config.schema import RunConfig, TinyModelConfig
 from raytune_lora.data.encode import IGNORED
 from raytune_lora.data.store import TokenStore
-from raytune_lora.errors import JobFailed
+from raytune_lora.errors import JobFailed, UserError
 from raytune_lora.evaluation import ANSWERS
 from raytune_lora.evaluation.compare import measure
 from raytune_lora.evaluation.figures import disagreement, loss_interval, wilson
@@ -254,6 +254,26 @@ def test_an_adapter_that_was_changed_is_found(
     found = disagreement(trial, measured(cfg, store, tmp_path, tmp_path / "adapter"))
     assert found is not None
     assert found["trial"] == trial != pytest.approx(found["measured"], abs=found["tolerance"])
+
+
+def test_an_adapter_that_cannot_be_asked_has_its_loss_all_the_same(
+    configured: Callable[..., tuple[RunConfig, TokenStore]],
+    tiny_folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    cfg, store = configured("evaluation.loss_rows=4", "evaluation.final_rows=4", "evaluation.generate_rows=2")
+    base = load_model(tiny_folder, TinyModelConfig(), cfg.quantization)
+    get_peft_model(base, LoraConfig(task_type="CAUSAL_LM", target_modules="all-linear")).save_pretrained(str(tmp_path))
+    asked = measured(cfg, store, tmp_path, tmp_path)
+    assert (asked["exact_match_rows"], asked["unanswered"]) == (2, None)
+    monkeypatch.setattr("raytune_lora.evaluation.generate._change", lambda *_: math.inf)
+    found = measured(cfg, store, tmp_path, tmp_path)
+    assert found["eval_loss"] == asked["eval_loss"]
+    assert (found["exact_match"], found["exact_match_rows"]) == (None, 0)
+    assert "evaluation.generate_rows=0" in found["unanswered"]
+    with pytest.raises(UserError, match=r"evaluation\.generate_rows=0"):
+        measured(cfg, store, tmp_path)
 
 
 def test_the_coarsest_arithmetic_counts(
