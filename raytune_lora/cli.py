@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import logging
 import os
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 
 VERBS = {
     "sweep": "search for the best fine-tune",
@@ -38,6 +40,8 @@ _FOLDERS = (
     "  resume=<folder>   go on with one that was interrupted",
     "  resume=auto       go on with the one in output=<folder>, or begin it: the same command works again and again",
 )
+# what libraries say at each import on a machine without a GPU, by logger
+_OF_NO_USE = {"DeepSpeed": "Setting accelerator to CPU", "bitsandbytes.backends.cpu.ops": "kernels-community"}
 _SEARCH_ONLY = ("search", "scheduler", "space", "budget", "confirm")
 
 
@@ -88,6 +92,10 @@ def _said(run: Callable[[], int]) -> int:
         return 2
 
 
+def _useful(words: str, record: logging.LogRecord) -> bool:
+    return words not in record.getMessage()
+
+
 def _run(verb: str, arguments: list[str]) -> int:
     from raytune_lora.config.compose import compose, dump
     from raytune_lora.config.typed import typed
@@ -108,6 +116,8 @@ def _run(verb: str, arguments: list[str]) -> int:
     os.environ.setdefault("TQDM_DISABLE", "1")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    for logger, words in _OF_NO_USE.items():
+        logging.getLogger(logger).addFilter(partial(_useful, words))
     os.environ.setdefault("DEEPSPEED_LOG_LEVEL", "error")
     if verb == "prepare":
         from raytune_lora.tuning.inspect import show_data

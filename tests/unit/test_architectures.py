@@ -297,3 +297,12 @@ def test_full_saves_also_what_does_not_train(model: str, folder: Callable[[str],
     cfg = compose(["model=tiny", "method=full", "deepspeed=zero3"])
     refused = fit.model_problems(cfg, bench.shape())
     assert bool(refused) == (model == "gemma3")
+
+
+def test_experts_that_train_whole_are_not_said_to_be_left_out() -> None:
+    shape = shape_of(zoo.build("mixtral"))
+    said = " ".join(method_for(config("lora")).left_out(shape))
+    whole = " ".join(method_for(config("lora", modules_to_save=["experts"])).left_out(shape))
+    assert "experts.gate_up_proj" in said
+    assert "experts" not in whole
+    assert whole == said.partition("model.layers.*.mlp.experts")[0].strip()

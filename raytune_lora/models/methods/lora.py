@@ -96,7 +96,9 @@ class LoraFamily(TargetedMethod[L]):
         remedy = "method.experts=true adapts them" if self.adapts_experts else "method=lora can adapt them"
         if any(experts.below for experts in shape.experts):
             remedy = "PEFT has no adapter for each of them"
-        return found + (experts_apart(shape, remedy) if not self.cfg.experts else [])
+        whole = options.saved(self.cfg, shape)
+        idle = tuple(e for e in shape.experts if not self.cfg.experts and not options.within(e.name, whole))
+        return found + experts_apart(replace(shape, experts=idle), remedy)
 
     def narrowed(self, config: Any, model: Any) -> Any:
         from raytune_lora.models.shape import shape_of
