@@ -26,8 +26,8 @@ from tests.unit.zoo import VOCAB, ZOO
 
 # of the zoo, those whose packed rows see each other
 JOIN = {  # of the zoo, those whose packed rows see each other
-    *("opt", "bloom", "falcon", "bert", "mamba", "rwkv", "bamba", "zamba2", "minimax", "lfm2", "gpt_oss"),
-    "deepseek_v32",
+    *("opt", "bloom", "falcon", "bert", "tied_bert", "mamba", "rwkv", "bamba", "zamba2", "nemotron_h", "minimax"),
+    *("lfm2", "gpt_oss"),
 }
 TOKENS = range(3, VOCAB - 3)
 

@@ -163,7 +163,7 @@ def deepseek_v32(**changes: Any) -> Any:
     plain = deepseek_v3().to_dict()
     kept = {key: plain[key] for key in plain.keys() & set(T.DeepseekV32Config.__annotations__)}
     rope = {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}}
-    indexer = {"index_topk": 4, "index_head_dim": 16, "index_n_heads": 2, "head_dim": 8}
+    indexer = {"index_topk": 512, "index_head_dim": 16, "index_n_heads": 2, "head_dim": 8}
     return T.DeepseekV32Config(**kept | rope | indexer | _SPECIAL | changes)
 
 
