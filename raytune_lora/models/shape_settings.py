@@ -38,7 +38,7 @@ def heads(config: Any) -> Iterator[tuple[int, int, int]]:
     keys = each(config, "num_key_value_heads") or queries
     sizes = each(config, "head_dim") or [config.hidden_size // max(1, count) for count in queries]
     count = max(map(len, (queries, keys, sizes)))
-    yield from zip(*(values * (count // len(values)) for values in (queries, keys, sizes)), strict=True)
+    yield from zip(*(values * (count // len(values)) for values in (queries, keys, sizes)), strict=False)
 
 
 def experts_per_token(config: Any) -> int:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -16,3 +19,20 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """Folders of models of the zoo, by name and by what is changed in their config."""
+    from tests.unit import zoo
+
+    root, made = tmp_path_factory.mktemp("zoo"), dict[str, Path]()
+
+    def saved(name: str, **changes: Any) -> Path:
+        key = json.dumps([name, changes])
+        if key not in made:
+            made[key] = root / f"{name}-{len(made)}"
+            zoo.build(name, **changes).save_pretrained(made[key])
+        return made[key]
+
+    return saved

@@ -46,19 +46,6 @@ UNQUANTIZED = [kind_of(cls) for cls in METHODS if kind_of(cls) not in ("loftq", 
 BATCH = {"input_ids": torch.arange(3, 51).reshape(2, 24), "attention_mask": torch.ones(2, 24).long()}
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """Folders of models of the zoo, by name."""
-    root = tmp_path_factory.mktemp("zoo")
-
-    def made(name: str) -> Path:
-        if not (root / name).exists():
-            zoo.build(name).save_pretrained(root / name)
-        return root / name
-
-    return made
-
-
 def adapted(model: Any, method: Any) -> Any:
     batch = BATCH | {"labels": BATCH["input_ids"]}
     return method.apply(model, Start(4, Path(), lambda _: iter([batch])))

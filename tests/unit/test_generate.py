@@ -53,17 +53,10 @@ COMBINATIONS = [
 ]
 
 
-@pytest.fixture(scope="session")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """Folders of models of the zoo, by name."""
-    root = tmp_path_factory.mktemp("answering")
-
-    def made(name: str) -> Path:
-        if not (root / name).exists():
-            zoo.build(name, **MODELS[name]).save_pretrained(root / name)
-        return root / name
-
-    return made
+@pytest.fixture(scope="module")
+def folder(folder: Callable[..., Path]) -> Callable[[str], Path]:
+    """Folders of models of the zoo, by name, with what this module changes."""
+    return lambda name: folder(name, **MODELS[name])
 
 
 def prompts() -> list[list[int]]:

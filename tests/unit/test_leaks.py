@@ -57,9 +57,7 @@ def losses(model: torch.nn.Module, rows: list[torch.Tensor]) -> tuple[float, flo
 def test_a_model_that_lets_packed_rows_see_each_other_is_told(name: str) -> None:
     model = build(name)
     assert (packed_leak(model, TOKENS, 0, 0) is not None) == (name in JOIN)
-    for parameter in model.parameters():
-        if parameter.dim() > 1:
-            torch.nn.init.normal_(parameter, std=0.25)  # so that what a row sees matters for its loss
+    zoo.spread(model, 0.25)
     rows = [torch.randint(3, VOCAB - 3, (length,)) for length in (40, 25, 33)]
     alone, packed = losses(model, rows)
     assert (abs(alone - packed) > 1e-4) == (name in JOIN)

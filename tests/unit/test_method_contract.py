@@ -45,17 +45,10 @@ REFUSED = {  # what cannot work, and a word of the reason
 }
 
 
-@pytest.fixture(scope="session")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """Folders of models of the zoo, by name."""
-    root = tmp_path_factory.mktemp("zoo")
-
-    def made(name: str) -> Path:
-        if not (root / name).exists():
-            zoo.build(name, **MODELS.get(name, {})).save_pretrained(root / name)
-        return root / name
-
-    return made
+@pytest.fixture(scope="module")
+def folder(folder: Callable[..., Path]) -> Callable[[str], Path]:
+    """Folders of models of the zoo, by name, with what this module changes."""
+    return lambda name: folder(name, **MODELS.get(name, {}))
 
 
 def bench_of(kind: str, model: str, folder: Callable[[str], Path], **changes: Any) -> Bench:

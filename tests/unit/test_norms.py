@@ -57,12 +57,7 @@ GATED = ("mamba2", "bamba", "zamba2", "nemotron_h")
 
 def build(name: str) -> Any:
     torch.manual_seed(0)
-    model = T.AutoModelForCausalLM.from_config(MODELS[name]()).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.dim() > 1:
-                parameter.normal_(std=0.15)
-    return model
+    return zoo.spread(T.AutoModelForCausalLM.from_config(MODELS[name]()).eval(), 0.15)
 
 
 @pytest.mark.parametrize("name", MODELS)

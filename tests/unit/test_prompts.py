@@ -13,6 +13,7 @@ from peft import PeftModel
 from raytune_lora.models.methods import Start, method_for
 from raytune_lora.models.shape import shape_of
 from raytune_lora.training.gradients import FirstGradients
+from tests.unit import zoo
 from tests.unit.method_bench import config
 from tests.unit.zoo import VOCAB
 
@@ -74,12 +75,7 @@ REFUSED = {  # a word of the reason
 def build(name: str) -> Any:
     """With weights that answers depend on."""
     torch.manual_seed(0)
-    model = T.AutoModelForCausalLM.from_config(MODELS[name]()).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.dim() > 1:
-                parameter.normal_(std=0.15)
-    return model
+    return zoo.spread(T.AutoModelForCausalLM.from_config(MODELS[name]()).eval(), 0.15)
 
 
 @pytest.mark.parametrize("kind", ["prompt_tuning", "p_tuning", "prefix_tuning"])

@@ -25,19 +25,6 @@ from tests.unit.test_memory import stored_bytes
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """Folders of models of the zoo, by name."""
-    root = tmp_path_factory.mktemp("zoo")
-
-    def made(name: str) -> Path:
-        if not (root / name).exists():
-            zoo.build(name).save_pretrained(root / name)
-        return root / name
-
-    return made
-
-
 def run(path: Path, *overrides: str) -> SweepConfig:
     return compose([f"model.path={path}", "data=fake", "deepspeed=off", *overrides])
 

@@ -275,6 +275,16 @@ ZOO: dict[str, Callable[..., Any]] = {
 }
 
 
+def spread(model: Any, std: float) -> Any:
+    """A model whose matrices are drawn so wide that what it is given matters for what it computes."""
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.normal_(std=std)
+    return model
+
+
 def build(name: str, *, seed: int = 0, **changes: Any) -> Any:
     """A model of the zoo in evaluation mode, in fp32; ``changes`` are to its config."""
     torch.manual_seed(seed)
