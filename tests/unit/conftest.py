@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 
 
-@pytest.fixture(scope="module")
-def one_thread() -> Iterator[None]:
-    """Threads cost more than they give on so small a model."""
+@pytest.fixture(scope="session", autouse=True)
+def _one_thread() -> Iterator[None]:
+    """Threads cost more than they give on so small a model, and take the cores from the tests that start Ray."""
     import torch
 
     threads = torch.get_num_threads()

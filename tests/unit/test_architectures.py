@@ -25,8 +25,6 @@ from tests.unit import zoo
 from tests.unit.method_bench import Bench, config
 from tests.unit.test_method_contract import loaded_by_peft, resumed, same
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 MODELS = (
     *(
         "gemma3",

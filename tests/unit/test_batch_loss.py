@@ -18,7 +18,7 @@ from raytune_lora.tuning.job import plain_run, prepare_inputs
 from tests.unit import zoo
 from tests.unit.test_exported import heard
 
-pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.timeout(120)]
+pytestmark = pytest.mark.timeout(120)
 
 
 def qwen3_vl() -> Any:

@@ -24,8 +24,6 @@ from tests.unit import zoo
 from tests.unit.chat_templates import CHAT, FAMILIES, Family, byte_level_tokenizer, talk
 from tests.unit.method_bench import Bench, config
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 NEW = 5
 STOP = [zoo.VOCAB - 1]
 _WIDE = {"hidden_size": 64, "intermediate_size": 128, "initializer_range": 0.1}  # weights that answers depend on

@@ -19,8 +19,6 @@ from raytune_lora.models.methods.peft_method import CONFIG
 from tests.unit import zoo
 from tests.unit.method_bench import STEPS, Bench, config
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 _WIDE = {"hidden_size": 64, "intermediate_size": 128, "initializer_range": 0.1}  # 64: a block of 4-bit weights
 MODELS: dict[str, dict[str, Any]] = {
     "llama": _WIDE,

@@ -18,8 +18,6 @@ from raytune_lora.models.shape import known_shape, shape_of, shape_of_folder
 from raytune_lora.models.sources import materialize
 from tests.unit.method_bench import STEPS, Bench, config
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 KINDS = [kind_of(cls) for cls in METHODS]
 NEEDS = {"bitfit": {"bias": True}}  # of the tiny model
 

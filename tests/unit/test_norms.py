@@ -17,8 +17,6 @@ from tests.unit import zoo
 from tests.unit.method_bench import config
 from tests.unit.test_prompts import MODELS as OTHERS
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 _GROUPED: dict[str, Any] = {
     "vocab_size": zoo.VOCAB,
     "hidden_size": 32,

@@ -17,8 +17,6 @@ from tests.unit import zoo
 from tests.unit.method_bench import config
 from tests.unit.zoo import VOCAB
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 _SPECIAL = {"vocab_size": VOCAB, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 _BERT = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
 _GPT = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 256}

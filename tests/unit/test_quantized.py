@@ -22,8 +22,6 @@ from tests.unit import zoo
 from tests.unit.method_bench import Bench, config
 from tests.unit.test_memory import stored_bytes
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 def run(path: Path, *overrides: str) -> SweepConfig:
     return compose([f"model.path={path}", "data=fake", "deepspeed=off", *overrides])
