@@ -48,7 +48,7 @@ def write_template(cfg: TemplateConfig, tokenizer: Tokenizer, folder: Path) -> N
         texts = [template_text(cfg, tokenizer)]
     else:
         texts = [jinja(cfg, *gaps, bos=_begins(tokenizer)) for gaps in product(_GAPS, repeat=3)]
-    best = max(texts, key=lambda text: list(tried(text, cfg, tokenizer).values()))  # the first of equals
+    best = max(texts, key=lambda text: list(tried(text, cfg, tokenizer).values())[:2])  # the first of equals
     (folder / TEMPLATE).write_text(best, encoding="utf-8")
     write_json(folder / TRIED, tried(best, cfg, tokenizer))
 
@@ -57,22 +57,28 @@ def tried(text: str, cfg: TemplateConfig, tokenizer: Tokenizer) -> dict[str, boo
     """Whether a chat template gives the same tokens as the token store has.
 
     Returns:
-        ``prompts``: of single questions, as one asks them; ``rows``: of whole conversations with their answers.
+        ``prompts``: of single questions, as one asks them; ``rows``: of whole conversations with their answers;
+        ``parts``: whether a message's content must be a list of parts for that, as models that see want it.
     """
+    found = [_tried(text, cfg, tokenizer, parts=parts) for parts in (False, True)]
+    return max(found, key=lambda way: (way["prompts"], way["rows"]))  # the first of equals
+
+
+def _tried(text: str, cfg: TemplateConfig, tokenizer: Tokenizer, *, parts: bool) -> dict[str, bool]:
     prompts, rows = [], []
     for talk in _TALKS:
-        found = _both(text, cfg, tokenizer, talk)
+        found = _both(text, cfg, tokenizer, talk, parts=parts)
         if found is None:  # a role that the template does not take
             continue
         (ids, prompt), (written, asked) = found
         rows.append(ids in (written, [*written, tokenizer.eos_token_id]))
         if len(talk) == 2:
             prompts.append(prompt == asked)
-    return {"prompts": all(prompts) and bool(prompts), "rows": all(rows) and bool(rows)}
+    return {"prompts": all(prompts) and bool(prompts), "rows": all(rows) and bool(rows), "parts": parts}
 
 
 def _both(
-    text: str, cfg: TemplateConfig, tokenizer: Tokenizer, talk: Sequence[tuple[str, str]]
+    text: str, cfg: TemplateConfig, tokenizer: Tokenizer, talk: Sequence[tuple[str, str]], *, parts: bool
 ) -> list[tuple[list[int], list[int]]] | None:
     """Tokens of a row and of the prompt of its last answer, as the store has them and as the template gives them."""
     from jinja2 import TemplateError
@@ -81,17 +87,18 @@ def _both(
     from raytune_lora.errors import UserError
 
     row = Row(tuple(Turn(role, said) for role, said in talk))
-    messages = [{"role": role, "content": said} for role, said in talk]
+    contents: list[Any] = [[{"type": "text", "text": said}] if parts else said for _, said in talk]
+    messages = [{"role": role, "content": content} for (role, _), content in zip(talk, contents, strict=True)]
     try:
         (own,) = encode([row], DataConfig(kind="file", template=cfg, max_length=_NO_LIMIT), tokenizer)
         whole = _apply(tokenizer, messages, text, prompt=False)
         asked = _apply(tokenizer, messages[:-1], text, prompt=True)
-    except (TemplateError, UserError):
+    except (TemplateError, UserError, TypeError):  # of contents that it does not take
         return None
     return None if own is None else [(own.input_ids, own.input_ids[: own.prompt_length]), (whole, asked)]
 
 
-def _apply(tokenizer: Tokenizer, messages: list[dict[str, str]], text: str, prompt: bool) -> list[int]:
+def _apply(tokenizer: Tokenizer, messages: list[dict[str, Any]], text: str, prompt: bool) -> list[int]:
     found: Any = tokenizer.apply_chat_template(
         messages, chat_template=text, add_generation_prompt=prompt, tokenize=True, return_dict=True
     )

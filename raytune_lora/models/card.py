@@ -196,11 +196,12 @@ def _compute(record: dict[str, Any]) -> str:
 def _asking(record: dict[str, Any]) -> list[str]:
     """How to ask it as in training, and how far that is the same."""
     template = record["template"]
+    asked = '[{"type": "text", "text": "…"}]' if template["parts"] else '"…"'
     lines = [
         "## Asking it",
         "",
         "```python",
-        'messages = [{"role": "user", "content": "…"}]',
+        f'messages = [{{"role": "user", "content": {asked}}}]',
         "inputs = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True, "
         'return_tensors="pt").to(model.device)',
         f"output = model.generate(**inputs, max_new_tokens=256, do_sample=False{_stops(record)})",

@@ -72,7 +72,7 @@ def test_patterns_as_a_chat_template_give_the_tokens_of_the_token_store(
 ) -> None:
     cfg, tokenizer = PATTERNS[patterns], TOKENIZERS[name]()
     write_template(cfg, tokenizer, tmp_path)
-    assert json.loads((tmp_path / TRIED).read_text()) == {"prompts": True, "rows": True}
+    assert json.loads((tmp_path / TRIED).read_text()) == {"prompts": True, "rows": True, "parts": False}
     tokenizer.chat_template = (tmp_path / TEMPLATE).read_text()
     for row, own in zip(ROWS, encode(ROWS, DataConfig(kind="file", template=cfg), tokenizer), strict=True):
         assert own is not None
@@ -91,7 +91,7 @@ def test_a_seam_that_a_tokenizer_joins_is_said(tmp_path: Path) -> None:
 def test_a_chat_template_goes_as_it_is(name: str, tmp_path: Path) -> None:
     write_template(TemplateConfig(kind=TemplateKind.chat), FAMILIES[name].tokenizer(), tmp_path)
     assert (tmp_path / TEMPLATE).read_text() == FAMILIES[name].template
-    assert json.loads((tmp_path / TRIED).read_text()) == {"prompts": True, "rows": True}
+    assert json.loads((tmp_path / TRIED).read_text()) == {"prompts": True, "rows": True, "parts": False}
 
 
 def test_the_exported_tokenizer_writes_with_the_trained_template(tmp_path: Path) -> None:
@@ -112,7 +112,7 @@ def test_the_exported_tokenizer_writes_with_the_trained_template(tmp_path: Path)
         "dtype": "float32",
         "quantization": {"kind": "none"},
         "method": {"kind": "lora", "r": 4},
-        "template": {"kind": "chat", "file": "trained.jinja", "prompts": True, "rows": True},
+        "template": {"kind": "chat", "file": "trained.jinja", "prompts": True, "rows": True, "parts": False},
         "stop_ids": [1, 7],
         "measured": {"eval_loss": None, "exact_match": None},
     }
@@ -125,3 +125,13 @@ def test_the_exported_tokenizer_writes_with_the_trained_template(tmp_path: Path)
     assert adapter == {"base_model_name_or_path": "owner/name", "revision": "abc", "r": 4}
     card = (target / "README.md").read_text()
     assert '"owner/name", dtype=torch.float32, revision="abc"' in card
+
+
+def test_a_template_that_takes_parts_alone_is_asked_with_parts(tmp_path: Path) -> None:
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ m.role }}:{% for part in m.content %}{% if part.type == 'text' %}{{ part.text }}"
+        "{% endif %}{% endfor %}{{ eos_token }}{% endfor %}{% if add_generation_prompt %}assistant:{% endif %}"
+    )
+    write_template(TemplateConfig(kind=TemplateKind.chat), tokenizer, tmp_path)
+    assert json.loads((tmp_path / TRIED).read_text()) == {"prompts": True, "rows": True, "parts": True}
