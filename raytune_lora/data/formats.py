@@ -106,7 +106,7 @@ def parse(
         if name != "text":
             _refuse_bad(fields, names, columns)
             _refuse_otherwise(fields, names, columns)
-        unused = _unused(fields, name, names, columns, stratify)
+        unused = _unused(fields, name, names, columns, stratify) - _refuse_untrained(fields, columns)
         turns = _TURNS[name](fields, names, unused)
         if name != "text" and "reasoning" in columns:
             thought = reasoning(fields["reasoning"], "reasoning")
@@ -224,14 +224,20 @@ def _refuse_bad(fields: dict[str, Any], names: tuple[str, ...], columns: Mapping
             )
 
 
-def _refuse_otherwise(fields: dict[str, Any], names: tuple[str, ...], columns: Mapping[str, str]) -> None:
-    """Raise for a record that is more than text, or that is marked as one that is not to be trained."""
-    for name in _FLAGS:
-        if name not in columns and _VERDICTS.get(str(fields.get(name)).strip().lower()) is False:
+def _refuse_untrained(fields: dict[str, Any], columns: Mapping[str, str]) -> set[str]:
+    """Raise for a record that a field of its own keeps out of the training; the fields that say that it is in."""
+    said = {name: _VERDICTS.get(str(fields.get(name)).strip().lower()) for name in _FLAGS if name not in columns}
+    for name, trained in said.items():
+        if trained is False:
             raise FaultError(
                 "nothing_trained",
                 f"{name} is {fields[name]!r}: the row is not trained; if it says something else, rename the column",
             )
+    return {name for name, trained in said.items() if trained}
+
+
+def _refuse_otherwise(fields: dict[str, Any], names: tuple[str, ...], columns: Mapping[str, str]) -> None:
+    """Raise for a record that is more than text, or of which parts alone are to be trained."""
     said = fields[names[0]]
     for name in _MASKS:
         mask = fields.get(name)

@@ -411,7 +411,16 @@ def test_a_record_that_says_it_must_not_be_trained_as_it_stands_is_a_fault(
 def test_what_only_resembles_such_a_mark_is_none() -> None:
     like = {"weight": 0.5, "train": "ICE 4", "loss_mask": [0, 1, 1, 0], "images": [], "apis": [{"name": "x"}]}
     assert turns({"messages": SAID, **like}) == (ASK, ANSWER)
-    assert turns({"text": "answer", "image": "a.png", "train": False}) == (ANSWER,)
+    assert turns({"text": "answer", "image": "a.png"}) == (ANSWER,)
+
+
+@pytest.mark.parametrize("record", [{"messages": SAID}, {"instruction": "ask", "output": "answer"}, {"text": "answer"}])
+def test_a_flag_of_a_row_is_used_in_every_format(record: dict[str, Any]) -> None:
+    assert fault(record | {"train": False})[0] == "nothing_trained"
+    for flag, unused in (({"weight": 1}, ()), ({"train": True}, ()), ({"weight": 0.5}, ("weight",))):
+        parsed = parse(record | flag, Format.auto, {})
+        assert isinstance(parsed, tuple)
+        assert parsed[0].unused == unused
 
 
 def test_tools_in_a_message_are_a_fault_and_tools_of_other_makers_are_read() -> None:
