@@ -7,8 +7,8 @@ Schema, version 1. Null stands for what is not known.
   ``stored_quantized`` (whether its files are quantized already), ``loader`` (the class of transformers that loads it)
 - ``dtype`` of the base model's weights, as torch calls it; ``quantization`` and ``method``: their configs
 - ``template``: ``kind`` (text: patterns; chat), ``file`` (of an own chat template), ``prompts`` and ``rows``: whether
-  ``chat_template.jinja`` gives the same tokens as in training, of prompts and of whole rows; ``parts``: whether a message's
-  content must be a list of parts for that
+  ``chat_template.jinja`` gives the same tokens as in training, of prompts and of whole rows; ``parts``: whether a
+  message's content must be a list of parts for that
 - ``stop_ids``: tokens that the rows train as the end of an answer
 - ``measured``: ``eval_loss`` over ``eval_loss_rows`` of ``validation_rows``, ``exact_match`` over ``exact_match_rows``
   of ``test_rows``
