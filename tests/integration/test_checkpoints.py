@@ -223,5 +223,5 @@ def test_ends_after_validations_without_gain(
     assert [report["last"] for report in reports] == [False, False, False, True]
     kept = sorted(path.name for path in (tmp_path / "trial").glob("checkpoint-*"))
     assert kept == ["checkpoint-00000001", "checkpoint-00000004"], "the best and the newest"
-    (again,) = run(single, store, tmp_path / "trial", cfg)
-    assert again == reports[-1], "there is nothing left to do"
+    again = run(single, store, tmp_path / "trial", cfg)
+    assert again == [reports[0], reports[-1]], "there is nothing left to do"
