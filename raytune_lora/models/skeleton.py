@@ -41,7 +41,7 @@ def skeleton_of(model: Any) -> Skeleton:
     """The skeleton of a model, whatever quantization or ZeRO made of its weights; known ones are kept."""
     key = (type(model), model.config.to_json_string())
     if key not in _KNOWN:
-        with torch.random.fork_rng(devices=[]), _quiet():
+        with torch.random.fork_rng(devices=[]), torch.inference_mode(False), torch.enable_grad(), _quiet():
             _KNOWN[key] = _probed(type(model), model.config)
     return _KNOWN[key]
 

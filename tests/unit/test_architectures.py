@@ -18,6 +18,7 @@ from raytune_lora.config.compose import compose
 from raytune_lora.config.methods import METHODS
 from raytune_lora.config.schema import Quantization, kind_of
 from raytune_lora.errors import UserError
+from raytune_lora.models import skeleton
 from raytune_lora.models.methods import Start, fit, method_for
 from raytune_lora.models.shape import shape_of
 from raytune_lora.training.gradients import FirstGradients
@@ -291,3 +292,17 @@ def test_experts_that_train_whole_are_not_said_to_be_left_out() -> None:
     assert "experts.gate_up_proj" in said
     assert "experts" not in whole
     assert whole == said.partition("model.layers.*.mlp.experts")[0].strip()
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_what_trains_is_found_where_nothing_is_to_train(
+    mode: Callable[[], Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As where a model is loaded to be measured: what is found then is kept."""
+    base = zoo.build("qwen2")
+    expected = skeleton.skeleton_of(base)
+    monkeypatch.setattr(skeleton, "_KNOWN", {})
+    with mode():
+        found = skeleton.skeleton_of(base)
+    assert (found.called, found.trains, found.read) == (expected.called, expected.trains, expected.read)
+    assert (found.keys, found.unprompted, found.unprefixed) == (expected.keys, "", "")
