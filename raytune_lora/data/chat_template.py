@@ -62,7 +62,7 @@ class ChatTemplate:
         tools = None if chat.tools is None else [*chat.tools]
         try:
             rendered = self._rendered(
-                map(_in_parts, plain) if self._takes_parts else plain, tools, add_generation_prompt=prompt, **settings
+                map(in_parts, plain) if self.takes_parts else plain, tools, add_generation_prompt=prompt, **settings
             )
         except Exception as error:  # whatever a template's own code raises
             roles = ", ".join(message.role for message in messages)
@@ -86,7 +86,7 @@ class ChatTemplate:
         )
 
     @cached_property
-    def _takes_parts(self) -> bool:
+    def takes_parts(self) -> bool:
         """Whether a content must be a list of parts, as templates of models with vision want it, and no text."""
         asked = _words(USER)[0]
 
@@ -96,7 +96,7 @@ class ChatTemplate:
             except Exception:  # which is told where a row is written
                 return False
 
-        return not written(asked.plain(STYLES[0])) and written(_in_parts(asked.plain(STYLES[0])))
+        return not written(asked.plain(STYLES[0])) and written(in_parts(asked.plain(STYLES[0])))
 
     @cached_property
     def _unasked(self) -> str:
@@ -186,7 +186,8 @@ class ChatTemplate:
         )
 
 
-def _in_parts(message: dict[str, Any]) -> dict[str, Any]:
+def in_parts(message: dict[str, Any]) -> dict[str, Any]:
+    """A message whose text is a list of one part."""
     content = message["content"]
     return message | {"content": [{"type": "text", "text": content}]} if isinstance(content, str) else message
 

@@ -43,28 +43,31 @@ def write_template(cfg: TemplateConfig, tokenizer: Tokenizer, folder: Path) -> N
         UserError: the tokenizer has no chat template, and the config names none.
     """
     if cfg.kind is TemplateKind.chat:
-        from raytune_lora.data.chat_template import template_text
+        from raytune_lora.data.chat_template import ChatTemplate, template_text
 
-        texts = [template_text(cfg, tokenizer)]
+        texts, parts = [template_text(cfg, tokenizer)], ChatTemplate(cfg, tokenizer).takes_parts
     else:
+        parts = False
         texts = [jinja(cfg, *gaps, bos=_begins(tokenizer)) for gaps in product(_GAPS, repeat=3)]
-    best = max(texts, key=lambda text: list(tried(text, cfg, tokenizer).values())[:2])  # the first of equals
+    found = {text: tried(text, cfg, tokenizer, parts=parts) for text in texts}
+    best = max(found, key=lambda text: list(found[text].values()))  # the first of equals
     (folder / TEMPLATE).write_text(best, encoding="utf-8")
-    write_json(folder / TRIED, tried(best, cfg, tokenizer))
+    write_json(folder / TRIED, found[best])
 
 
-def tried(text: str, cfg: TemplateConfig, tokenizer: Tokenizer) -> dict[str, bool]:
+def tried(text: str, cfg: TemplateConfig, tokenizer: Tokenizer, *, parts: bool) -> dict[str, bool]:
     """Whether a chat template gives the same tokens as the token store has.
 
+    Args:
+        text: of the template.
+        cfg: the template of the rows.
+        tokenizer: of the base model.
+        parts: whether a message's content must be a list of parts, as templates of models that see want it.
+
     Returns:
-        ``prompts``: of single questions, as one asks them; ``rows``: of whole conversations with their answers;
-        ``parts``: whether a message's content must be a list of parts for that, as models that see want it.
+        ``prompts``: of single questions, as one asks them; ``rows``: of whole conversations with their answers; and
+        ``parts`` as given.
     """
-    found = [_tried(text, cfg, tokenizer, parts=parts) for parts in (False, True)]
-    return max(found, key=lambda way: (way["prompts"], way["rows"]))  # the first of equals
-
-
-def _tried(text: str, cfg: TemplateConfig, tokenizer: Tokenizer, *, parts: bool) -> dict[str, bool]:
     prompts, rows = [], []
     for talk in _TALKS:
         found = _both(text, cfg, tokenizer, talk, parts=parts)
@@ -83,17 +86,18 @@ def _both(
     """Tokens of a row and of the prompt of its last answer, as the store has them and as the template gives them."""
     from jinja2 import TemplateError
 
+    from raytune_lora.data.chat_template import in_parts
     from raytune_lora.data.encode import encode
     from raytune_lora.errors import UserError
 
     row = Row(tuple(Turn(role, said) for role, said in talk))
-    contents: list[Any] = [[{"type": "text", "text": said}] if parts else said for _, said in talk]
-    messages = [{"role": role, "content": content} for (role, _), content in zip(talk, contents, strict=True)]
+    plain: list[dict[str, Any]] = [{"role": role, "content": said} for role, said in talk]
+    messages = [in_parts(message) for message in plain] if parts else plain
     try:
         (own,) = encode([row], DataConfig(kind="file", template=cfg, max_length=_NO_LIMIT), tokenizer)
         whole = _apply(tokenizer, messages, text, prompt=False)
         asked = _apply(tokenizer, messages[:-1], text, prompt=True)
-    except (TemplateError, UserError, TypeError):  # of contents that it does not take
+    except (TemplateError, UserError):
         return None
     return None if own is None else [(own.input_ids, own.input_ids[: own.prompt_length]), (whole, asked)]
 

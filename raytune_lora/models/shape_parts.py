@@ -46,7 +46,8 @@ def norms_apart(model: Any) -> tuple[str, ...]:
     """The names of those whose weights are handed to a kernel past them, as gated ones' are (Mamba2's)."""
     from raytune_lora.models.skeleton import skeleton_of
 
-    return tuple(name for name, norm in norms(model) if _bypassed(name, skeleton_of(model)) and list(norm.parameters()))
+    skeleton = skeleton_of(model)
+    return tuple(name for name, norm in norms(model) if _bypassed(name, skeleton) and list(norm.parameters()))
 
 
 def _bypassed(name: str, skeleton: Skeleton) -> bool:

@@ -61,7 +61,7 @@ def _probed(cls: type, config: Any) -> Skeleton:
             called, trains, read = _run(_runnable(cls, config, place), place, masked=masked)
         except Exception:  # the code of a model may do anything
             continue
-        return Skeleton(whole, called, trains, read, *_prompts(cls, config, place, called, masked=masked))
+        return Skeleton(whole, called, trains, read, *_prompts(whole, place, called, masked=masked))
     return Skeleton(whole, *_language_model(whole), unprefixed=_UNKNOWN)
 
 
@@ -103,13 +103,14 @@ def _run(model: Any, place: AbstractContextManager[Any], *, masked: bool) -> tup
 
 
 def _prompts(
-    cls: type, config: Any, place: AbstractContextManager[Any], called: frozenset[str], *, masked: bool
+    whole: Any, place: AbstractContextManager[Any], called: frozenset[str], *, masked: bool
 ) -> tuple[tuple[int, int, int] | None, str, str]:
     """What a model has for PEFT's learned prompts: see ``Skeleton``. Where a row runs, a row behind a prompt must."""
     from peft import PrefixTuningConfig, PromptTuningConfig, PromptTuningInit
 
+    cls, config = type(whole), whole.config
     keys = _keys(_runnable(cls, config, place), place, masked=masked)
-    width = _made(cls, config, place).get_input_embeddings().weight.shape[1]
+    width = whole.get_input_embeddings().weight.shape[1]
     vectors = PromptTuningConfig(
         prompt_tuning_init=PromptTuningInit.SAMPLE_VOCAB, **prompt_sizes(_LEARNED, (1, 1, width))
     )

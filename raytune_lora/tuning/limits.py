@@ -31,12 +31,11 @@ class _Lengths:
     def of(cls, cfg: SweepConfig, shape: Shape, store: TokenStore) -> _Lengths:
         rows = store.answered(cfg.evaluation.generate_rows)
         lengths = [store.lengths(split) for split in ("train", "validation")]
-        configs = [cfg, *(spaces.apply(cfg, params) for _, params in spaces.extremes(cfg.space, cfg))]
         return cls(
             row=max(int(lengths_N.max()) for lengths_N in lengths if len(lengths_N)),
             prompt=max(rows["prompt_length"], default=0),
             answers=list(rows["answer_length"]),
-            before=max(_before(each, shape) for each in configs),
+            before=max(_before(each, shape) for each in spaces.at_bounds(cfg)),
         )
 
 
@@ -60,8 +59,7 @@ def text_problems(cfg: SweepConfig, shape: Shape, tokenizer: Callable[[], Any]) 
 
     Of a search, its choices too.
     """
-    trials = [cfg, *(spaces.apply(cfg, params) for _, params in spaces.extremes(cfg.space, cfg))]
-    methods = [each.method for each in trials if isinstance(each.method, PromptTuningMethodConfig)]
+    methods = [each.method for each in spaces.at_bounds(cfg) if isinstance(each.method, PromptTuningMethodConfig)]
     texts = {(method.text, method.virtual_tokens) for method in methods if method.text}
     if shape.embeddings is None or not texts:
         return []

@@ -58,7 +58,7 @@ from raytune_lora.tuning.budget import remedy
 from raytune_lora.tuning.confirm import verdict
 from raytune_lora.tuning.folder import SweepFolder
 from raytune_lora.tuning.samplers import chosen
-from raytune_lora.tuning.space import apply, extremes
+from raytune_lora.tuning.space import at_bounds
 from raytune_lora.tuning.trials import BASELINE as BASELINE
 from raytune_lora.tuning.trials import BEST as BEST
 from raytune_lora.tuning.trials import TRIALS as TRIALS
@@ -124,7 +124,7 @@ def _results(
 
 def remarks(cfg: SweepConfig, rows: int, *, searching: bool) -> list[str]:
     """What is unusual about the number of steps, in a search of the trial whose steps are the largest."""
-    trials = [cfg, *(apply(cfg, params) for _, params in extremes(cfg.space, cfg) if searching)]
+    trials = at_bounds(cfg) if searching else [cfg]
     return plan.remarks(max(trials, key=lambda trial: trial.training.global_batch), rows)
 
 

@@ -21,7 +21,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from raytune_lora.config import lists
-from raytune_lora.config.schema import VARIANTS, RunConfig, kind_of
+from raytune_lora.config.schema import VARIANTS, RunConfig, SweepConfig, kind_of
 from raytune_lora.config.search import DimensionConfig, DimensionKind
 
 Space = dict[str, DimensionConfig]
@@ -118,6 +118,11 @@ def extremes(space: Space, cfg: RunConfig) -> Iterator[tuple[str, dict[str, Any]
             under = conditions(d)
             for value in d.choices if d.kind is DimensionKind.categorical else [d.low, d.high]:
                 yield name, {**under, d.key: _derived(d, value, under, cfg)}
+
+
+def at_bounds(cfg: SweepConfig) -> list[SweepConfig]:
+    """The config as it stands, and at each bound and choice of its dimensions."""
+    return [cfg, *(apply(cfg, params) for _, params in extremes(cfg.space, cfg))]
 
 
 def apply(cfg: R, params: dict[str, Any]) -> R:

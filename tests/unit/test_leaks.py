@@ -79,16 +79,20 @@ def test_in_bf16_and_by_each_attention(name: str, attention: str) -> None:
     assert (packed_leak(model, TOKENS, 0, 0) is not None) == (name in JOIN)
 
 
+class Around(torch.nn.Module):
+    """A wrapper of a model of the zoo."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        self.inner = build(name)
+        self.config, self.dtype = self.inner.config, self.inner.dtype
+
+
 def test_positions_that_do_not_begin_anew_are_told() -> None:
     """Rows may be kept apart and still stand elsewhere than alone."""
 
-    class GoingOn(torch.nn.Module):
+    class GoingOn(Around):
         """A Llama-like wrapper that sees the right mask, and positions as if all rows were one."""
-
-        def __init__(self) -> None:
-            super().__init__()
-            self.inner = build("gpt2")
-            self.config, self.dtype = self.inner.config, self.inner.dtype
 
         def forward(self, position_ids: torch.Tensor | None = None, **inputs: torch.Tensor) -> object:
             if position_ids is not None:
@@ -98,7 +102,7 @@ def test_positions_that_do_not_begin_anew_are_told() -> None:
                 inputs["position_ids"] = torch.arange(row.shape[1])[None]
             return self.inner(**inputs)
 
-    found = packed_leak(GoingOn().eval(), TOKENS, 0, 0)
+    found = packed_leak(GoingOn("gpt2").eval(), TOKENS, 0, 0)
     assert found is not None
     assert found.startswith("a row's logits differ by ")
 
@@ -110,16 +114,11 @@ def test_a_model_that_counts_positions_itself_is_told() -> None:
 
 
 def test_a_model_that_takes_no_positions_is_told() -> None:
-    class Without(torch.nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.inner = build("llama")
-            self.config, self.dtype = self.inner.config, self.inner.dtype
-
+    class Without(Around):
         def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> object:
             return self.inner(input_ids=input_ids, attention_mask=attention_mask)
 
-    found = packed_leak(Without().eval(), TOKENS, 0, 0)
+    found = packed_leak(Without("llama").eval(), TOKENS, 0, 0)
     assert found is not None
     assert found.startswith("it cannot take them: TypeError: ")
     assert "position_ids" in found
