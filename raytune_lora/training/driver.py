@@ -26,7 +26,7 @@ from ray.util import placement_group_table
 from raytune_lora.config.schema import RunConfig
 from raytune_lora.training import duty, entry
 from raytune_lora.training.board import Board, Report
-from raytune_lora.training.failures import DISK, FAILED, LOST, Ended, classify
+from raytune_lora.training.failures import DISK, LOST, UNPLACED, Ended, classify
 from raytune_lora.training.group import GroupTrainer, ProcessGroup, Whereabouts
 from raytune_lora.training.task import Task, stream
 
@@ -52,6 +52,7 @@ class Pool:
         groups: int,
         stalled: float | None = None,
         tell: Callable[[str], None] = lambda _line: None,
+        leave: Callable[[], None] = lambda: None,
     ) -> None:
         """
         Args:
@@ -61,6 +62,7 @@ class Pool:
             stalled: seconds without a step after which a task that has steps fails and its group is replaced; None
                 waits for ever.
             tell: called with what people should know: that groups wait for room, or leave a machine.
+            leave: called when this machine is about to be taken away, and with it all that is started here.
         """
         self._cfg = cfg
         self._folder = folder
@@ -71,6 +73,7 @@ class Pool:
         self._groups = groups
         self._stalled = stalled
         self._tell = tell
+        self._leave = leave
         self._versions = entry.versions()
         self._watcher = threading.Thread(target=self._watch, daemon=True)
         self._threads = [threading.Thread(target=self._keep, args=(n,), daemon=True) for n in range(groups)]
@@ -126,7 +129,7 @@ class Pool:
                     self._tell(f"{group} could not start: {ended.error}")
                 more = self._cfg.cluster.retries if ended.status == LOST else 0
                 if failed_starts > max(more, _MORE_STARTS):
-                    kind = DISK if ended.status == DISK else FAILED
+                    kind = DISK if ended.status == DISK else UNPLACED
                     self._abandon(Ended(kind, f"no worker group could start: {ended.error}"))
                     return
                 self._closing.wait(2.0**failed_starts - 1)
@@ -139,14 +142,18 @@ class Pool:
         """Look after the groups until the pool is closed.
 
         Those that hang are killed: their workers' end is a failure like any other, and ``_keep`` replaces them. Those
-        on a machine that is about to be taken away (Ray calls it draining) are asked to leave it.
+        on a machine that is about to be taken away (Ray calls it draining) are asked to leave it; where it is this one,
+        no other can serve, as the groups' controllers and their readers are here.
         """
-        said = _PATIENCE
+        said, here = _PATIENCE, ray.get_runtime_context().get_node_id()
         while not self._closed.wait(_WATCH):
             if self._stalled is not None:
                 for worker in ray.get(self.board.end_stalled.remote(self._stalled)):
                     ray.kill(worker)
             if draining := list(ray_state.get_draining_nodes()):
+                if here in draining:
+                    self._leave()
+                    return
                 ray.get(self.board.clear.remote(draining))
             for note in ray.get(self.board.notes.remote()):
                 self._tell(note)

@@ -38,7 +38,7 @@ from raytune_lora.models.stored import as_stored
 from raytune_lora.models.tokenizer import load_tokenizer, tokenizer_identity
 from raytune_lora.planning.shape import Shape
 from raytune_lora.training.driver import PROCESS_ENDED, Pool
-from raytune_lora.training.failures import DISK
+from raytune_lora.training.failures import halting
 from raytune_lora.training.place import LOGS
 from raytune_lora.training.plan import Plan, plan_run
 from raytune_lora.training.task import Task, TaskFailed
@@ -183,8 +183,8 @@ class Job:
         try:
             return list(attempts(self.pool.board, task))[-1]
         except TaskFailed as error:
-            if error.ended.status == DISK:
-                raise StorageError(error.ended.error) from error
+            if (halt := halting(error.ended.status, error.ended.error)) is not None:
+                raise halt from error
             raise JobFailed(f"the phase {name} failed: {error}; log: {folder / LOGS}") from error
 
 
@@ -356,7 +356,8 @@ def _work(job: Job, run: Callable[[Job], None]) -> dict[str, Any]:
     groups = cfg.search.concurrent if job.kind == SWEEP else 1
     trials = cfg.search.trials if job.kind == SWEEP else 1
     with connected(cfg.cluster, name=job.folder.name), exported(cfg, job.folder, job.journal, trials):
-        pool = Pool(plain_run(cfg), job.folder.groups, groups, cfg.search.stalled, job.progress.note)
+        leave = partial(_leave_machine, job)
+        pool = Pool(plain_run(cfg), job.folder.groups, groups, cfg.search.stalled, job.progress.note, leave)
         try:
             with pool:
                 job.pool = pool
@@ -372,6 +373,11 @@ def _work(job: Job, run: Callable[[Job], None]) -> dict[str, Any]:
                 ) from error
             raise
         return job.write_results()
+
+
+def _leave_machine(job: Job) -> None:
+    job.progress.note("Ray is about to take this machine away; the job ends, to go on elsewhere")
+    job.interrupts.ask(KeyboardInterrupt())
 
 
 def _room(cfg: SweepConfig, shape: Shape, output: Path, kind: str) -> None:

@@ -16,7 +16,7 @@ from rich.spinner import Spinner
 from rich.table import Table
 from rich.text import Text
 
-from raytune_lora.tuning.trials import Record, Trial
+from raytune_lora.tuning.trials import PAUSED, Record, Trial
 
 _COLOURS = {"completed": "green", "stopped": "yellow", "running": "cyan"}
 _SHOWN = 20  # trials in the live table
@@ -44,6 +44,8 @@ class Progress:
         """Samples of a whole trial, once the data is known, and what was done before."""
         self._goal = goal
         self._record = record
+        if record.trials:
+            self.note(f"going on: {standing(record)}")
 
     def watch(self, event: dict[str, Any], record: Record) -> None:
         """Take a new event of the journal."""
@@ -158,7 +160,15 @@ def line(event: dict[str, Any], record: Record) -> str:
     if event["event"] == "trial_result":
         return f"trial {trial.trial_id}: validation loss {event['eval_loss']:.4f} after {event['samples_seen']} samples"
     why = f": {trial.error}" if trial.error else ""
-    return f"trial {trial.trial_id} {trial.status} after {trial.samples_seen} samples, {trial.seconds:.0f} s{why}"
+    ended = f"trial {trial.trial_id} {trial.status} after {trial.samples_seen} samples, {trial.seconds:.0f} s{why}"
+    return ended if trial.status == PAUSED else f"{ended}; {standing(record)}"
+
+
+def standing(record: Record) -> str:
+    """How many trials have ended, and the best of all."""
+    best = record.best()
+    found = "" if best is None else f", lowest validation loss {best.eval_loss:.4f} (trial {best.trial_id})"
+    return f"{record.ended} ended{found}"
 
 
 def _on(event: dict[str, Any], figure: str) -> str:
@@ -166,8 +176,8 @@ def _on(event: dict[str, Any], figure: str) -> str:
     return "" if rows is None else f" on {rows} rows"
 
 
-_ENDED = re.compile(r"trial (\d+) \w+ after \d+ samples")
-_MEASURED = re.compile(r"trial (\d+): validation loss (\d+\.\d+)")
+_STANDING = re.compile(r"\b(\d+) ended(?:, lowest validation loss (\d+\.\d+) \(trial (\w+)\))?$")
+_MEASURED = re.compile(r"trial (\w+): validation loss (\d+\.\d+) after")
 
 
 class Tally:
@@ -180,21 +190,24 @@ class Tally:
             log: printed so far.
         """
         self._total = total
-        self._ended: set[str] = set()
+        self._ended = 0
         self._losses: dict[str, float] = {}
         for words in log.splitlines():
             self.add(words)
 
     def add(self, words: str) -> None:
         """Take a line in."""
-        if found := _ENDED.search(words):
-            self._ended.add(found[1])
+        if found := _STANDING.search(words):
+            self._ended = int(found[1])
+            name, loss = found[3], found[2]
         elif found := _MEASURED.search(words):
-            self._losses[found[1]] = min(float(found[2]), self._losses.get(found[1], math.inf))
+            name, loss = found[1], found[2]
+        if found and name:
+            self._losses[name] = min(float(loss), self._losses.get(name, math.inf))
 
     def __str__(self) -> str:
         best = min(self._losses, key=lambda name: (self._losses[name], name), default=None)
-        shown = f"{len(self._ended)} of {self._total} trials ended"
+        shown = f"{self._ended} of {self._total} trials ended"
         return shown if best is None else f"{shown}, lowest validation loss {self._losses[best]:.4f} (trial {best})"
 
 

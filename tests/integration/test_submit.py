@@ -261,6 +261,13 @@ def listed(path: str, cluster: Cluster) -> list[dict[str, Any]]:
     return found
 
 
+def forget(job: str, cluster: Cluster) -> None:
+    """Have the cluster know a job no more."""
+    token = {"Authorization": f"Bearer {PLANTED['RAY_AUTH_TOKEN']}"}
+    request = urllib.request.Request(f"{cluster.dashboard}/api/jobs/{job}", headers=token, method="DELETE")
+    urllib.request.urlopen(request, timeout=20).close()
+
+
 @pytest.fixture
 def project(tmp_path: Path, rows: Path) -> Path:
     """A user's checkout, with data in it."""
@@ -285,8 +292,11 @@ def test_submitted_left_alone_stopped_and_resumed(
     arguments += ["training.global_batch=8", "evaluation.every=800", "scheduler=none"]
     there = ("--address", way.address)
 
+    # where Ray's own client would go, whatever address it is given
+    environment = cluster.environment | PASSED | {"RAY_API_SERVER_ADDRESS": "http://127.0.0.1:1"}
+
     def submit(*arguments: str) -> Job:
-        return Job("submit", *arguments, environment=cluster.environment | PASSED, project=project)
+        return Job("submit", *arguments, environment=environment, project=project)
 
     began = time.time()
     first = submit(*arguments)
@@ -305,12 +315,24 @@ def test_submitted_left_alone_stopped_and_resumed(
 
     wait_for(lambda: bool(events(sweep, "trial_result")))
     print(f"submit to first trial: {events(sweep, 'trial_started')[0]['time'] - began:.1f} s")
-    assert "mine: asked to stop" in submit(*there, "--stop", "mine").end()
-    assert "mine: stopped, " in submit(*there, "--logs", "mine").end(1)
+    follower, near = submit(*there, "--logs", "mine"), ("--address", cluster.dashboard)
+    follower.wait_for("trial 0000 started")
+    way.open = False
+    assert "mine: asked to stop" in submit(*near, "--stop", "mine").end()
+    assert "mine: stopped, " in submit(*near, "--logs", "mine").end(1)
+    assert "mine: stopped, " in submit(*near, "--list").end()
     assert len(events(sweep, "phase")) == 2  # prepare, baseline
+    forget("raytune-lora-mine.1", cluster)  # as a head does that is started again
+    assert submit(*near, "--list").end() == f"{cluster.dashboard} knows of no sweep\n"
+    way.open = True
+    lost = follower.end(1)
+    assert "its head was started again, and the sweep ended with it" in lost
+    assert "Traceback" not in lost
+    again = shlex.split(lost.rpartition("to go on with it: python jobs/submit.py ")[2])
 
-    said = submit(*there, "--resume", "mine").end(0)
-    assert "mine: submitted as job raytune-lora-mine.2" in said
+    said = submit(*again).end(0)
+    assert "mine: submitted as job raytune-lora-mine.1" in said
+    assert "going on: 0 ended, lowest validation loss " in said
     assert "mine: succeeded, " in said
     assert f"results: {got}\n" in said
     results = json.loads((got / "results.json").read_text())

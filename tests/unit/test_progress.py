@@ -77,7 +77,7 @@ def test_a_trial_has_a_line_for_each_event(tmp_path: Path, capsys: pytest.Captur
     assert capsys.readouterr().err.splitlines() == [
         "0:00 trial 0003 started: r=16, learning_rate=0.000123, target_modules=['q_proj', 'v_proj']",
         "0:00 trial 0003: validation loss 1.2346 after 16 samples",
-        "0:00 trial 0003 completed after 16 samples, 7 s",
+        "0:00 trial 0003 completed after 16 samples, 7 s; 1 ended, lowest validation loss 1.2346 (trial 0003)",
     ]
 
 
@@ -87,7 +87,7 @@ def test_a_failure_is_told_in_full_whatever_it_holds(
 ) -> None:
     progress, journal = followed(tmp_path)
     tell(journal, "0000", status="oom", error=error)
-    assert capsys.readouterr().err.splitlines()[-1] == f"0:00 trial 0000 oom after 0 samples, 7 s: {error}"
+    assert capsys.readouterr().err.splitlines()[-1] == f"0:00 trial 0000 oom after 0 samples, 7 s: {error}; 1 ended"
     assert "oom" in table(progress)
 
 
