@@ -1,8 +1,13 @@
-"""What people see while a sweep runs: one live table on a terminal, a line for each event elsewhere."""
+"""What is said while a sweep runs: a live table on a terminal, a line for each event elsewhere, or JSON for machines.
+
+Of the latter each line has ``time`` (seconds since 1970), ``clock`` (seconds of this sitting), ``sweep``, ``event`` and
+``message``: an event of the journal with all its facts, or ``note`` or ``doing``.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import json
 import math
 import re
 import sys
@@ -25,12 +30,14 @@ _SHOWN = 20  # trials in the live table
 class Progress:
     """Follows the journal."""
 
-    def __init__(self, title: str, total: int) -> None:
+    def __init__(self, title: str, total: int, as_json: bool = False) -> None:
         """
         Args:
             title: of the table.
             total: trials to be run.
+            as_json: print for machines.
         """
+        self._as_json = as_json
         self._console = Console(file=sys.stderr, highlight=False, markup=False, emoji=False)
         self._title = title
         self._total = total
@@ -52,15 +59,15 @@ class Progress:
         self._record = record
         if self._live is not None:
             self._live.update(self)
-        elif words := line(event, record):
-            self._console.print(f"{self._clock()} {words}", soft_wrap=True)
+        else:
+            self._say(line(event, record), event)
 
     @contextlib.contextmanager
     def doing(self, what: str) -> Iterator[None]:
         """Show what is being done for as long as it takes."""
         self._doing = what
         if self._live is None:
-            self._console.print(f"{self._clock()} {what}", soft_wrap=True)
+            self._say(what, {"event": "doing"})
         try:
             yield
         finally:
@@ -68,12 +75,20 @@ class Progress:
 
     def note(self, words: str) -> None:
         """Say something that stays, above the table where there is one."""
-        self._console.print(f"{self._clock()} {words}", soft_wrap=True)
+        self._say(words, {"event": "note"})
+
+    def _say(self, words: str, event: dict[str, Any]) -> None:
+        if self._as_json:
+            seconds = round(time.monotonic() - self._began, 3)
+            entry = {"time": time.time(), **event, "clock": seconds, "sweep": self._title, "message": words}
+            print(json.dumps(entry, ensure_ascii=False), file=sys.stderr, flush=True)
+        elif words:
+            self._console.print(f"{self._clock()} {words}", soft_wrap=True)
 
     @contextlib.contextmanager
     def shown(self) -> Iterator[Progress]:
         """Live on a terminal; lines elsewhere."""
-        if not self._console.is_terminal:
+        if self._as_json or not self._console.is_terminal:
             yield self
             return
         with Live(self, console=self._console, refresh_per_second=4, transient=False) as live:
@@ -196,7 +211,10 @@ class Tally:
             self.add(words)
 
     def add(self, words: str) -> None:
-        """Take a line in."""
+        """Take a line in, as people or machines are told."""
+        if words.startswith("{"):
+            with contextlib.suppress(ValueError):
+                words = str(json.loads(words).get("message"))
         if found := _STANDING.search(words):
             self._ended = int(found[1])
             name, loss = found[3], found[2]

@@ -18,7 +18,7 @@ import threading
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -365,10 +365,26 @@ def old_node(cluster: Cluster, folder: Path) -> Iterator[None]:
     init = folder / "old" / "raytune_lora" / "__init__.py"
     init.write_text(re.sub(r'__version__ = ".*"', '__version__ = "0.0.9"', init.read_text()))
     (folder / "old" / "sitecustomize.py").write_text("import raytune_lora\n")
-    command = [RAY, "start", "--block", f"--address=127.0.0.1:{cluster.port}", "--num-cpus=1"]
+    with node(cluster, folder, variables={"PYTHONPATH": str(folder / "old")}):
+        yield
+
+
+@contextlib.contextmanager
+def node(
+    cluster: Cluster, folder: Path, wrapped: Sequence[str] = (), variables: Mapping[str, str] | None = None
+) -> Iterator[None]:
+    """A node with one CPU that joins.
+
+    Args:
+        cluster: that it joins.
+        folder: in which it starts.
+        wrapped: command that starts it.
+        variables: of its environment.
+    """
+    command = [*wrapped, RAY, "start", "--block", f"--address=127.0.0.1:{cluster.port}", "--num-cpus=1"]
     command += ["--node-ip-address=127.0.0.1", f"--dashboard-agent-listen-port={free_port()}"]
-    environment = cluster.environment | {"PYTHONPATH": str(folder / "old")}
-    node = subprocess.Popen(
+    environment = cluster.environment | dict(variables or {})
+    process = subprocess.Popen(
         [*command, "--object-store-memory=80000000"],
         env=environment,
         cwd=folder,
@@ -377,12 +393,12 @@ def old_node(cluster: Cluster, folder: Path) -> Iterator[None]:
         stderr=subprocess.STDOUT,
     )
     try:
-        assert node.stdout is not None
-        next(line for line in node.stdout if b"Ray runtime started" in line)
+        assert process.stdout is not None
+        next(line for line in process.stdout if b"Ray runtime started" in line)
         yield
     finally:
-        os.killpg(node.pid, signal.SIGKILL)
-        node.wait(60)
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait(60)
 
 
 OLD = r"the node [\d.]+ has raytune-lora 0\.0\.9 \(source \w+\) \(the driver has 0\.1\.0 "
@@ -418,8 +434,30 @@ def test_a_node_with_another_version_that_joins_later_trains_nothing(
     sweep = Job("sweep", "experiment=tiny", *small, *folders, environment=there)
     sweep.wait_for("measuring the base model")  # and the third group waits for room
     with old_node(cluster, tmp_path):
-        sweep.wait_for("could not start: ")
+        sweep.wait_for("it is left out")
         said = sweep.end(0)
-    assert re.search(rf"group-\d-\d+-\d could not start: RuntimeError: {OLD}", said)
+    assert re.search(rf"{OLD}.*; it is left out", said)
+    assert said.count("left out") == 1
     results = json.loads((tmp_path / "mine" / "results.json").read_text())
     assert [trial["status"] for trial in results["trials"]] == ["completed"] * 2
+
+
+def test_a_node_without_the_storage_that_joins_later_trains_nothing(
+    cluster: Cluster, tmp_path: Path, cache: Path
+) -> None:
+    """There is an empty folder where all others have the sweep's."""
+    there = cluster.environment | {"RAY_ADDRESS": f"127.0.0.1:{cluster.port}"}
+    shared = tmp_path / "shared"
+    shared.mkdir()
+    small = ("search.trials=4", "search.concurrent=3", "cluster.autoscaler=true", "scheduler=none", *SMALL[:-1])
+    folders = (f"cache={cache}", f"output={shared / 'mine'}")
+    sweep = Job("sweep", "experiment=tiny", *small, *folders, environment=there)
+    sweep.wait_for("measuring the base model")
+    with node(
+        cluster, tmp_path, ("unshare", "--mount", "sh", "-c", f'mount -t tmpfs none {shared} && exec "$@"', "sh")
+    ):
+        sweep.wait_for("it is left out")
+        said = sweep.end(0)
+    assert re.search(rf"the node [\d.]+ does not see {shared}/mine/config.yaml as the driver wrote it", said)
+    results = json.loads((shared / "mine" / "results.json").read_text())
+    assert [trial["status"] for trial in results["trials"]] == ["completed"] * 4
