@@ -21,6 +21,7 @@ from ray.exceptions import AuthenticationError
 from ray.job_submission import JobStatus, JobSubmissionClient
 
 from raytune_lora.errors import UserError
+from raytune_lora.names import plain
 
 ADDRESS = "http://127.0.0.1:8265"
 _ADDRESSES = ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS")  # where `ray job submit` looks, too
@@ -252,7 +253,7 @@ class Cluster:
 
 def _name(job: Any) -> str | None:
     name: str | None = (job.metadata or {}).get(_PREFIX)
-    return name if job.submission_id else None
+    return name if job.submission_id and plain(name) else None  # results go to a folder of that name
 
 
 def _sweep_job(job: Any) -> SweepJob:
