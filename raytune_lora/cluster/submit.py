@@ -23,6 +23,7 @@ from ray.job_submission import JobStatus, JobSubmissionClient
 
 from raytune_lora.cluster.addresses import VARIABLES, dashboard
 from raytune_lora.errors import UserError
+from raytune_lora.names import plain
 
 _PREFIX = "raytune-lora"  # of job ids, and the metadata's key of the sweep's name
 _TIMES = (5.0, 60.0)  # seconds to connect, and between two bytes of an answer: a lid may be closed at any time
@@ -270,7 +271,7 @@ def _unset(variables: Iterable[str]) -> Iterator[None]:
 
 def _name(job: Any) -> str | None:
     name: str | None = (job.metadata or {}).get(_PREFIX)
-    return name if job.submission_id else None
+    return name if job.submission_id and plain(name) else None  # results go to a folder of that name
 
 
 def _sweep_job(job: Any) -> SweepJob:

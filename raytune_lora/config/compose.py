@@ -5,6 +5,7 @@ Hydra only composes here: it never changes the working directory, makes folders 
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import re
 from collections.abc import Iterator, Sequence
@@ -26,9 +27,10 @@ from omegaconf.errors import InterpolationKeyError, OmegaConfBaseException
 
 from raytune_lora.config import schema, search
 from raytune_lora.config.data import TemplateConfig
-from raytune_lora.config.groups import conf_dir, groups, own_dir
+from raytune_lora.config.groups import conf_dir, groups, own_dir, own_files
 from raytune_lora.config.lists import as_list, as_pattern, keys_of
 from raytune_lora.config.typed import typed
+from raytune_lora.config.yaml_text import read_yaml
 from raytune_lora.errors import UserError
 
 T = TypeVar("T")
@@ -97,13 +99,22 @@ def parse(text: str, path: str) -> schema.SweepConfig:
         UserError: it does not fit this version's schema.
     """
     try:
-        raw = yaml.safe_load(text)
+        raw = _as_text(read_yaml(text, path))
         node = OmegaConf.structured(schema.SweepConfig)
         for group in schema.VARIANTS:
             node[group] = OmegaConf.structured(schema.variant(group, raw[group]["kind"]))
         return _to_object(OmegaConf.merge(node, raw))
     except (OmegaConfBaseException, yaml.YAMLError, KeyError, TypeError) as error:
         raise UserError(f"{path}: not a config of this version of raytune-lora: {error}") from error
+
+
+def _as_text(value: Any) -> Any:
+    """What was read, with each ``${`` meant as it stands: ``dump`` has resolved all, and a folder may be another's."""
+    if isinstance(value, dict):
+        return {key: _as_text(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_as_text(item) for item in value]
+    return re.sub(r"(\\*)\$\{", r"\1\1\\${", value) if isinstance(value, str) else value
 
 
 def to_plain(value: Any) -> Any:
@@ -149,6 +160,8 @@ def _register() -> None:
 def _compose(overrides: Sequence[str]) -> DictConfig:
     GlobalHydra.instance().clear()
     own = [f"hydra.searchpath=['file://{folder}']"] if (folder := own_dir()) else []
+    for file in own_files():
+        _see_to_bounds(file, file.stat().st_mtime_ns)
     patterns = {o: found for o in overrides if (found := as_pattern(o, _keys(*_NUMBERS)))}
     others = [_merged(as_list(o, _keys("list["))) for o in overrides if o not in patterns]
     with initialize_config_dir(str(conf_dir()), version_base="1.3"):
@@ -156,6 +169,13 @@ def _compose(overrides: Sequence[str]) -> DictConfig:
     for key, numbers in patterns.values():
         OmegaConf.update(composed, key, numbers, merge=False)
     return composed
+
+
+@lru_cache
+def _see_to_bounds(file: Path, _changed: int) -> None:
+    """Raise for a file of the user's own that would keep Hydra busy for ever."""
+    with contextlib.suppress(yaml.YAMLError):  # which Hydra tells
+        read_yaml(file.read_bytes(), str(file))
 
 
 @lru_cache

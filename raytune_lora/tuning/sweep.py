@@ -29,7 +29,7 @@ from raytune_lora.tuning.results import TRIALS
 from raytune_lora.tuning.scheduler import build, turns
 from raytune_lora.tuning.search import StudySearcher
 from raytune_lora.tuning.study import NAME_FILE, keep, open_study, pareto
-from raytune_lora.tuning.thrift import without_trackers
+from raytune_lora.tuning.thrift import without_credentials, without_trackers
 from raytune_lora.tuning.told import reconcile, refused, report, tell
 from raytune_lora.tuning.trials import COMPLETED, CONFIRM, PAUSED, RUNNING, Journal, Trial
 from raytune_lora.tuning.turns import TERMS
@@ -177,7 +177,7 @@ def _tune(job: Job, study: optuna.Study, interrupted: list[Trial], budget: Budge
     )
     job.interrupts.awaited = True
     try:
-        with warnings.catch_warnings(), without_trackers():
+        with warnings.catch_warnings(), without_trackers(), without_credentials():
             warnings.simplefilter("ignore")
             tuner.fit()
     finally:

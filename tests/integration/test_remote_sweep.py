@@ -7,8 +7,10 @@ import os
 import shutil
 import signal
 import subprocess
+import tempfile
 import time
 from pathlib import Path
+from secrets import token_hex
 from typing import Any
 
 import pytest
@@ -110,6 +112,26 @@ def test_a_trial_goes_on_from_what_is_whole_in_the_store(
 
 
 # ---------------------------------------------------------------------------------------------------------- whole jobs
+
+
+@pytest.mark.slow
+@pytest.mark.e2e
+def test_rays_logs_hold_no_key_of_the_store(bucket: str, monkeypatch: pytest.MonkeyPatch, cache: Path) -> None:
+    """Whoever sees a cluster's dashboard can read them; the trial reaches the store all the same."""
+    keys = {f"AWS_{name}": token_hex(16) for name in ("ACCESS_KEY_ID", "SECRET_ACCESS_KEY", "SESSION_TOKEN")}
+    for name, value in keys.items():
+        monkeypatch.setenv(name, value)
+    with tempfile.TemporaryDirectory(prefix="ray-", dir="/tmp") as folder:  # a short name, for Ray's sockets
+        monkeypatch.setenv("RAY_TMPDIR", folder)
+        finish(start("sweep", *SWEEP, "search.trials=1", f"output={bucket}/sweep", f"cache={cache}"))
+        files = [file for file in Path(folder).rglob("*") if file.is_file() and not file.is_symlink()]
+        assert any(file.name == "gcs_server.out" for file in files)
+        assert any(file.name.startswith("runtime_env") for file in files)
+        holding = {
+            f"{file.name}: {name}" for file in files for name, v in keys.items() if v.encode() in file.read_bytes()
+        }
+    assert holding == set()
+    assert [trial["status"] for trial in trials(storage.read(f"{bucket}/sweep/results.json"))] == ["completed"]
 
 
 @pytest.mark.slow
