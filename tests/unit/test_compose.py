@@ -321,7 +321,7 @@ def test_a_mistake_in_a_file_is_answered_as_on_the_command_line(own: Path, writt
     [
         (_TOP.replace("tiny", "tinny"), "experiment: there is no 'tinny'. Did you mean experiment=tiny? Known: "),
         (_TOP.replace("tiny", "override /model: x"), "model: there is no 'x'. Known: hub, smollm2, tiny, tiny_bias."),
-        (_TOP.replace("tiny", "override /modle: tiny"), "defaults: there is no group 'modle'. Did you mean `override /"),
+        (_TOP.replace("tiny", "override /modle: tiny"), "defaults: there is no group 'modle'. Did you mean `overr"),
         (_TOP.replace("tiny", "model: tiny"), "defaults: write `override /model: tiny` (got `model: tiny`)"),
         (_TOP.replace("[tiny]", "tiny"), "defaults is a list, as `defaults: [tiny]` (got 'tiny')"),
         (_TOP.replace("tiny", "mine"), "its defaults lead back to "),
