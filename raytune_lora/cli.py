@@ -80,7 +80,7 @@ def _show_help(verb: str, program: str) -> int:
 
 def _said(run: Callable[[], int]) -> int:
     """Run it; a user's mistake is said, and is status 2."""
-    from raytune_lora.errors import UserError
+    from raytune_lora.errors import Passing, UserError
     from raytune_lora.shadows import problems
 
     try:
@@ -89,6 +89,10 @@ def _said(run: Callable[[], int]) -> int:
         return run()
     except UserError as error:
         print(*(f"error: {problem}" for problem in error.problems), sep="\n", file=sys.stderr)
+        if not isinstance(error, Passing):
+            from raytune_lora.cluster.withdraw import withdraw
+
+            withdraw()
         return 2
 
 

@@ -22,7 +22,7 @@ from ray.job_config import JobConfig
 
 from raytune_lora import network
 from raytune_lora.config.schema import ClusterConfig, RunConfig
-from raytune_lora.errors import JobFailed, UserError
+from raytune_lora.errors import JobFailed, Passing, UserError
 
 ENVIRONMENT = {
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
@@ -116,7 +116,7 @@ def connected(cfg: ClusterConfig, name: str = "") -> Iterator[None]:
                     job_config=job,
                 )
         except (ConnectionError, ValueError, RuntimeError) as error:
-            raise UserError(f"{_named(address)}: no Ray cluster there that can be joined: {error}") from error
+            raise Passing(f"{_named(address)}: no Ray cluster there that can be joined: {error}") from error
     try:
         yield
     finally:
@@ -247,13 +247,13 @@ def _reach(address: str) -> None:
     try:
         where = canonicalize_bootstrap_address(address) or "" if address == "auto" else address.removeprefix("ray://")
     except ConnectionError as error:
-        raise UserError(f"{_named(address)}: there is no Ray cluster to be found: {error}") from error
+        raise Passing(f"{_named(address)}: there is no Ray cluster to be found: {error}") from error
     host, _, port = where.rpartition(":")
     if not (host and port.isdigit()):
         raise UserError(f"{_named(address)} is no address of a Ray cluster; name <host>:6379, auto or local")
     plain = os.environ.get("RAY_USE_TLS", "0").lower() not in ("1", "true")
     if why := network.unreachable(host.strip("[]"), int(port), grpc=plain):
-        raise UserError(
+        raise Passing(
             f"{_named(address)}: no Ray cluster answers there ({why}); is it up, and is this its head's address and "
             "port (6379)? To run on this machine, unset RAY_ADDRESS and leave cluster.address out"
         )

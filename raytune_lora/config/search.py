@@ -122,7 +122,8 @@ class SchedulerConfig:
 class BudgetConfig:
     """When a search ends before its last trial; running trials end in order."""
 
-    hours: float | None = None  # by the clock, since the sweep began; the time between an end and a resume aside
+    hours: float | None = None  # at work: the time between an end and a resume aside
+    wall_hours: float | None = None  # since the sweep began, that time among them
     gpu_hours: float | None = None  # of all trials together
     target: float | None = None  # validation loss that is good enough
     patience: int | None = None  # trials ended without a lower loss

@@ -20,7 +20,7 @@ from collections.abc import Callable
 from typing import Any
 
 from raytune_lora import storage
-from raytune_lora.errors import JobFailed, StorageError, UserError
+from raytune_lora.errors import JobFailed, Passing, StorageError
 from raytune_lora.working_copy import as_trouble
 
 OWNER = "owner.json"
@@ -75,7 +75,7 @@ class Claim:
         """Claim the sweep.
 
         Raises:
-            UserError: another driver works on it.
+            Passing: another driver works on it.
             StorageError: the store refuses or does not answer.
         """
         known = _owner(self._uri)
@@ -87,7 +87,7 @@ class Claim:
         self._put()
         time.sleep(_SETTLES)
         if (now := _owner(self._uri)) is None or now["token"] != self._facts["token"]:
-            raise UserError(self._refusal(now or self._facts))
+            raise Passing(self._refusal(now or self._facts))
         for thread in self._threads:
             thread.start()
 
@@ -148,7 +148,7 @@ class Claim:
         """Wait until it is plain whether an owner lives.
 
         Raises:
-            UserError: it does.
+            Passing: it does.
         """
         self._tell(f"waiting up to {known['lease']:.0f} s to see whether {_named(known)} still works on it")
         deadline = time.monotonic() + known["lease"]
@@ -158,7 +158,7 @@ class Claim:
             if now is None or now.get("released"):
                 return
             if (now["token"], now["beat"]) != (known["token"], known["beat"]):
-                raise UserError(self._refusal(now))
+                raise Passing(self._refusal(now))
 
     def _refusal(self, owner: dict[str, Any]) -> str:
         return (

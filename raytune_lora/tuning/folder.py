@@ -17,7 +17,7 @@ from raytune_lora import storage
 from raytune_lora.config.compose import dump, parse
 from raytune_lora.config.schema import SweepConfig
 from raytune_lora.config.typed import typed
-from raytune_lora.errors import UserError
+from raytune_lora.errors import Passing, UserError
 from raytune_lora.tuning.claim import OWNER, Claim
 from raytune_lora.working_copy import WorkingCopy
 
@@ -133,7 +133,7 @@ class SweepFolder:
         try:
             lock.acquire()
         except Timeout as error:
-            raise UserError(
+            raise Passing(
                 f"output: another process is working in {self.path}; wait for it, or use another folder"
             ) from error
         except OSError as error:

@@ -24,7 +24,7 @@ from raytune_lora.data.build import REPORT, in_short
 from raytune_lora.data.prepare import prepare
 from raytune_lora.data.store import TokenStore
 from raytune_lora.data.trained_template import TEMPLATE, TRIED
-from raytune_lora.errors import JobFailed, Refused, StorageError, UserError
+from raytune_lora.errors import JobFailed, Passing, Refused, StorageError, UserError
 from raytune_lora.evaluation import ANSWERS
 from raytune_lora.evaluation.figures import disagreement
 from raytune_lora.models.card import recipe
@@ -264,7 +264,12 @@ def open_job(kind: str, cfg: SweepConfig, moved: Sequence[str], run: Callable[[J
     """
     fresh = cfg.resume is None
     cfg, changes = _settled(kind, cfg, moved)
-    check(cfg, searching=kind == SWEEP, fresh=fresh)
+    try:
+        check(cfg, searching=kind == SWEEP, fresh=fresh)
+    except UserError as error:
+        if fresh:
+            raise
+        raise Passing(error.problems) from error  # when it began it was not refused: the config is not at fault
     folder = SweepFolder.of(cfg)
     as_json = cfg.tracking.log is LogFormat.json
     progress = Progress(folder.name, cfg.search.trials if kind == SWEEP else 1, as_json)
