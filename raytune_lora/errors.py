@@ -43,6 +43,10 @@ class UserError(Exception):
         return type(self), (self.problems,)
 
 
+class Passing(UserError):
+    """What refuses may be gone by itself: another process, a network, a store, a machine that is not there yet."""
+
+
 class Refused(UserError):
     """A job cannot work, as was found on the cluster before anything was measured: its folder is not kept."""
 

@@ -26,7 +26,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from raytune_lora.artifacts import DIGESTS, MANIFEST, build_once, named, read_manifest
-from raytune_lora.errors import UserError
+from raytune_lora.errors import Passing
 from raytune_lora.names import Outside, checked, inside
 
 S3, GCS, AZURE = ("s3", "s3a"), ("gs", "gcs"), ("abfs", "abfss", "az")
@@ -48,7 +48,7 @@ PATIENT = Patience()
 QUICK = Patience(attempts=3, silence=5.0, seconds=10.0)  # to look whether it is there
 
 
-class StorageError(UserError):
+class StorageError(Passing):
     """A store refuses, does not answer, or does not hold what it should."""
 
 

@@ -7,7 +7,9 @@ import logging
 import os
 import re
 import shutil
+import signal
 import subprocess
+import threading
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -20,7 +22,7 @@ from ray.job_config import JobConfig
 
 from raytune_lora import network
 from raytune_lora.config.schema import ClusterConfig, RunConfig
-from raytune_lora.errors import JobFailed, UserError
+from raytune_lora.errors import JobFailed, Passing, UserError
 
 ENVIRONMENT = {
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
@@ -84,18 +86,19 @@ def connected(cfg: ClusterConfig, name: str = "") -> Iterator[None]:
     if address is None:
         folder = temporary_folder()
         try:
-            ray.init(
-                address="local",
-                _temp_dir=folder,
-                num_cpus=int(local_node().cpus),
-                num_gpus=int(local_node().gpus),
-                object_store_memory=cfg.object_store_mb * 2**20,
-                include_dashboard=cfg.dashboard,
-                dashboard_host="127.0.0.1",  # whoever reaches it can run code here
-                job_config=job,
-                log_to_driver=False,
-                logging_level=logging.ERROR,
-            )
+            with _own_handlers():
+                ray.init(
+                    address="local",
+                    _temp_dir=folder,
+                    num_cpus=int(local_node().cpus),
+                    num_gpus=int(local_node().gpus),
+                    object_store_memory=cfg.object_store_mb * 2**20,
+                    include_dashboard=cfg.dashboard,
+                    dashboard_host="127.0.0.1",  # whoever reaches it can run code here
+                    job_config=job,
+                    log_to_driver=False,
+                    logging_level=logging.ERROR,
+                )
         except Exception as error:  # Ray raises nothing narrower where one of its processes does not come up
             raise JobFailed(
                 f"Ray did not start on this machine ({error}); is it overloaded, or out of memory or disk? Ray's logs: "
@@ -104,19 +107,31 @@ def connected(cfg: ClusterConfig, name: str = "") -> Iterator[None]:
     else:
         _reach(address)
         try:
-            ray.init(
-                address=address,
-                log_to_driver=False,
-                logging_level=logging.ERROR,
-                runtime_env={"env_vars": ENVIRONMENT},
-                job_config=job,
-            )
+            with _own_handlers():
+                ray.init(
+                    address=address,
+                    log_to_driver=False,
+                    logging_level=logging.ERROR,
+                    runtime_env={"env_vars": ENVIRONMENT},
+                    job_config=job,
+                )
         except (ConnectionError, ValueError, RuntimeError) as error:
-            raise UserError(f"{_named(address)}: no Ray cluster there that can be joined: {error}") from error
+            raise Passing(f"{_named(address)}: no Ray cluster there that can be joined: {error}") from error
     try:
         yield
     finally:
         ray.shutdown()
+
+
+@contextlib.contextmanager
+def _own_handlers() -> Iterator[None]:
+    """Ray puts a handler of its own in place of the job's, which ends it in order at SIGTERM."""
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        yield
+    finally:
+        if callable(before) and threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, before)
 
 
 def placement_problems(cfg: RunConfig, nodes: list[Node], *, concurrent: int = 1) -> list[str]:
@@ -232,13 +247,13 @@ def _reach(address: str) -> None:
     try:
         where = canonicalize_bootstrap_address(address) or "" if address == "auto" else address.removeprefix("ray://")
     except ConnectionError as error:
-        raise UserError(f"{_named(address)}: there is no Ray cluster to be found: {error}") from error
+        raise Passing(f"{_named(address)}: there is no Ray cluster to be found: {error}") from error
     host, _, port = where.rpartition(":")
     if not (host and port.isdigit()):
         raise UserError(f"{_named(address)} is no address of a Ray cluster; name <host>:6379, auto or local")
     plain = os.environ.get("RAY_USE_TLS", "0").lower() not in ("1", "true")
     if why := network.unreachable(host.strip("[]"), int(port), grpc=plain):
-        raise UserError(
+        raise Passing(
             f"{_named(address)}: no Ray cluster answers there ({why}); is it up, and is this its head's address and "
             "port (6379)? To run on this machine, unset RAY_ADDRESS and leave cluster.address out"
         )

@@ -55,6 +55,14 @@ def groups() -> dict[str, list[str]]:
     return {group: sorted(found[group]) for group in sorted(found)}
 
 
+def file_of(group: str, name: str) -> Path | None:
+    """The file that a choice names; None where there is none."""
+    for folder in filter(None, (own_dir(), conf_dir())):
+        if (file := folder / group / f"{name}.yaml").is_file():
+            return file
+    return None
+
+
 def _files(folder: Path) -> list[Path]:
     """The YAML files, those in hidden folders aside: a mounted ConfigMap keeps its versions there."""
     found = [file.relative_to(folder) for file in folder.rglob("*.yaml")]

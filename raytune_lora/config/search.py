@@ -79,7 +79,7 @@ class ConstraintsConfig:
 class SearchConfig:
     trials: int = 16
     concurrent: int = 1  # trials at a time
-    stalled: float | None = None  # seconds without a step after which a trial fails; loading and validating count too
+    stalled: float | None = 900.0  # seconds without a sign of life after which a trial is tried again; null: never
     sampler: Sampler = Sampler.auto
     objectives: list[Objective] = field(default_factory=lambda: [Objective.eval_loss])  # several: a Pareto front
     startup_trials: int = 8  # random ones before the sampler learns
@@ -122,7 +122,8 @@ class SchedulerConfig:
 class BudgetConfig:
     """When a search ends before its last trial; running trials end in order."""
 
-    hours: float | None = None  # by the clock, since the sweep began; the time between an end and a resume aside
+    hours: float | None = None  # at work: the time between an end and a resume aside
+    wall_hours: float | None = None  # since the sweep began, that time among them
     gpu_hours: float | None = None  # of all trials together
     target: float | None = None  # validation loss that is good enough
     patience: int | None = None  # trials ended without a lower loss

@@ -108,6 +108,7 @@ _RANGES: dict[str, _Rule] = {
     "scheduler.reduction": (lambda v: v > 1, "> 1"),
     "scheduler.population": (lambda v: v >= 2, ">= 2"),
     "budget.hours": _POSITIVE,
+    "budget.wall_hours": _POSITIVE,
     "budget.gpu_hours": _POSITIVE,
     "budget.target": _POSITIVE,
     "budget.patience": _COUNT,

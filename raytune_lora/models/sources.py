@@ -10,7 +10,7 @@ from typing import Any
 from raytune_lora.artifacts import fingerprint
 from raytune_lora.cache import Cache
 from raytune_lora.config.schema import HubModelConfig, ModelConfig, PackageModelConfig, TinyModelConfig
-from raytune_lora.errors import UserError
+from raytune_lora.errors import Passing, UserError
 from raytune_lora.network import hub_unreachable
 
 _CONVERSION = 1  # of what the builders below write: a change of theirs makes older folders stale
@@ -93,7 +93,7 @@ def _check_hub(cfg: HubModelConfig) -> None:
     except Exception as error:  # the hub's client raises its own, requests' and the operating system's
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         if why is not None:
-            raise UserError(
+            raise Passing(
                 f"model.path: {cfg.path!r} is no folder here, and the hub, where it would be a model, does not answer "
                 f"({why}); name a folder, or see to the network (HF_ENDPOINT, HTTPS_PROXY)"
             ) from error

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from raytune_lora.config.search import BudgetConfig
-from raytune_lora.tuning.trials import Journal, Record
+from raytune_lora.tuning.trials import Journal
 
 SPACE = "space"  # what ends a search that no budget ends: nothing is left to propose
 
@@ -34,7 +34,7 @@ class Budget:
         """Whether the search is to end; the first time that it is, the journal is told."""
         record = self._journal.record
         if record.ended_by is None and record.ended < self._trials:
-            found = reached(self._cfg, record, self._journal.clock)
+            found = reached(self._cfg, self._journal)
             if found is not None:
                 self.end(*found)
         return record.ended_by is not None
@@ -51,19 +51,22 @@ class Budget:
         self._tell(f"the search ends: {why}")
 
 
-def reached(cfg: BudgetConfig, record: Record, clock: float) -> tuple[str, str] | None:
+def reached(cfg: BudgetConfig, journal: Journal) -> tuple[str, str] | None:
     """The first budget that is reached, and why in words.
 
-    Hours count all sittings of the sweep, the time between them aside. GPU-hours are the seconds that the search's
-    trials spent in optimizer steps up to their last measure, times the GPUs that each had; on the CPU they are none.
+    Hours count all sittings of the sweep, the time between them aside; wall hours count that too, so that a sweep that
+    is started again and again still ends. GPU-hours are the seconds that the search's trials spent in optimizer steps
+    up to their last measure, times the GPUs that each had; on the CPU they are none.
 
     Args:
         cfg: what may be spent.
-        record: of the sweep.
-        clock: seconds that it has been at work.
+        journal: of the sweep.
     """
+    record, clock, elapsed = journal.record, journal.clock, journal.elapsed
     if cfg.hours is not None and clock >= 3600 * cfg.hours:
         return "hours", f"budget.hours={cfg.hours:g}, and the sweep has been at work for {clock / 3600:.2f} hours"
+    if cfg.wall_hours is not None and elapsed >= 3600 * cfg.wall_hours:
+        return "wall_hours", f"budget.wall_hours={cfg.wall_hours:g}, and the sweep began {elapsed / 3600:.2f} hours ago"
     if cfg.gpu_hours is not None:
         used = record.gpu_seconds / 3600
         if used >= cfg.gpu_hours:
@@ -96,5 +99,5 @@ def reopen(journal: Journal, cfg: BudgetConfig, trials: float) -> None:
         trials: that the search is to have; infinite where those that were stopped may go on.
     """
     record = journal.record
-    if record.ended_by is not None and record.ended < trials and reached(cfg, record, journal.clock) is None:
+    if record.ended_by is not None and record.ended < trials and reached(cfg, journal) is None:
         journal.append("reopened")

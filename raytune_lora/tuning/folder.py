@@ -17,7 +17,7 @@ from raytune_lora import storage
 from raytune_lora.config.compose import dump, parse
 from raytune_lora.config.schema import SweepConfig
 from raytune_lora.config.typed import typed
-from raytune_lora.errors import UserError
+from raytune_lora.errors import Passing, UserError
 from raytune_lora.tuning.claim import OWNER, Claim
 from raytune_lora.working_copy import WorkingCopy
 
@@ -133,7 +133,7 @@ class SweepFolder:
         try:
             lock.acquire()
         except Timeout as error:
-            raise UserError(
+            raise Passing(
                 f"output: another process is working in {self.path}; wait for it, or use another folder"
             ) from error
         except OSError as error:
@@ -196,13 +196,19 @@ def _path_problems(path: Path) -> list[str]:
 
 
 @contextlib.contextmanager
-def held(folder: SweepFolder, lease: float, tell: Callable[[str], None]) -> Iterator[Claim | None]:
+def held(
+    folder: SweepFolder,
+    lease: float,
+    tell: Callable[[str], None],
+    lost: Callable[[Exception], None] = lambda _why: None,
+) -> Iterator[Claim | None]:
     """Be the one process that writes to a folder, and have it as the store has it.
 
     Args:
         folder: which is made where it is missing.
         lease: as for ``Claim``.
         tell: called with what people should know.
+        lost: as for ``Claim``.
 
     Returns:
         The claim, where the folder is in a store.
@@ -220,7 +226,7 @@ def held(folder: SweepFolder, lease: float, tell: Callable[[str], None]) -> Iter
         if folder.uri is None:
             yield None
             return
-        claim = Claim(folder.uri, folder.copy_id(), lease, tell)
+        claim = Claim(folder.uri, folder.copy_id(), lease, tell, lost)
         claim.take()
         try:
             folder.refresh()

@@ -96,10 +96,9 @@ class SweepGauges:
         yield "sweep_gpu_seconds_total", record.gpu_seconds, {}
         yield "sweep_elapsed_seconds", clock, {}
         yield "sweep_last_event_timestamp_seconds", record.progressed, {}
-        used = (record.ended, clock / 3600, record.gpu_seconds / 3600)
-        for budget, spent, most in zip(
-            BUDGETS, used, (self._goal, self._budget.hours, self._budget.gpu_hours), strict=True
-        ):
+        used = (record.ended, clock / 3600, self._journal.elapsed / 3600, record.gpu_seconds / 3600)
+        limits = (self._goal, self._budget.hours, self._budget.wall_hours, self._budget.gpu_hours)
+        for budget, spent, most in zip(BUDGETS, used, limits, strict=True):
             if most is not None:
                 yield "sweep_budget_used_ratio", spent / most, {"budget": budget}
 

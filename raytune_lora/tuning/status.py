@@ -97,6 +97,14 @@ class Status:
         return float(self.record.clock) + since
 
     @property
+    def elapsed(self) -> float:
+        """Seconds since its first sitting began, until now or until it was finished."""
+        if self.record.since is None:
+            return self.seconds
+        until = self.events[-1]["time"] if self.state == FINISHED else self.now
+        return max(self.seconds, until - self.record.since)
+
+    @property
     def goal(self) -> int | None:
         """Samples of a whole trial."""
         try:
@@ -118,8 +126,8 @@ class Status:
         if self.state != RUNNING or self.doing != TRIALS or first is None or ended < _SOME:
             return None
         left = (self.seconds - first["clock"]) / ended * max(0, self.total - ended)
-        hours = self.cfg.budget.hours
-        return left if hours is None else max(0.0, min(left, 3600 * hours - self.seconds))
+        limits = ((self.cfg.budget.hours, self.seconds), (self.cfg.budget.wall_hours, self.elapsed))
+        return max(0.0, min([left, *(3600 * hours - spent for hours, spent in limits if hours is not None)]))
 
 
 def refresh(status: Status) -> Status:
@@ -185,7 +193,7 @@ def hints(status: Status) -> list[str]:
         if silent is not None and silent > _STALLED:
             found.append(
                 f"trial {trial.trial_id} has made no step for {silent / 60:.0f} minutes; its log is in "
-                f"{status.log(trial.trial_id)}; search.stalled=<seconds> ends such a trial"
+                f"{status.log(trial.trial_id)}; search.stalled=<seconds> has such a trial tried again"
             )
     return found
 
@@ -230,6 +238,7 @@ def budget(status: Status) -> dict[str, dict[str, float | None]]:
     best = status.record.leader
     used = {
         "hours": status.seconds / 3600,
+        "wall_hours": status.elapsed / 3600,
         "gpu_hours": status.record.gpu_seconds / 3600,
         "target": best.eval_loss if best else None,
         "patience": status.record.in_vain,

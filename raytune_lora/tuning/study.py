@@ -22,7 +22,7 @@ from sqlalchemy.pool import NullPool
 from raytune_lora.config.compose import load
 from raytune_lora.config.schema import SweepConfig
 from raytune_lora.config.search import SearchConfig
-from raytune_lora.errors import UserError
+from raytune_lora.errors import Passing, UserError
 from raytune_lora.network import failure
 from raytune_lora.tuning import samplers, secrets
 from raytune_lora.tuning.samplers import WARM
@@ -56,7 +56,7 @@ def open_study(folder: Path, cfg: SearchConfig) -> optuna.Study:
         cfg: with the objectives, all of them to be small, and the database.
 
     Raises:
-        UserError: the database cannot be reached.
+        Passing: the database cannot be reached.
     """
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     try:
@@ -64,7 +64,7 @@ def open_study(folder: Path, cfg: SearchConfig) -> optuna.Study:
         study = optuna.load_study(study_name=name, storage=KeptStorage(_storage(folder, cfg.storage), name, directions))
     except (SQLAlchemyError, OptunaError, OSError) as error:
         reason = str(error).strip().splitlines()[0]
-        raise UserError(f"search.storage: {_shown(cfg.storage)} cannot be reached or written ({reason})") from error
+        raise Passing(f"search.storage: {_shown(cfg.storage)} cannot be reached or written ({reason})") from error
     if study.metric_names is None:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)

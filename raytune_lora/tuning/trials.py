@@ -89,6 +89,7 @@ class Record:
     trials: dict[str, Trial] = field(default_factory=dict)
     phases: dict[str, dict[str, Any]] = field(default_factory=dict)  # finished ones: seconds and what they measured
     clock: float = 0.0  # seconds at work, in all sittings
+    since: float | None = None  # Unix time at which its first sitting began
     progressed: float = 0.0  # Unix time of the last event that was not the clock's
     began: float | None = None  # the clock when the first trial started
     ended_by: dict[str, Any] | None = None  # the budget that ended the search, and why
@@ -104,6 +105,8 @@ class Record:
         """Take one event in."""
         kind = event["event"]
         self.clock = event.get("clock", self.clock)
+        if self.since is None and "time" in event:
+            self.since = event["time"] - self.clock
         if kind != "clock":
             self.progressed = event.get("time", self.progressed)
         if kind == "phase":
@@ -247,6 +250,11 @@ class Journal:
     def clock(self) -> float:
         """Seconds at work until now, in all sittings; up to a minute of one that was killed is lost."""
         return self._before + time.monotonic() - self._began
+
+    @property
+    def elapsed(self) -> float:
+        """Seconds since the first sitting began, those between sittings among them, by the clocks of their machines."""
+        return self.clock if self.record.since is None else max(self.clock, time.time() - self.record.since)
 
     def keep_time(self) -> None:
         """Write the clock down where nothing else has for a while, and see that this process may still write."""

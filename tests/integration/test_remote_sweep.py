@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import tempfile
+import time
 from pathlib import Path
 from secrets import token_hex
 from typing import Any
@@ -194,3 +195,22 @@ def test_a_store_that_is_gone_halts_a_run_in_order(bucket: str, proxy: s3.Proxy,
     (trial,) = trials(storage.read(f"{uri}/results.json"))
     assert (trial["status"], trial["samples_seen"]) == ("completed", 480)
     assert len(events(uri, "trial_result")) > before
+
+
+@pytest.mark.slow
+@pytest.mark.e2e
+def test_a_store_that_falls_silent_is_noticed_while_nothing_is_written(
+    bucket: str, proxy: s3.Proxy, tmp_path: Path, cache: Path
+) -> None:
+    typed = (*SWEEP, "training.max_steps=20000", "evaluation.every=160000", f"cache={cache}")
+    process = start("sweep", *typed, f"output={bucket}/mine", f"cluster.node_cache={tmp_path / 'node'}")
+    wait_for(lambda: list((tmp_path / "node").rglob("trials/0000/logs/worker-0.log")) or process.poll() is not None)
+    began = time.monotonic()
+    proxy.faults += [s3.Fault("silent", method, times=10**6, seconds=300) for method in ("GET", "PUT", "POST", "HEAD")]
+    _, err = finish(process, status=1)
+    seconds = time.monotonic() - began
+    proxy.faults.clear()
+    nothing_left(process.pid)
+    assert "has taken no sign of life for 8 s (cluster.lease=10)" in err
+    assert "Traceback" not in err
+    assert seconds < 60, "five times a lease, with all that it takes to end"

@@ -34,18 +34,53 @@ def write(journal: Journal, name: str, loss: float | None, status: str | None = 
         journal.append("trial_ended", trial_id=name, status=status, error=None, seconds=1.0)
 
 
-def found(cfg: BudgetConfig, journal: Journal, clock: float = 0.0) -> str | None:
-    what = reached(cfg, journal.record, clock)
+def found(cfg: BudgetConfig, journal: Journal) -> str | None:
+    what = reached(cfg, journal)
     return what and what[0]
 
 
 # ------------------------------------------------------------------------------------------------------------- each one
 
 
-def test_hours_are_those_at_work(path: Path) -> None:
+def sittings(path: Path, monkeypatch: pytest.MonkeyPatch, *spans: tuple[float, float]) -> Journal:
+    """The journal of a sweep in its last sitting.
+
+    Args:
+        path: of its file.
+        monkeypatch: by which the clocks are set.
+        spans: Unix times at which the sittings begin and, the last one aside, end.
+    """
+    now = [0.0]
+    monkeypatch.setattr(trials.time, "time", lambda: now[0])
+    monkeypatch.setattr(trials.time, "monotonic", lambda: now[0] % 10_000)  # of another machine each time
+    for began, ends in spans:
+        now[0] = began
+        journal = Journal(path)
+        now[0] = ends
+        if (began, ends) != spans[-1]:
+            journal.append("clock")
+    return journal
+
+
+def test_hours_are_those_at_work(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     cfg = BudgetConfig(hours=2.0)
-    assert found(cfg, Journal(path), clock=7199) is None
-    assert found(cfg, Journal(path), clock=7200) == "hours"
+    assert found(cfg, sittings(path, monkeypatch, (1000, 7000), (90_000, 91_199))) is None
+    path.unlink()
+    assert found(cfg, sittings(path, monkeypatch, (1000, 7000), (90_000, 91_200))) == "hours"
+
+
+def test_wall_hours_are_those_since_the_first_sitting_began(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cfg = BudgetConfig(wall_hours=2.0)
+    assert found(cfg, sittings(path, monkeypatch, (10_000, 10_060), (17_000, 17_199))) is None
+    path.unlink()
+    late = sittings(path, monkeypatch, (10_000, 10_060), (17_000, 17_200))
+    assert late.clock == 260
+    assert found(cfg, late) == "wall_hours"
+
+
+def test_a_clock_that_is_behind_takes_nothing_away(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    journal = sittings(path, monkeypatch, (10_000, 17_000), (5_000, 5_200))
+    assert journal.elapsed == journal.clock == 7200
 
 
 def test_the_clock_adds_up_over_sittings_and_stands_still_between_them(
@@ -122,11 +157,11 @@ def test_patience_counts_the_trials_that_ended_since_the_last_gain(path: Path) -
     assert found(cfg, journal) == "patience", "a trial that still runs has not ended"
 
 
-def test_without_a_budget_none_is_reached(path: Path) -> None:
-    journal = Journal(path)
+def test_without_a_budget_none_is_reached(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    journal = sittings(path, monkeypatch, (0, 1e9), (2e9, 3e9))
     for number in range(5):
         write(journal, f"{number:04d}", 0.0, gpus=8)
-    assert found(BudgetConfig(), journal, clock=1e9) is None
+    assert found(BudgetConfig(), journal) is None
 
 
 # ------------------------------------------------------------------------------------------------------------- the end

@@ -282,6 +282,96 @@ def test_all_mistakes_are_told_at_once() -> None:
     assert len(problems("model=nothing", "data=nothing")) == 2
 
 
+# ------------------------------------------------------------------------------------------ mistakes in one's own files
+
+_TOP = "# @package _global_\ndefaults: [tiny]\n"
+
+
+def said(own: Path, text: str, *others: str, file: str = "experiment/mine.yaml") -> list[str]:
+    """The problems with a file of the user's own, which each of them names first."""
+    path = own / file
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(text)
+    found = problems(file.removesuffix(".yaml").replace("/", "="), *others)
+    assert [problem for problem in found if not problem.startswith(str(path))] == []
+    return [problem.removeprefix(str(path)).removeprefix(": ") for problem in found]
+
+
+@pytest.mark.parametrize(
+    ("written", "typed"),
+    [
+        ("search: {trails: 3}", "search.trails=3"),
+        ("worker: 2", "worker=2"),
+        ("method: {r: abc}", "method.r=abc"),
+        ("model: {precision: fp16}", "model.precision=fp16"),
+        ("model: {path: x}", "model.path=x"),
+        ("training: {learning_rate: fast}", "training.learning_rate=fast"),
+        ("method: {target_modules: {a: 1}}", "method.target_modules={a: 1}"),
+        ("output: ${nowhere}", "output=${nowhere}"),
+    ],
+)
+def test_a_mistake_in_a_file_is_answered_as_on_the_command_line(own: Path, written: str, typed: str) -> None:
+    (problem,), (answer,) = said(own, f"{_TOP}{written}\n"), problems("experiment=tiny", typed)
+    assert problem.partition(" (got")[0] == answer.partition(" (got")[0]
+    assert problem.partition(":")[0] == typed.partition("=")[0]
+
+
+@pytest.mark.parametrize(
+    ("text", "answer"),
+    [
+        (_TOP.replace("tiny", "tinny"), "experiment: there is no 'tinny'. Did you mean experiment=tiny? Known: "),
+        (_TOP.replace("tiny", "override /model: x"), "model: there is no 'x'. Known: hub, smollm2, tiny, tiny_bias."),
+        (_TOP.replace("tiny", "override /modle: tiny"), "defaults: there is no group 'modle'. Did you mean `overr"),
+        (_TOP.replace("tiny", "model: tiny"), "defaults: write `override /model: tiny` (got `model: tiny`)"),
+        (_TOP.replace("[tiny]", "tiny"), "defaults is a list, as `defaults: [tiny]` (got 'tiny')"),
+        (_TOP.replace("tiny", "mine"), "its defaults lead back to "),
+        (_TOP.partition("\n")[2], "its first line is `# @package _global_`; without that, its keys are "),
+        (f"{_TOP}search: 3\n", "search is a section, whose keys are written below it (got 3)"),
+        (f"{_TOP}search:\n", "search is a section, whose keys are written below it (got None)"),
+        (f"{_TOP}model: tiny_bias\n", "model: tiny_bias is chosen in the defaults: `- override /model: tiny_bias`"),
+        (f"{_TOP}space: {{x: {{kay: 1}}}}\n", "space.x: Key 'kay' not in 'DimensionConfig'"),
+        (f"{_TOP}method: {{rank_pattern: {{q: a}}}}\n", "method.rank_pattern.q: Value 'a' of type 'str' could not"),
+        (f"{_TOP}workers: 2\nworkers: 3\n", ", line 4, column 1: not YAML: found duplicate key workers"),
+        (f"{_TOP}workers: [2\nlr: 1\n", ", line 4, column 3: not YAML: expected ',' or ']', but got ':'"),
+        (f"{_TOP}search:\n\ttrials: 3\n", ", line 4, column 1: not YAML: found character"),
+        (f"{_TOP}workers: &a [*a]\n", "workers: "),
+        ("- workers\n", "it holds keys with their values, as `search: {trials: 8}` (got ['workers'])"),
+        ("just words\n", "it holds keys with their values, as `search: {trials: 8}` (got 'just words')"),
+    ],
+)  # fmt: skip
+def test_every_mistake_in_a_file_is_explained(own: Path, text: str, answer: str) -> None:
+    (problem,) = said(own, text)
+    assert problem.startswith(answer)
+
+
+def test_all_mistakes_in_a_file_are_told_at_once(own: Path) -> None:
+    found = said(own, f"{_TOP}training: {{learning_rate: fast, global_batch: eight}}\nserch: {{trials: 3}}\n")
+    keys = ["training.learning_rate", "training.global_batch", "serch"]
+    assert [problem.partition(":")[0] for problem in found] == keys
+
+
+def test_a_mistake_in_another_group_of_ones_own_and_below(own: Path) -> None:
+    (problem,) = said(own, "defaults: [base_hub]\npaht: x\n", file="model/mine.yaml")
+    assert problem.startswith("model.paht: unknown key. Did you mean model.path")
+    chosen = f"{_TOP.replace('tiny', 'override /model: mine')}"
+    (problem,) = said(own, chosen)
+    assert problem.startswith(f"{own / 'model' / 'mine.yaml'}: model.paht: unknown key")
+
+
+def test_a_file_that_does_not_go_with_another_choice(own: Path) -> None:
+    (problem,) = said(own, f"{_TOP}model: {{layers: 3}}\n", "model=hub")
+    assert problem.startswith("model.layers: unknown key.")
+
+
+def test_a_file_with_all_that_files_may_have_composes(own: Path) -> None:
+    (own / "experiment" / "mine.yaml").write_text(
+        f"{_TOP}space: {{decay: {{key: training.weight_decay, high: 0.1}}}}\nmethod: {{rank_pattern: {{q_proj: 8}}}}\n"
+    )
+    cfg = compose(["experiment=mine"])
+    assert cfg.space["decay"].high == 0.1
+    assert cfg.method.rank_pattern == {"q_proj": 8}  # type: ignore[attr-defined]
+
+
 # --------------------------------------------------------------------------------------------------------- command line
 
 

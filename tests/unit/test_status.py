@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +69,16 @@ def facts(folder: SweepFolder) -> dict[str, Any]:
 def add(folder: SweepFolder, **event: Any) -> None:
     with folder.journal.open("a") as file:
         file.write(json.dumps({"time": time.time(), "clock": 60.0, **event}) + "\n")
+
+
+def test_a_day_in_all_goes_on_while_nothing_works(folder: SweepFolder) -> None:
+    folder.rewrite(compose(["experiment=tiny", f"output={folder.path}", "budget.wall_hours=24", "budget.hours=8"]))
+    before, after = (json.dumps({"time": when, "clock": 60.0, "event": "clock"}) for when in (1000.0, 2000.0))
+    folder.journal.write_text(f"{before}\n{folder.journal.read_text()}{after}\n")
+    looked = replace(status.look(folder.path), now=940.0 + 6 * 3600)
+    assert looked.state == status.INTERRUPTED
+    assert status.budget(looked)["wall_hours"] == {"limit": 24.0, "used": 6.0}
+    assert status.budget(looked)["hours"]["used"] == round(60 / 3600, 4)
 
 
 def test_a_sweep_that_runs(running: SweepFolder) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from raytune_lora.config.compose import compose
-from raytune_lora.training.tracking.series import RANKS, SERIES, STATES, most_series
+from raytune_lora.training.tracking.series import BUDGETS, RANKS, SERIES, STATES, most_series
 from raytune_lora.tuning.folder import SweepFolder
 from raytune_lora.tuning.gauges import SweepGauges
 from raytune_lora.tuning.trials import Journal
@@ -119,7 +119,7 @@ def test_checkpoints_are_measured_as_trials_get_on(journal: Journal, tmp_path: P
 
 
 def test_ten_thousand_trials_are_read_in_milliseconds_and_are_no_more_series(journal: Journal, tmp_path: Path) -> None:
-    read = gauges(journal, tmp_path, "budget.hours=2", "budget.gpu_hours=1", trials=10_000)
+    read = gauges(journal, tmp_path, "budget.hours=2", "budget.wall_hours=4", "budget.gpu_hours=1", trials=10_000)
     journal.record.add({"event": "phase", "name": "baseline", "eval_loss": 9.0})
     for number in range(10_000):
         name = f"{number:04d}"
@@ -131,7 +131,7 @@ def test_ten_thousand_trials_are_read_in_milliseconds_and_are_no_more_series(jou
     found = list(read.read())
     assert time.process_time() - began < 0.5
     of_sweeps = sum(name.startswith("sweep_") for name in SERIES)
-    assert len(found) == of_sweeps - 4 + len(STATES) + 3 + 2 * RANKS
+    assert len(found) == of_sweeps - 4 + len(STATES) + len(BUDGETS) + 2 * RANKS
     slot = len(SERIES) - of_sweeps
     assert most_series(4) == len(found) + 4 * slot
     said = f"the same number of series, {most_series(1)} and {slot} for each further slot"

@@ -101,6 +101,7 @@ EDGES: dict[str, tuple[float, float]] = {
     "scheduler.reduction": (1.0, 1.1),
     "scheduler.population": (1, 2),
     "budget.hours": (0.0, 0.1),
+    "budget.wall_hours": (0.0, 0.1),
     "budget.gpu_hours": (0.0, 0.1),
     "budget.target": (0.0, 0.1),
     "budget.patience": (0, 1),

@@ -17,7 +17,7 @@ from raytune_lora.training.failures import DIVERGED, FAILED, LOST, OOM, QUOTA, S
 
 PREFIX = "raytune_lora_"  # Ray puts ``ray_`` before it
 STATES = ("waiting", "running", "paused", "completed", STOPPED, FAILED, DIVERGED, OOM, LOST, QUOTA)  # of trials
-BUDGETS = ("trials", "hours", "gpu_hours")
+BUDGETS = ("trials", "hours", "wall_hours", "gpu_hours")
 RANKS = 10  # of the best trials, from 1 on
 
 TRIAL, SWEEP = ("sweep", "slot"), ("sweep",)
