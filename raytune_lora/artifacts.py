@@ -18,7 +18,10 @@ from typing import Any
 
 from filelock import FileLock
 
+from raytune_lora.names import plain
+
 MANIFEST = "manifest.json"
+DIGESTS = "sha256"  # in a manifest, of checkpoints and in a store: of each file
 _BLOCK = 2**20  # bytes read at once
 
 
@@ -83,10 +86,17 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
     """The manifest of a whole folder; None where it is missing, unreadable, or a file has another size than it says."""
     try:
         manifest = json.loads((folder / MANIFEST).read_text())
+        if not all(plain(name) for name in named(manifest)):
+            return None
         sizes = {name: (folder / name).stat().st_size for name in manifest["files"]}
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
     return manifest if sizes == manifest["files"] else None
+
+
+def named(manifest: dict[str, Any]) -> list[str]:
+    """The names of all files that a manifest speaks of, as they are in it."""
+    return list({**manifest["files"], **manifest.get(DIGESTS, {})})
 
 
 def write_json(path: Path, value: Any) -> None:

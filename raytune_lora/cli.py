@@ -166,11 +166,19 @@ def _submit(arguments: list[str], program: str) -> int:
         "output=/shared/sweeps/mine cache=/shared/cache workers=4 gpus_per_worker=1",
     )
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="as of sweep; output=<folder of the cluster>")
-    parser.add_argument("--address", metavar="URL", help="of the dashboard; as $RAY_API_SERVER_ADDRESS, $RAY_ADDRESS")
+    parser.add_argument(
+        "--address",
+        metavar="URL",
+        help="of the dashboard, or its name in ~/.config/raytune-lora/clusters.yaml (a line each, lab: http://…:8265); "
+        "without it $RAY_API_SERVER_ADDRESS, $RAY_ADDRESS",
+    )
     parser.add_argument("--name", help="of the sweep; as the last part of output")
     parser.add_argument("--detach", action="store_true", help="do not wait for its end")
     again = parser.add_argument_group("come back to a sweep by its name")
     again.add_argument("--status", metavar="NAME", help="how it stands, in one line")
+    again.add_argument(
+        "--list", dest="all", action="store_true", help="how all sweeps of the cluster stand, a line each"
+    )
     again.add_argument("--logs", metavar="NAME", help="follow it, and fetch its results at the end")
     again.add_argument("--stop", metavar="NAME", help="end it in order")
     again.add_argument("--resume", metavar="NAME", help="go on with it; without key=value, as it was submitted")

@@ -25,11 +25,11 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from raytune_lora.artifacts import MANIFEST, build_once, read_manifest
+from raytune_lora.artifacts import DIGESTS, MANIFEST, build_once, named, read_manifest
 from raytune_lora.errors import Passing
+from raytune_lora.names import Outside, checked, inside
 
 S3, GCS, AZURE = ("s3", "s3a"), ("gs", "gcs"), ("abfs", "abfss", "az")
-_DIGESTS = "sha256"  # in the manifest
 _BLOCK = 16 * 2**20  # bytes of a request
 _AT_ONCE = 8  # files
 _PASSING = r"NETWORK_CONNECTION|HTTP status 5|SLOW_DOWN|SERVICE_UNAVAILABLE|INTERNAL_FAILURE|REQUEST_TIMEOUT"  # of S3
@@ -203,6 +203,8 @@ def _told(uri: str, what: str, patience: Patience) -> Iterator[None]:
         yield
     except StorageError:
         raise
+    except Outside as error:
+        raise StorageError(error.problems) from error
     except Exception as error:
         kind = Missing if isinstance(error, (FileNotFoundError, NotADirectoryError)) else StorageError
         why = reason(error)
@@ -254,14 +256,15 @@ def sizes(uri: str, patience: Patience = PATIENT) -> dict[str, int]:
     """The bytes of each object under a URI, by its name from there; empty where there is nothing.
 
     Raises:
-        StorageError: the store refuses or does not answer.
+        StorageError: the store refuses or does not answer, or a name would lead out of a folder.
     """
     try:
         with _told(uri, "read", patience):
             fs, root = file_system(uri, patience)
             start = len(root.rstrip("/")) + 1
             found = fs.find(root, detail=True)
-            return {name[start:]: info["size"] for name, info in sorted(found.items()) if info["type"] == "file"}
+            files = {name[start:]: info["size"] for name, info in sorted(found.items()) if info["type"] == "file"}
+            return {checked(name, shown(uri)): size for name, size in files.items()}
     except Missing:
         return {}
 
@@ -313,15 +316,31 @@ def whole(uri: str, patience: Patience = PATIENT) -> dict[str, Any] | None:
     """The manifest of a whole folder; None where it is missing, unreadable, or an object has another size than it says.
 
     Raises:
-        StorageError: the store refuses or does not answer.
+        StorageError: the store refuses or does not answer, or a name in the manifest would lead out of the folder.
+    """
+    manifest = manifest_of(uri, patience)
+    if manifest is None:
+        return None
+    found = sizes(uri, patience)
+    return manifest if all(found.get(name) == size for name, size in manifest["files"].items()) else None
+
+
+def manifest_of(uri: str, patience: Patience = PATIENT) -> dict[str, Any] | None:
+    """The manifest of a folder, whole or not; None where it is missing or unreadable.
+
+    Raises:
+        StorageError: the store refuses or does not answer, or a name in the manifest would lead out of the folder.
     """
     try:
         manifest: dict[str, Any] = json.loads(read(join(uri, MANIFEST), patience) or b"")
-        expected = dict(manifest["files"])
-    except (ValueError, KeyError, TypeError):
+        if manifest[DIGESTS].keys() != manifest["files"].keys():
+            return None
+    except (ValueError, KeyError, TypeError, AttributeError):
         return None
-    found = sizes(uri, patience)
-    return manifest if all(found.get(name) == size for name, size in expected.items()) else None
+    with _told(uri, "read", patience):
+        for name in named(manifest):
+            checked(name, shown(join(uri, MANIFEST)))
+    return manifest
 
 
 def upload(folder: Path, uri: str, patience: Patience = PATIENT) -> None:
@@ -341,7 +360,7 @@ def upload(folder: Path, uri: str, patience: Patience = PATIENT) -> None:
         raise ValueError(f"{folder} is not whole")
     names = list(manifest["files"])
     with ThreadPoolExecutor(_AT_ONCE) as pool:
-        manifest[_DIGESTS] = dict(zip(names, pool.map(lambda name: _digest(folder / name), names), strict=True))
+        manifest[DIGESTS] = dict(zip(names, pool.map(lambda name: _digest(folder / name), names), strict=True))
         there = whole(uri, patience)
         if there == manifest:
             return
@@ -375,14 +394,14 @@ def fetch(uri: str, work: Path, patience: Patience = PATIENT) -> dict[str, Any]:
     Raises:
         NotWhole: there is no whole folder.
         Damaged: a file is not what the manifest says.
-        StorageError: the store refuses or does not answer.
+        StorageError: the store refuses or does not answer, or a name would lead out of the folder.
     """
     manifest = whole(uri, patience)
     if manifest is None:
         raise NotWhole(f"{shown(uri)} is not there, or not whole; begin the job anew, which makes it")
-    digests = manifest.pop(_DIGESTS)
+    digests = manifest.pop(DIGESTS)
     with ThreadPoolExecutor(_AT_ONCE) as pool:
-        found = pool.map(lambda name: _bring(join(uri, name), work / name, patience), digests)
+        found = pool.map(lambda name: _bring(uri, name, work, patience), digests)
         brought = dict(zip(digests, found, strict=True))
     for name, digest in digests.items():
         if brought[name] != digest:
@@ -396,19 +415,21 @@ def _send(path: Path, uri: str, patience: Patience) -> None:
         _put(fs, root, _blocks(path))
 
 
-def _bring(uri: str, path: Path, patience: Patience) -> str:
-    """The SHA-256 of the object whose content is in the file now."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+def _bring(uri: str, name: str, folder: Path, patience: Patience) -> str:
+    """The SHA-256 of the object whose content is in the folder's file of that name now."""
+    at = join(uri, name)
     digest = hashlib.sha256()
     try:
-        with _told(uri, "read", patience), path.open("wb") as sink:
-            fs, root = file_system(uri, patience)
-            with fs.open(root, "rb") as source:
+        with _told(at, "read", patience):
+            path = inside(folder, name, shown(uri))
+            path.parent.mkdir(parents=True, exist_ok=True)
+            fs, root = file_system(at, patience)
+            with path.open("wb") as sink, fs.open(root, "rb") as source:
                 while block := source.read(_BLOCK):
                     sink.write(block)
                     digest.update(block)
     except Missing as error:
-        raise NotWhole(f"{shown(uri)} is gone; begin the job anew, which makes it") from error
+        raise NotWhole(f"{shown(at)} is gone; begin the job anew, which makes it") from error
     return digest.hexdigest()
 
 

@@ -7,7 +7,6 @@ works on it. Where all nodes share a folder there is no store, and each of these
 from __future__ import annotations
 
 import contextlib
-import json
 import shutil
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -19,6 +18,7 @@ from typing import Any
 from raytune_lora import storage
 from raytune_lora.artifacts import MANIFEST, build_once, fingerprint, folder_bytes, read_manifest, remove_folder
 from raytune_lora.errors import StorageError
+from raytune_lora.names import Outside, inside
 
 _OUTPUTS = "outputs"  # in a node's cache
 _AT_ONCE = 8  # files
@@ -29,13 +29,13 @@ def as_trouble() -> Iterator[None]:
     """Let a store that cannot be worked with halt a job in order, as a full disk does.
 
     Raises:
-        StorageError: of ``errors``; what is not whole is told as it is.
+        StorageError: of ``errors``, also where a name would lead out of its folder; what is not whole is told as it is.
     """
     try:
         yield
     except storage.NotWhole:
         raise
-    except storage.StorageError as error:
+    except (storage.StorageError, Outside) as error:
         raise StorageError(str(error)) from error
 
 
@@ -116,7 +116,7 @@ class WorkingCopy:
             wanted = [
                 name
                 for name, size in storage.sizes(self.uri).items()
-                if _matches(name, patterns) and not _matches(name, but) and _size(self.path / name) != size
+                if _matches(name, patterns) and not _matches(name, but) and _size(self._inside(name)) != size
             ]
             for _ in pool.map(self._bring, wanted):
                 pass
@@ -124,8 +124,13 @@ class WorkingCopy:
     def _bring(self, name: str) -> None:
         content = storage.read(storage.join(str(self.uri), name))
         if content is not None:
-            (self.path / name).parent.mkdir(parents=True, exist_ok=True)
-            (self.path / name).write_bytes(content)
+            path = self._inside(name)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(content)
+
+    def _inside(self, name: str) -> Path:
+        """Where a name of the store lies here."""
+        return inside(self.path, name, storage.shown(str(self.uri)))
 
     # -------------------------------------------------------------------------------------------------- whole folders
 
@@ -142,12 +147,9 @@ class WorkingCopy:
         with as_trouble():
             sizes = storage.sizes(self.uri)
             for name in sorted({name.partition("/")[0] for name in sizes if fnmatch(name, f"{pattern}/{MANIFEST}")}):
-                try:
-                    manifest = json.loads(storage.read(storage.join(self.uri, name, MANIFEST)) or b"")
-                    whole = all(sizes.get(f"{name}/{file}") == size for file, size in manifest["files"].items())
-                except (ValueError, KeyError, TypeError):
-                    continue
-                if whole:
+                manifest = storage.manifest_of(storage.join(self.uri, name)) or {}
+                sent = manifest.get("files", {}).items()
+                if manifest and all(sizes.get(f"{name}/{file}") == size for file, size in sent):
                     found[name] = manifest
         return found
 
@@ -188,11 +190,11 @@ class WorkingCopy:
             NotWhole: it is not there, or damaged.
             StorageError: the store refuses or does not answer.
         """
-        folder = self.path / name
         if self.uri is None:
-            return folder
+            return self.path / name
         uri = storage.join(self.uri, name)
         with as_trouble():
+            folder = self._inside(name)
             there = storage.whole(uri)
             if there is None:
                 raise storage.NotWhole(f"{storage.shown(uri)} is not there, or not whole")
@@ -208,7 +210,11 @@ class WorkingCopy:
             NotWhole: it is not there, or damaged.
             StorageError: the store refuses or does not answer.
         """
-        return Path(name) if self.uri is None else self.bring_whole(name.removeprefix(f"{self.uri}/"))
+        if self.uri is None:
+            return Path(name)
+        if not name.startswith(f"{self.uri}/"):
+            raise storage.NotWhole(f"{name} is not in {storage.shown(self.uri)}, which speaks of it")
+        return self.bring_whole(name.removeprefix(f"{self.uri}/"))
 
     def remove(self, name: str) -> None:
         """Delete a folder, there and here.

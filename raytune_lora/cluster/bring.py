@@ -20,6 +20,7 @@ from typing import Any
 from raytune_lora import storage
 from raytune_lora.cluster.submit import Cluster
 from raytune_lora.errors import StorageError, UserError
+from raytune_lora.names import inside
 from raytune_lora.working_copy import WorkingCopy
 
 LIMIT = 200  # megabytes
@@ -73,10 +74,24 @@ def bring(cluster: Cluster, name: str, facts: dict[str, Any], target: Path, limi
     said, data = received(log)
     if not said["files"]:
         raise UserError(f"{facts['output']} on the cluster holds no results of {name}")
-    target.mkdir(parents=True)
-    with tarfile.open(fileobj=io.BytesIO(data)) as archive:
-        archive.extractall(target, filter="data")
+    unpack(data, target)
     return [f"{file} ({size / 1e6:.0f} MB)" for file, size in said["left_out"]]
+
+
+def unpack(data: bytes, target: Path) -> None:
+    """Write the files of an archive, and nothing else that it holds, to a new folder.
+
+    Raises:
+        UserError: a file would lie outside of the folder; none is written then.
+    """
+    with tarfile.open(fileobj=io.BytesIO(data)) as archive:
+        files = {inside(target, entry.name, "the results"): entry for entry in archive if entry.isfile()}
+        target.mkdir(parents=True)
+        for path, entry in files.items():
+            content = archive.extractfile(entry)
+            assert content is not None
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(content.read())
 
 
 def _bring_from_store(uri: str, name: str, target: Path) -> None:

@@ -7,7 +7,9 @@ import logging
 import os
 import re
 import shutil
+import signal
 import subprocess
+import threading
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -84,18 +86,19 @@ def connected(cfg: ClusterConfig, name: str = "") -> Iterator[None]:
     if address is None:
         folder = temporary_folder()
         try:
-            ray.init(
-                address="local",
-                _temp_dir=folder,
-                num_cpus=int(local_node().cpus),
-                num_gpus=int(local_node().gpus),
-                object_store_memory=cfg.object_store_mb * 2**20,
-                include_dashboard=cfg.dashboard,
-                dashboard_host="127.0.0.1",  # whoever reaches it can run code here
-                job_config=job,
-                log_to_driver=False,
-                logging_level=logging.ERROR,
-            )
+            with _own_handlers():
+                ray.init(
+                    address="local",
+                    _temp_dir=folder,
+                    num_cpus=int(local_node().cpus),
+                    num_gpus=int(local_node().gpus),
+                    object_store_memory=cfg.object_store_mb * 2**20,
+                    include_dashboard=cfg.dashboard,
+                    dashboard_host="127.0.0.1",  # whoever reaches it can run code here
+                    job_config=job,
+                    log_to_driver=False,
+                    logging_level=logging.ERROR,
+                )
         except Exception as error:  # Ray raises nothing narrower where one of its processes does not come up
             raise JobFailed(
                 f"Ray did not start on this machine ({error}); is it overloaded, or out of memory or disk? Ray's logs: "
@@ -104,19 +107,31 @@ def connected(cfg: ClusterConfig, name: str = "") -> Iterator[None]:
     else:
         _reach(address)
         try:
-            ray.init(
-                address=address,
-                log_to_driver=False,
-                logging_level=logging.ERROR,
-                runtime_env={"env_vars": ENVIRONMENT},
-                job_config=job,
-            )
+            with _own_handlers():
+                ray.init(
+                    address=address,
+                    log_to_driver=False,
+                    logging_level=logging.ERROR,
+                    runtime_env={"env_vars": ENVIRONMENT},
+                    job_config=job,
+                )
         except (ConnectionError, ValueError, RuntimeError) as error:
             raise Passing(f"{_named(address)}: no Ray cluster there that can be joined: {error}") from error
     try:
         yield
     finally:
         ray.shutdown()
+
+
+@contextlib.contextmanager
+def _own_handlers() -> Iterator[None]:
+    """Ray puts a handler of its own in place of the job's, which ends it in order at SIGTERM."""
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        yield
+    finally:
+        if callable(before) and threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, before)
 
 
 def placement_problems(cfg: RunConfig, nodes: list[Node], *, concurrent: int = 1) -> list[str]:

@@ -7,11 +7,12 @@ cluster's token can read them (Ray 2.60 hides the values of ``env_vars`` from br
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -20,10 +21,10 @@ import requests
 from ray.exceptions import AuthenticationError
 from ray.job_submission import JobStatus, JobSubmissionClient
 
+from raytune_lora.cluster.addresses import VARIABLES, dashboard
 from raytune_lora.errors import UserError
+from raytune_lora.names import plain
 
-ADDRESS = "http://127.0.0.1:8265"
-_ADDRESSES = ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS")  # where `ray job submit` looks, too
 _PREFIX = "raytune-lora"  # of job ids, and the metadata's key of the sweep's name
 _TIMES = (5.0, 60.0)  # seconds to connect, and between two bytes of an answer: a lid may be closed at any time
 _WAITS = (1.0, 30.0)  # seconds before the first and the later tries to reach the dashboard again
@@ -78,6 +79,10 @@ class Unreachable(Exception):
     """The dashboard did not answer this time."""
 
 
+class Forgotten(UserError):
+    """The cluster has no such job: its head was started again."""
+
+
 class _Client(JobSubmissionClient):
     """Ray's client, which would wait for ever for an answer that a network lost."""
 
@@ -92,22 +97,18 @@ class Cluster:
     def __init__(self, address: str | None) -> None:
         """
         Args:
-            address: of the dashboard, such as ``http://127.0.0.1:8265``; None looks where ``ray job`` does.
+            address: as ``addresses.dashboard`` takes it.
 
         Raises:
-            UserError: nothing answers there, or it wants another token.
+            UserError: it is none, nothing answers there, or it wants another token.
         """
-        named = address or next((os.environ[n] for n in _ADDRESSES if "http" in os.environ.get(n, "")), ADDRESS)
-        self.address = named if "://" in named else f"http://{named}"
-        if not self.address.startswith(("http://", "https://")):
-            raise UserError(
-                f"--address {named}: a sweep is submitted through the dashboard; name that (http://<head>:8265)"
-            )
+        self.address = dashboard(address)
         logging.getLogger("ray").setLevel(logging.ERROR)
         for name in ("ray.dashboard.modules.dashboard_sdk", "ray._private.authentication.http_token_authentication"):
             logging.getLogger(name).setLevel(logging.ERROR)
         try:
-            self._client = self._ask(lambda: _Client(self.address))
+            with _unset(VARIABLES):  # Ray would go where they say
+                self._client = self._ask(lambda: _Client(self.address))
         except Unreachable as error:
             raise UserError(
                 f"--address {self.address}: no Ray dashboard answers there ({error}); is the cluster up, and forwarded "
@@ -167,6 +168,12 @@ class Cluster:
         jobs = [_sweep_job(job) for job in self.patiently(self._client.list_jobs) if _name(job) == name]
         return sorted(jobs, key=lambda job: job.began, reverse=True)
 
+    def sweeps(self) -> list[SweepJob]:
+        """The newest job of each sweep, the newest first."""
+        jobs = sorted(map(_sweep_job, filter(_name, self.patiently(self._client.list_jobs))), key=lambda job: job.began)
+        newest = {job.name: job for job in jobs}
+        return sorted(newest.values(), key=lambda job: job.began, reverse=True)
+
     def get(self, name: str) -> SweepJob:
         """The newest job of a sweep.
 
@@ -175,7 +182,7 @@ class Cluster:
         """
         if found := self.find(name):
             return found[0]
-        names = sorted({n for job in self.patiently(self._client.list_jobs) if (n := _name(job))})
+        names = sorted(job.name for job in self.sweeps())
         raise UserError(f"there is no sweep {name} at {self.address}; there are: {', '.join(names) or 'none'}")
 
     def look(self, job: SweepJob) -> tuple[SweepJob, str]:
@@ -183,7 +190,8 @@ class Cluster:
 
         Raises:
             Unreachable: the dashboard does not answer.
-            UserError: the token is refused, or the cluster has forgotten the job.
+            Forgotten: the cluster has no such job.
+            UserError: the token is refused.
         """
         # the log after the status: of a job that has ended it is whole
         now = _sweep_job(self._ask(lambda: self._client.get_job_info(job.id)))
@@ -248,6 +256,8 @@ class Cluster:
             # a gateway before the dashboard, or the dashboard while its head starts again
             if any(f"status code {code}" in str(error) for code in (502, 503, 504)):
                 raise Unreachable(str(error).splitlines()[0]) from None
+            if "status code 404" in str(error):
+                raise Forgotten(f"{self.address} knows of no such job") from None
             raise UserError(f"{self.address}: {str(error).strip().splitlines()[-1]}") from error
 
 
@@ -255,9 +265,18 @@ def _share(resource: str | None, share: float) -> dict[str, float] | None:
     return None if resource is None else {resource: share}
 
 
+@contextlib.contextmanager
+def _unset(variables: Iterable[str]) -> Iterator[None]:
+    held = {name: os.environ.pop(name) for name in variables if name in os.environ}
+    try:
+        yield
+    finally:
+        os.environ.update(held)
+
+
 def _name(job: Any) -> str | None:
     name: str | None = (job.metadata or {}).get(_PREFIX)
-    return name if job.submission_id else None
+    return name if job.submission_id and plain(name) else None  # results go to a folder of that name
 
 
 def _sweep_job(job: Any) -> SweepJob:

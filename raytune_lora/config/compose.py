@@ -19,6 +19,7 @@ from omegaconf.errors import OmegaConfBaseException
 from raytune_lora.config import schema
 from raytune_lora.config.composition import REFUSAL, composed, register, to_object
 from raytune_lora.config.explain import explain
+from raytune_lora.config.yaml_text import read_yaml
 from raytune_lora.errors import UserError
 
 T = TypeVar("T")
@@ -70,13 +71,22 @@ def parse(text: str, path: str) -> schema.SweepConfig:
         UserError: it does not fit this version's schema.
     """
     try:
-        raw = yaml.safe_load(text)
+        raw = _as_text(read_yaml(text, path))
         node = OmegaConf.structured(schema.SweepConfig)
         for group in schema.VARIANTS:
             node[group] = OmegaConf.structured(schema.variant(group, raw[group]["kind"]))
         return to_object(OmegaConf.merge(node, raw))
     except (OmegaConfBaseException, yaml.YAMLError, KeyError, TypeError) as error:
         raise UserError(f"{path}: not a config of this version of raytune-lora: {error}") from error
+
+
+def _as_text(value: Any) -> Any:
+    """What was read, with each ``${`` meant as it stands: ``dump`` has resolved all, and a folder may be another's."""
+    if isinstance(value, dict):
+        return {key: _as_text(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_as_text(item) for item in value]
+    return re.sub(r"(\\*)\$\{", r"\1\1\\${", value) if isinstance(value, str) else value
 
 
 def to_plain(value: Any) -> Any:

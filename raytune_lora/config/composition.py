@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import fields, is_dataclass
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 import yaml
@@ -19,8 +21,9 @@ from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 
 from raytune_lora.config import schema, search
 from raytune_lora.config.data import TemplateConfig
-from raytune_lora.config.groups import conf_dir, own_dir
+from raytune_lora.config.groups import conf_dir, own_dir, own_files
 from raytune_lora.config.lists import as_list, as_pattern, keys_of
+from raytune_lora.config.yaml_text import read_yaml
 
 # what Hydra, OmegaConf and YAML raise at a bad override or file; a file that names itself has no end
 REFUSAL = (HydraException, OmegaConfBaseException, ValueError, yaml.YAMLError, RecursionError)
@@ -56,6 +59,8 @@ def composed(overrides: Sequence[str]) -> DictConfig:
     """The groups that the overrides choose, with what else they say; ``REFUSAL`` where that is no config."""
     GlobalHydra.instance().clear()
     own = [f"hydra.searchpath=['file://{folder}']"] if (folder := own_dir()) else []
+    for file in own_files():
+        _see_to_bounds(file, file.stat().st_mtime_ns)
     patterns = {o: found for o in overrides if (found := as_pattern(o, typed_keys(*NUMBERS)))}
     others = [merged(as_list(o, typed_keys("list["))) for o in overrides if o not in patterns]
     with initialize_config_dir(str(conf_dir()), version_base="1.3"):
@@ -63,6 +68,13 @@ def composed(overrides: Sequence[str]) -> DictConfig:
     for key, numbers in patterns.values():
         OmegaConf.update(node, key, numbers, merge=False)
     return node
+
+
+@lru_cache
+def _see_to_bounds(file: Path, _changed: int) -> None:
+    """Raise for a file of the user's own that would keep Hydra busy for ever."""
+    with contextlib.suppress(yaml.YAMLError):  # which Hydra tells
+        read_yaml(file.read_bytes(), str(file))
 
 
 @lru_cache

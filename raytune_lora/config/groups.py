@@ -39,6 +39,12 @@ def own_dir() -> Path | None:
     return folder
 
 
+def own_files() -> list[Path]:
+    """The files of the user's own groups."""
+    folder = own_dir()
+    return [folder / file for file in _files(folder)] if folder else []
+
+
 def groups() -> dict[str, list[str]]:
     """Each config group and the names that can be chosen from it; a group within another is written ``data/mix``."""
     found: dict[str, list[str]] = {}

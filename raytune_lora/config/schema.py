@@ -49,6 +49,11 @@ class Offload(Enum):
     nvme = "nvme"
 
 
+class LogFormat(Enum):
+    text = "text"
+    json = "json"
+
+
 class WandbMode(Enum):
     offline = "offline"
     online = "online"
@@ -188,6 +193,7 @@ class DiskConfig:
 class TrackingConfig:
     """Where the numbers of each step go, beside ``steps.jsonl`` in the trial's folder."""
 
+    log: LogFormat = LogFormat.text  # what the driver prints: for people, or a JSON object a line
     trackers: list[str] = field(default_factory=list)  # of tensorboard, wandb, mlflow, ray
     project: str = "raytune-lora"  # W&B project and MLflow experiment
     wandb_mode: WandbMode = WandbMode.offline  # offline: in the trial's folder, for `wandb sync`

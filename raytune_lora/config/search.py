@@ -79,7 +79,7 @@ class ConstraintsConfig:
 class SearchConfig:
     trials: int = 16
     concurrent: int = 1  # trials at a time
-    stalled: float | None = None  # seconds without a step after which a trial fails; loading and validating count too
+    stalled: float | None = 900.0  # seconds without a sign of life after which a trial is tried again; null: never
     sampler: Sampler = Sampler.auto
     objectives: list[Objective] = field(default_factory=lambda: [Objective.eval_loss])  # several: a Pareto front
     startup_trials: int = 8  # random ones before the sampler learns

@@ -11,6 +11,7 @@ from typing import Any
 
 from raytune_lora.config.data import TemplateConfig
 from raytune_lora.data.chat_messages import STYLES, TEXT, WORD, Message, Style, calls_written, word
+from raytune_lora.data.endless import Endless, bounded
 from raytune_lora.data.findings import excerpt
 from raytune_lora.data.rows import ASSISTANT, SYSTEM, USER
 from raytune_lora.data.templates import RowRefused, Tokenizer
@@ -51,6 +52,7 @@ class ChatTemplate:
 
         Raises:
             RowRefused: the template does not take the conversation.
+            Endless: it does not come to an end.
         """
         text, marks = self._as_written(chat, messages, prompt, **settings)
         return text if prompt else text.removesuffix(self._unasked), marks
@@ -64,6 +66,8 @@ class ChatTemplate:
             rendered = self._rendered(
                 map(in_parts, plain) if self.takes_parts else plain, tools, add_generation_prompt=prompt, **settings
             )
+        except Endless:
+            raise
         except Exception as error:  # whatever a template's own code raises
             roles = ", ".join(message.role for message in messages)
             what, remedy = f"the chat template refuses a conversation of {roles}", "leave such rows out"
@@ -76,14 +80,15 @@ class ChatTemplate:
     def _rendered(self, messages: Iterable[dict[str, Any]], tools: Any = None, **settings: Any) -> Any:
         from transformers.utils.chat_template_utils import render_jinja_template
 
-        return render_jinja_template(
-            conversations=[[*messages]],
-            tools=tools,
-            chat_template=self._text,
-            return_assistant_tokens_mask=self.marked,
-            **self._special,
-            **settings,
-        )
+        with bounded():
+            return render_jinja_template(
+                conversations=[[*messages]],
+                tools=tools,
+                chat_template=self._text,
+                return_assistant_tokens_mask=self.marked,
+                **self._special,
+                **settings,
+            )
 
     @cached_property
     def takes_parts(self) -> bool:
@@ -93,6 +98,8 @@ class ChatTemplate:
         def written(message: dict[str, Any]) -> bool:
             try:
                 return asked.text in self._rendered([message])[0][0]
+            except Endless:
+                raise
             except Exception:  # which is told where a row is written
                 return False
 

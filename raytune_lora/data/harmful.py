@@ -11,6 +11,7 @@ from typing import Any
 
 import yaml
 
+from raytune_lora.config.yaml_text import read_yaml
 from raytune_lora.errors import UserError
 
 PACKAGED = Path(__file__).with_name("harmful_words.yaml")
@@ -21,6 +22,7 @@ _LETTER = rf"[^\W{_JOINED}]"  # of a script that puts spaces between words
 
 _TOKEN = re.compile(rf"{_LETTER}+")
 LONGEST = 100  # characters of a word or phrase
+_MOST = 1_000_000  # words
 WHITE = r"\s{1,9}"  # between the words of a phrase
 
 _Tree = dict[str, Any]  # of characters; the key "" says that a word ends there
@@ -83,7 +85,7 @@ def load_words(path: str | None) -> Words:
     wrong = f"data.quality.harmful_words={where}"
     form = "write each language as a key with a list of quoted words, such as en: ['one', 'another']"
     try:
-        content = yaml.safe_load(where.read_bytes())
+        content = read_yaml(where.read_bytes(), str(where), _MOST)
     except OSError as error:
         raise UserError(f"{wrong} cannot be read ({error.strerror}): name a YAML file") from None
     except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:

@@ -15,6 +15,7 @@ from typing import Any
 
 from raytune_lora.artifacts import write_json
 from raytune_lora.config.data import DataConfig, TemplateConfig, TemplateKind
+from raytune_lora.data.endless import bounded
 from raytune_lora.data.rows import ASSISTANT, SYSTEM, USER, Row, Turn
 from raytune_lora.data.templates import _PLACEHOLDER, Tokenizer
 
@@ -103,9 +104,10 @@ def _both(
 
 
 def _apply(tokenizer: Tokenizer, messages: list[dict[str, Any]], text: str, prompt: bool) -> list[int]:
-    found: Any = tokenizer.apply_chat_template(
-        messages, chat_template=text, add_generation_prompt=prompt, tokenize=True, return_dict=True
-    )
+    with bounded():
+        found: Any = tokenizer.apply_chat_template(
+            messages, chat_template=text, add_generation_prompt=prompt, tokenize=True, return_dict=True
+        )
     return list(found["input_ids"])
 
 

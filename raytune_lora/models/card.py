@@ -10,7 +10,7 @@ CARD = "README.md"
 _ADAPTER = """
 from raytune_lora.models.export import load
 
-model = load(adapter)
+model = load(adapter{trust})
 """
 _PEFT = """
 model = PeftModel.from_pretrained(model, adapter).eval()
@@ -133,13 +133,13 @@ def _kind(record: dict[str, Any]) -> str:
 def recipe(record: dict[str, Any], adapter: str = ".") -> str:
     """Python that loads the adapter in a folder, as ``model`` and ``tokenizer``."""
     kind = record["method"]["kind"]
+    trust = ", trust_remote_code=True" if record["base"]["trust_remote_code"] else ""
     if kind == "ir_qlora":  # its calibrated quantization is this package's own
-        body = _ADAPTER
+        body = _ADAPTER.format(trust=trust)
     elif kind == "full":
         body = _base(record | {"base": {**record["base"], "revision": None}}, name="adapter")
     else:
         body = _base(record, name=json.dumps(record["base"]["name"], ensure_ascii=False)) + _OWN.get(kind, _PEFT)
-    trust = ", trust_remote_code=True" if record["base"]["trust_remote_code"] else ""
     body += f"tokenizer = AutoTokenizer.from_pretrained(adapter{trust})\n"
     known = ("AutoConfig", record["base"]["loader"], "AutoTokenizer", "BitsAndBytesConfig")
     names = [name for name in known if name in body]

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from raytune_lora.artifacts import write_json
+from raytune_lora.errors import UserError
 from raytune_lora.models.card import CARD, card
 from raytune_lora.models.record import RECORD, read_record
 
@@ -67,11 +68,15 @@ def export_adapter(
     (target / CARD).write_text(card(record), encoding="utf-8")
 
 
-def load(folder: str | Path) -> Any:
+def load(folder: str | Path, *, trust_remote_code: bool = False) -> Any:
     """The base model of an exported adapter with that adapter, frozen, in evaluation mode, for any method.
 
     Args:
         folder: that ``export_adapter`` made.
+        trust_remote_code: whether code that comes with the base model may run here.
+
+    Raises:
+        UserError: the base model comes with code of its own, and that was not said.
     """
     from raytune_lora.cache import Cache
     from raytune_lora.config.compose import from_plain
@@ -89,6 +94,11 @@ def load(folder: str | Path) -> Any:
 
     record = read_record(Path(folder))
     base, method = record["base"], record["method"]
+    if base["trust_remote_code"] and not trust_remote_code:
+        raise UserError(
+            f"{folder}: its base model {base['name']} comes with code of its own, which would run here; read it, and "
+            "where you trust it, load(…, trust_remote_code=True)"
+        )
     cfg = HubModelConfig(
         precision={"float32": Precision.fp32, "bfloat16": Precision.bf16}[record["dtype"]],
         path=base["name"],

@@ -15,7 +15,7 @@ from raytune_lora.config.schema import Attention, ModelConfig, Precision, Quanti
 from raytune_lora.models.shape import auto_class
 from raytune_lora.models.skeleton import skeleton_of
 from raytune_lora.models.stored import read_config, resolved, stored_as
-from raytune_lora.models.tokenizer import trusted
+from raytune_lora.models.tokenizer import own_code, trusted
 from raytune_lora.models.weights import is_transposed
 
 _OF_THE_RUN = ("bnb_4bit_compute_dtype", "llm_int8_threshold")  # of bitsandbytes' settings, those of the arithmetic
@@ -83,7 +83,8 @@ def _as_it_is(
     A checkpoint also names the precision it is computed in, often one for GPUs; the run's own takes its place.
     """
     own = stored_as(read_config(folder))
-    config = AutoConfig.from_pretrained(folder, trust_remote_code=trusted(cfg))
+    with own_code(folder, cfg):
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=trusted(cfg))
     said = getattr(config, "quantization_config", None)
     if own is not None and isinstance(said, dict):
         meant = _bitsandbytes(resolved(own, quantization), precision(cfg.precision)).to_dict()

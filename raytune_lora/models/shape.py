@@ -15,7 +15,7 @@ from raytune_lora.config.schema import ModelConfig
 from raytune_lora.errors import UserError
 from raytune_lora.models import shape_parts as parts
 from raytune_lora.models import shape_settings as settings
-from raytune_lora.models.tokenizer import trusted
+from raytune_lora.models.tokenizer import own_code, trusted
 from raytune_lora.planning.shape import UNMET, Block, Experts, Linear, Shape
 
 if TYPE_CHECKING:
@@ -69,8 +69,8 @@ def shape_of_folder(folder: Path, cfg: ModelConfig) -> Shape:
     import torch
     from transformers import AutoConfig
 
-    config = AutoConfig.from_pretrained(folder, trust_remote_code=trusted(cfg))
-    with torch.device("meta"):
+    with own_code(folder, cfg), torch.device("meta"):
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=trusted(cfg))
         model = auto_class(config).from_config(config, trust_remote_code=trusted(cfg))
     _check_causal(model)
     return shape_of(model)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +20,12 @@ def load_tokenizer(folder: Path, cfg: ModelConfig) -> Any:
     """The tokenizer, with end-of-sequence standing in for a missing padding token.
 
     Raises:
-        UserError: it has no end-of-sequence token, so that no answer could ever end.
+        UserError: it has no end-of-sequence token, so that no answer could ever end, or as for ``own_code``.
     """
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trusted(cfg))
+    with own_code(folder, cfg):
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trusted(cfg))
     if tokenizer.eos_token_id is None:
         raise UserError(f"model: the tokenizer in {folder} has no end-of-sequence token; set eos_token in its config")
     if tokenizer.pad_token_id is None:
@@ -44,6 +47,39 @@ def tokenizer_identity(folder: Path, cfg: ModelConfig) -> str:
     files = sorted(file for file in found if file.is_file() and not file.name.endswith(_NOT_READ))
     names = [file.relative_to(folder).as_posix() for file in files]
     return fingerprint(trusted(cfg), names, content_digest(files))
+
+
+@contextlib.contextmanager
+def own_code(folder: Path, cfg: ModelConfig) -> Iterator[None]:
+    """In which transformers reads a model's folder, and may meet code that comes with the model.
+
+    Raises:
+        UserError: that code is needed and may not run, or it fails.
+    """
+    try:
+        yield
+    except Exception as error:  # whatever that code raises
+        first = str(error).strip().partition("\n")[0]
+        if not _comes_with_code(folder):
+            raise
+        if trusted(cfg):
+            raise UserError(
+                f"model: the code that comes with {folder} does not work here ({type(error).__name__}: {first}); see "
+                "which packages, and which release of transformers, it is written for"
+            ) from error
+        if "trust_remote_code" not in str(error):
+            raise
+        raise UserError(
+            f"model: {folder} is of no kind that transformers knows, and comes with code of its own, which would run "
+            "on every machine; read it, and where you trust it, set model.trust_remote_code=true and model.revision to "
+            "the commit that you have read"
+        ) from error
+
+
+def _comes_with_code(folder: Path) -> bool:
+    """Whether a folder names classes of its own; their code may be in another repository."""
+    files = (folder / name for name in ("config.json", "tokenizer_config.json"))
+    return any("auto_map" in file.read_text(errors="replace") for file in files if file.is_file())
 
 
 def trusted(cfg: ModelConfig) -> bool:

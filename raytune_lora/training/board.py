@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from raytune_lora.training.failures import FAILED, LOST, MOVED, STOPPED, Ended
+from raytune_lora.training.failures import LOST, MOVED, STOPPED, Ended
 from raytune_lora.training.place import GO_ON, SAVE_AND_STOP, STOP
 
 if TYPE_CHECKING:
@@ -31,6 +31,7 @@ class _Group:
     lock: asyncio.Lock = field(default_factory=asyncio.Lock)
     idle: bool = True  # it has no task
     leaves: bool = False  # it is to take no other task
+    misplaced: bool = False  # its node is left out
     controller: Any = None
     workers: list[Any] = field(default_factory=list)  # none before it is placed
     nodes: set[str] = field(default_factory=set)  # where they are
@@ -62,6 +63,7 @@ class Board:
         self._at: dict[Path, str] = {}  # folders that a group is at work in
         self._broken: Ended | None = None
         self._notes: list[str] = []
+        self._left_out: list[str] = []  # nodes
 
     def __repr__(self) -> str:
         return f"{self._title} board"
@@ -146,6 +148,10 @@ class Board:
         leaves = group in self._groups and self._groups[group].leaves
         return max(self._stopped.get(name, GO_ON), SAVE_AND_STOP if leaves else GO_ON)
 
+    async def sign(self, name: str) -> None:
+        """A sign of life of a task between two steps."""
+        self._signs[name] = time.monotonic()
+
     async def leave(self, group: str, why: str) -> None:
         """Let a group take no other task; what it is at is saved, and goes on elsewhere."""
         state = self._group(group)
@@ -187,13 +193,24 @@ class Board:
             if state.nodes.intersection(nodes):
                 await self.leave(name, "leaves a machine that is about to be taken away")
 
+    async def leave_out(self, node: str, group: str, why: str) -> None:
+        """Let no group be placed on a node from now on: one that was says why."""
+        self._group(group).misplaced = True
+        if node not in self._left_out:
+            self._left_out.append(node)
+            self._notes.append(f"{why}; it is left out")
+
+    async def left_out(self) -> list[str]:
+        """The nodes that are to have no group."""
+        return list(self._left_out)
+
     async def notes(self) -> list[str]:
         """What people should know and have not been told: once each."""
         notes, self._notes = self._notes, []
         return notes
 
     async def end_stalled(self, seconds: float) -> list[Any]:
-        """End the tasks that have finished no step for that long.
+        """End the tasks that have shown no sign of life for that long: what hangs is tried again elsewhere.
 
         Returns:
             The workers of the groups that were at them, which are good for nothing more.
@@ -202,19 +219,19 @@ class Board:
         for state in self._groups.values():
             task = state.task
             if task is not None and task.steps and time.monotonic() - self._signs[task.name] > seconds:
-                await self.end(task.key, Ended(FAILED, f"no progress for {seconds:g} s"))
+                await self.end(task.key, Ended(LOST, f"no sign of life for {seconds:g} s"))
                 state.idle = True
                 found += state.workers
         return found
 
     async def group_failed(self, group: str, ended: Ended) -> bool:
-        """End what the group was at; whether it had got as far as a task."""
+        """End what the group was at; whether another may do better: it had a task, or its node has been left out."""
         state = self._group(group)
         if state.task is not None:
             left = state.leaves and ended.status == LOST  # it was leaving a machine that was about to go
             await self.end(state.task.key, Ended(MOVED, ended.error) if left else ended)
         await self.gone(group)
-        return any(task is not None for task in state.taken)
+        return state.misplaced or any(task is not None for task in state.taken)
 
     async def gone(self, group: str) -> None:
         """A group has ended; a worker of it that still asks for a task gets none."""
@@ -223,18 +240,23 @@ class Board:
         state.controller, state.workers, state.nodes = None, [], set()
         await self._leave_folder(group)
 
-    async def close(self) -> list[Any]:
+    async def close(self, at_once: bool = False) -> list[Any]:
         """Have what is at work saved and stopped, and send all groups home.
 
+        Args:
+            at_once: nothing is to be saved.
+
         Returns:
-            The workers of the groups at something that has nothing to save, and does not ask either.
+            The workers of the groups that are not to be waited for: at something that has nothing to save, and does not
+            ask either.
         """
         self._closed = True
-        deaf = [state.workers for state in self._groups.values() if state.task is not None and not state.task.steps]
+        busy = [state for state in self._groups.values() if state.task is not None]
+        left = [state.workers for state in busy if at_once or not (state.task and state.task.steps)]
         for name, _ in list(self._streams):
             await self.stop(name, SAVE_AND_STOP)
         await self._tell()
-        return [worker for workers in deaf for worker in workers]
+        return [worker for workers in left for worker in workers]
 
     async def give_up(self, ended: Ended) -> None:
         """No group can be started: end all that waits, and all that will."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import os
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,17 +19,20 @@ import ray.train
 from ray import cloudpickle
 from ray._private.state import state as ray_state
 from ray.exceptions import OutOfMemoryError, RayActorError
-from ray.train import FailureConfig, ScalingConfig
+from ray.train import FailureConfig
 from ray.train import RunConfig as RayRunConfig
+from ray.train.v2.api.config import ScalingConfig
 from ray.util import placement_group_table
 
 from raytune_lora.config.schema import RunConfig
+from raytune_lora.errors import StorageError
 from raytune_lora.training import duty, entry
 from raytune_lora.training.board import Board, Report
-from raytune_lora.training.failures import DISK, FAILED, LOST, Ended, classify
+from raytune_lora.training.failures import DISK, LOST, UNPLACED, Ended, classify
 from raytune_lora.training.group import GroupTrainer, ProcessGroup, Whereabouts
 from raytune_lora.training.task import Task, stream
 
+_NODE = "ray.io/node-id"  # label of a node
 _MORE_STARTS = 1  # at least, after one that failed, before a pool goes on with a group less
 _WATCH = 1.0  # seconds between two looks at the groups
 _PATIENCE = 15.0  # seconds that a group waits for room before that is said
@@ -52,15 +55,19 @@ class Pool:
         groups: int,
         stalled: float | None = None,
         tell: Callable[[str], None] = lambda _line: None,
+        leave: Callable[[], None] = lambda: None,
+        marks: Sequence[Path] = (),
     ) -> None:
         """
         Args:
             cfg: says how many workers a group has and what each needs.
             folder: for what Ray Train keeps of the groups.
             groups: how many.
-            stalled: seconds without a step after which a task that has steps fails and its group is replaced; None
-                waits for ever.
+            stalled: seconds without a sign of life after which a task that has steps is lost and its group replaced;
+                None waits for ever.
             tell: called with what people should know: that groups wait for room, or leave a machine.
+            leave: called when this machine is about to be taken away, and with it all that is started here.
+            marks: files of the job, by which a node that joins later is asked whether it has the same storage.
         """
         self._cfg = cfg
         self._folder = folder
@@ -71,7 +78,9 @@ class Pool:
         self._groups = groups
         self._stalled = stalled
         self._tell = tell
+        self._leave = leave
         self._versions = entry.versions()
+        self._marks = [(str(path), path.read_text()) for path in marks]
         self._watcher = threading.Thread(target=self._watch, daemon=True)
         self._threads = [threading.Thread(target=self._keep, args=(n,), daemon=True) for n in range(groups)]
 
@@ -83,10 +92,10 @@ class Pool:
         self._watcher.start()
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, _kind: object, why: object, _where: object) -> None:
         self._closing.set()
-        try:
-            for worker in ray.get(self.board.close.remote()):
+        try:  # where storage is gone, nothing can be saved, and to try it takes minutes
+            for worker in ray.get(self.board.close.remote(at_once=isinstance(why, StorageError))):
                 ray.kill(worker)
             while any(thread.is_alive() for thread in self._threads):
                 for controller, _ in ray.get(self.board.unplaced.remote()).values():
@@ -120,13 +129,13 @@ class Pool:
                 ray.get(self.board.gone.remote(group))
             except Exception as error:  # whatever ended it, the reader of its task must not wait for ever
                 ended = classify(error)
-                had_task = ray.get(self.board.group_failed.remote(group, ended))
-                failed_starts = 0 if had_task else failed_starts + 1
+                excused = ray.get(self.board.group_failed.remote(group, ended))
+                failed_starts = 0 if excused else failed_starts + 1
                 if failed_starts and not self._closing.is_set():
                     self._tell(f"{group} could not start: {ended.error}")
                 more = self._cfg.cluster.retries if ended.status == LOST else 0
                 if failed_starts > max(more, _MORE_STARTS):
-                    kind = DISK if ended.status == DISK else FAILED
+                    kind = DISK if ended.status == DISK else UNPLACED
                     self._abandon(Ended(kind, f"no worker group could start: {ended.error}"))
                     return
                 self._closing.wait(2.0**failed_starts - 1)
@@ -139,14 +148,18 @@ class Pool:
         """Look after the groups until the pool is closed.
 
         Those that hang are killed: their workers' end is a failure like any other, and ``_keep`` replaces them. Those
-        on a machine that is about to be taken away (Ray calls it draining) are asked to leave it.
+        on a machine that is about to be taken away (Ray calls it draining) are asked to leave it; where it is this one,
+        no other can serve, as the groups' controllers and their readers are here.
         """
-        said = _PATIENCE
+        said, here = _PATIENCE, ray.get_runtime_context().get_node_id()
         while not self._closed.wait(_WATCH):
             if self._stalled is not None:
                 for worker in ray.get(self.board.end_stalled.remote(self._stalled)):
                     ray.kill(worker)
             if draining := list(ray_state.get_draining_nodes()):
+                if here in draining:
+                    self._leave()
+                    return
                 ray.get(self.board.clear.remote(draining))
             for note in ray.get(self.board.notes.remote()):
                 self._tell(note)
@@ -170,13 +183,14 @@ class Pool:
                 ray.get(self.board.give_up.remote(ended))
 
     def _run_group(self, group: str, slot: int) -> None:
-        cfg = self._cfg
+        cfg, left_out = self._cfg, ray.get(self.board.left_out.remote())
         gpus = {"GPU": float(cfg.gpus_per_worker)} if cfg.gpus_per_worker else {}
         GroupTrainer(
             f"{self._title} group {slot}",
             entry.work,
             train_loop_config={
                 "versions": self._versions,
+                "marks": self._marks,
                 "node": ray.get_runtime_context().get_node_id(),
                 "function": (duty.be_worker.__module__, duty.be_worker.__name__),
                 "config": {
@@ -191,6 +205,7 @@ class Pool:
                 num_workers=cfg.workers,
                 use_gpu=cfg.gpus_per_worker > 0,
                 resources_per_worker={"CPU": float(cfg.cpus_per_worker), **gpus},
+                label_selector={_NODE: f"!in({','.join(left_out)})"} if left_out else None,
             ),
             run_config=RayRunConfig(
                 name=group,
@@ -203,7 +218,7 @@ class Pool:
 
 def this_node() -> dict[str, str]:
     """Selects the machine of this process, so that no other takes along what is put there when it goes."""
-    return {"ray.io/node-id": ray.get_runtime_context().get_node_id()}
+    return {_NODE: ray.get_runtime_context().get_node_id()}
 
 
 def _wait_for_room() -> bool:

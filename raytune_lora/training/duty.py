@@ -58,7 +58,8 @@ def _do(task: Task, board: Any, group: str, rank: int, workers: int, slot: int) 
 
     copy = WorkingCopy.at(task.cfg.output, task.cfg.cluster.node_cache, task.folder)
     log = _arrive(copy, rank)
-    place = Place(rank, workers, copy.path, report, partial(_asked, board, task.name, group), slot, copy.uri)
+    stopped, lives = partial(_asked, board, task.name, group), partial(board.sign.remote, task.name)
+    place = Place(rank, workers, copy.path, report, stopped, lives, slot, copy.uri)
     ended = Ended()
     with output_to(log):
         print(f"worker {rank} of {workers}, process {os.getpid()}")  # by which Ray's dashboard shows the actor

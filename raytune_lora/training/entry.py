@@ -75,19 +75,34 @@ def work(config: dict[str, Any]) -> None:
     """Be a worker of a group, on a node that may have joined after all were asked.
 
     Args:
-        config: ``versions`` and ``node`` of the driver; ``function``, by its module and name, and its own ``config``.
+        config: ``versions`` and ``node`` of the driver, and ``marks``: files that it has written, with their content;
+            ``function``, by its module and name, and its own ``config``, whose ``board`` hears of a node that will not
+            do.
 
     Raises:
-        RuntimeError: the node is another one than the driver's, and has other versions.
+        RuntimeError: the node is another one than the driver's, and has other versions or other storage.
     """
     import ray
 
-    if ray.get_runtime_context().get_node_id() != config["node"]:
-        found = disagreement(ray.util.get_node_ip_address(), versions(), config["versions"])
+    node = ray.get_runtime_context().get_node_id()
+    if node != config["node"]:
+        address = ray.util.get_node_ip_address()
+        found = disagreement(address, versions(), config["versions"]) or _blind(address, config["marks"])
         if found is not None:
+            place = config["config"]
+            ray.get(place["board"].leave_out.remote(node, place["group"], found))
             raise RuntimeError(found)
     module, name = config["function"]
     getattr(importlib.import_module(module), name)(config["config"])
+
+
+def _blind(node: str, marks: list[tuple[str, str]]) -> str | None:
+    unseen = [path for path, content in marks if not _seen(Path(path), content)]
+    if not unseen:
+        return None
+    return (
+        f"the node {node} does not see {unseen[0]} as the driver wrote it; mount the storage that all other nodes share"
+    )
 
 
 def look(marks: list[tuple[str, str]]) -> tuple[dict[str, str], dict[str, bool]]:

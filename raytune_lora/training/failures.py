@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from raytune_lora.errors import DivergedError, MovedError, QuotaError, UserError, disk_trouble
+from raytune_lora.errors import DivergedError, JobFailed, MovedError, QuotaError, StorageError, UserError, disk_trouble
 
 FAILED, DIVERGED, OOM, STOPPED = "failed", "diverged", "oom", "stopped"
 LOST = "lost"  # a worker's process or machine ended: nothing of the task's own
 MOVED = "moved"  # saved on a machine that is about to go
 QUOTA = "quota"  # its checkpoints would take more room than it may have
 DISK = "disk"  # storage is full or cannot be written: nothing can go on
+UNPLACED = "unplaced"  # no worker group can be started: likewise
 _OUT_OF_MEMORY = (
     "OutOfMemoryError",
     "out of memory",
@@ -63,6 +64,18 @@ def classify(error: BaseException) -> Ended:
     found = [_alone(failure) for failure in failures]
     order = (DISK, OOM, FAILED, LOST)
     return min(found, key=lambda ended: order.index(ended.status))
+
+
+def not_its_own(ended: Ended) -> Ended:
+    """What ended the process that reads of a task, where that is not owed to the task."""
+    return replace(ended, status=UNPLACED) if ended.status == LOST else ended
+
+
+def halting(status: str, error: str | None) -> Exception | None:
+    """What halts a whole job, where an end is none of the task's own: it goes on once the job does."""
+    if status == DISK:
+        return StorageError(error)
+    return JobFailed(error) if status == UNPLACED else None
 
 
 def _alone(failure: BaseException) -> Ended:

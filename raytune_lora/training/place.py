@@ -27,6 +27,7 @@ class Place:
     folder: Path  # of the task: checkpoints and logs
     report: Callable[[dict[str, Any]], bool]  # whether it was heard: from the first worker, while the task is wanted
     stopped: Callable[[], int]  # whether the task's end was asked for, and how
+    lives: Callable[[], None] = lambda: None  # shows that it goes on; it returns at once
     slot: int = 0  # number of the group among those of its pool
     uri: str | None = None  # of the folder in an object store that ``folder`` is this node's copy of
 

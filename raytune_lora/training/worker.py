@@ -35,6 +35,7 @@ from raytune_lora.training.place import SAVING, Place
 from raytune_lora.training.plan import Plan, plan_run, stream
 from raytune_lora.training.schedule import warmup_steps
 from raytune_lora.training.sharding import divided_loading
+from raytune_lora.training.signs import Signs
 from raytune_lora.training.state import put_weights, trained
 from raytune_lora.training.tracking.watch import AfterSave, watchers
 from raytune_lora.training.trainer import PlannedTrainer, Reporter
@@ -63,18 +64,18 @@ def train(cfg: RunConfig, store: TokenStore, place: Place, until: int | None = N
         RuntimeError: the worker group is not what the config says.
     """
     plan = replace(plan_run(cfg, store.rows["train"], store.lengths("train")), until=until)
-    _join_group(cfg)
-    _same_everywhere(cfg, place)
-    checkpoint = _agreed_checkpoint(place)
-    for known in reports(place.copy, checkpoint) if checkpoint is not None and place.rank == 0 else ():
-        place.report(known)  # whoever reads them may have been killed before it read this one
-    if checkpoint is not None and (checkpoint.report["last"] or plan.pauses_at(checkpoint.report["samples_seen"])):
+    with (signs := Signs(place.lives)).preparing():
+        found = _prepared(cfg, plan, store, place)
+    if found is None:
         return
-    trainer, watching, reporter = _trainer(cfg, plan, store, place, checkpoint)
+    trainer, watching, reporter = found
+    assert trainer.model is not None
+    hook = trainer.model.register_forward_pre_hook(signs.forward)  # of validations, too
     try:
         trainer.train()
         reporter.delivery.settle()
     finally:
+        hook.remove()
         reporter.delivery.close()
         for watcher in watching:
             watcher.close()
@@ -83,6 +84,20 @@ def train(cfg: RunConfig, store: TokenStore, place: Place, until: int | None = N
             shutil.rmtree(place.folder / SAVING, ignore_errors=True)
     if reporter.left:
         raise MovedError(f"saved at step {trainer.state.global_step} to go on elsewhere")
+
+
+def _prepared(
+    cfg: RunConfig, plan: Plan, store: TokenStore, place: Place
+) -> tuple[PlannedTrainer, list[Any], Reporter] | None:
+    """All that is needed to train on; None where that was done before."""
+    _join_group(cfg)
+    _same_everywhere(cfg, place)
+    checkpoint = _agreed_checkpoint(place)
+    for known in reports(place.copy, checkpoint) if checkpoint is not None and place.rank == 0 else ():
+        place.report(known)  # whoever reads them may have been killed before it read this one
+    if checkpoint is not None and (checkpoint.report["last"] or plan.pauses_at(checkpoint.report["samples_seen"])):
+        return None
+    return _trainer(cfg, plan, store, place, checkpoint)
 
 
 def _trainer(

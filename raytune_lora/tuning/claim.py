@@ -32,17 +32,26 @@ _SETTLES = 1.0  # seconds until what two drivers put at once is one of theirs, f
 class Claim:
     """A driver's claim to a sweep."""
 
-    def __init__(self, uri: str, copy: str, lease: float, tell: Callable[[str], None]) -> None:
+    def __init__(
+        self,
+        uri: str,
+        copy: str,
+        lease: float,
+        tell: Callable[[str], None],
+        lost: Callable[[Exception], None] = lambda _why: None,
+    ) -> None:
         """
         Args:
             uri: of the sweep.
             copy: stands for this node's working copy, whose lock is held.
             lease: seconds without a sign of life after which others may give this driver up.
             tell: called with what people should know.
+            lost: called once with what ``check`` would raise, whether or not anybody checks.
         """
         self._uri = uri
         self._at = storage.join(uri, OWNER)
         self._tell = tell
+        self._say_lost = lost
         self._facts: dict[str, Any] = {
             "token": secrets.token_hex(8),
             "host": socket.gethostname(),
@@ -55,7 +64,7 @@ class Claim:
         self._lost: Exception | None = None
         self._sign = 0.0  # when the last beat that arrived was begun
         self._ending = threading.Event()
-        self._thread = threading.Thread(target=self._beat, daemon=True)
+        self._threads = [threading.Thread(target=work, daemon=True) for work in (self._beat, self._see)]
 
     @property
     def label(self) -> str:
@@ -79,7 +88,8 @@ class Claim:
         time.sleep(_SETTLES)
         if (now := _owner(self._uri)) is None or now["token"] != self._facts["token"]:
             raise Passing(self._refusal(now or self._facts))
-        self._thread.start()
+        for thread in self._threads:
+            thread.start()
 
     def check(self) -> None:
         """See that the sweep is still this driver's.
@@ -100,8 +110,9 @@ class Claim:
     def release(self) -> None:
         """Let others have the sweep at once."""
         self._ending.set()
-        if self._thread.ident is not None:
-            self._thread.join()
+        if self._threads[0].ident is not None:
+            for thread in self._threads:
+                thread.join()
             if self._lost is None:
                 with contextlib.suppress(StorageError):
                     self._facts["released"] = True
@@ -123,6 +134,15 @@ class Claim:
                 self._facts["beat"] += 1
                 self._put(storage.QUICK)
                 self._sign = began
+
+    def _see(self) -> None:
+        """Notice a loss while nothing is written: the store may not even refuse."""
+        while not self._ending.wait(self._facts["lease"] / _BEATS):
+            try:
+                self.check()
+            except (StorageError, JobFailed) as why:
+                self._say_lost(why)
+                return
 
     def _watch(self, known: dict[str, Any]) -> None:
         """Wait until it is plain whether an owner lives.

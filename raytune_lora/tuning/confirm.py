@@ -20,9 +20,8 @@ import ray
 from raytune_lora.config.schema import RunConfig
 from raytune_lora.config.search import ConfirmConfig
 from raytune_lora.data.store import TokenStore
-from raytune_lora.errors import StorageError
 from raytune_lora.training.board import Report
-from raytune_lora.training.failures import DISK, Ended, classify
+from raytune_lora.training.failures import Ended, classify, halting, not_its_own
 from raytune_lora.training.place import SAVE_AND_STOP, STOP
 from raytune_lora.training.task import TaskFailed
 from raytune_lora.tuning.disk import Quota
@@ -91,7 +90,7 @@ def train_runs(
         except TaskFailed as failure:
             news.put((run, failure.ended))
         except Exception as error:
-            news.put((run, classify(error)))
+            news.put((run, not_its_own(classify(error))))
 
     with ThreadPoolExecutor(at_once) as followers:
         for run in runs:
@@ -115,8 +114,8 @@ def _record(news: queue.SimpleQueue[Any], running: int, journal: Journal, gpus: 
             began[name] = time.monotonic()
             journal.append("trial_started", trial_id=name, params=run.params, confirms=run.confirms, gpus=gpus)
         elif isinstance(what, Ended):
-            if what.status == DISK:
-                raise StorageError(what.error)
+            if (halt := halting(what.status, what.error)) is not None:
+                raise halt
             running -= 1
             seconds = round(time.monotonic() - began[name], 3)
             journal.append("trial_ended", trial_id=name, status=what.status, error=what.error, seconds=seconds)

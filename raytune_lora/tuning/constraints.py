@@ -25,6 +25,7 @@ from raytune_lora.tuning.relations import Unreadable
 
 MEMORY = "memory_gb"  # the constraint's name; a relation's is its text
 _KEY = "search.constraints"
+_SHOWN = 200  # characters of a relation
 
 
 @dataclass(frozen=True)
@@ -119,7 +120,8 @@ def problems(cfg: SweepConfig) -> list[str]:
             own = relations.problems(relations.parse(text), cfg)
         except Unreadable as error:
             own = [str(error)]
-        found += [f"{_KEY}.relations: {text!r} {problem}" for problem in own]
+        shown = text if len(text) <= _SHOWN else f"{text[:_SHOWN]}…"
+        found += [f"{_KEY}.relations: {shown!r} {problem}" for problem in own]
     return found or Constraints(cfg).relation_problems()
 
 

@@ -196,13 +196,19 @@ def _path_problems(path: Path) -> list[str]:
 
 
 @contextlib.contextmanager
-def held(folder: SweepFolder, lease: float, tell: Callable[[str], None]) -> Iterator[Claim | None]:
+def held(
+    folder: SweepFolder,
+    lease: float,
+    tell: Callable[[str], None],
+    lost: Callable[[Exception], None] = lambda _why: None,
+) -> Iterator[Claim | None]:
     """Be the one process that writes to a folder, and have it as the store has it.
 
     Args:
         folder: which is made where it is missing.
         lease: as for ``Claim``.
         tell: called with what people should know.
+        lost: as for ``Claim``.
 
     Returns:
         The claim, where the folder is in a store.
@@ -220,7 +226,7 @@ def held(folder: SweepFolder, lease: float, tell: Callable[[str], None]) -> Iter
         if folder.uri is None:
             yield None
             return
-        claim = Claim(folder.uri, folder.copy_id(), lease, tell)
+        claim = Claim(folder.uri, folder.copy_id(), lease, tell, lost)
         claim.take()
         try:
             folder.refresh()

@@ -1,4 +1,4 @@
-"""Ctrl-C: once, and a job ends in order; twice, and it ends at once. SIGTERM counts as one."""
+"""What ends a job in order: Ctrl-C, SIGTERM, or a reason found by one of its threads; Ctrl-C again ends it at once."""
 
 from __future__ import annotations
 
@@ -25,8 +25,9 @@ class Interrupts:
         """
         self._tell = tell
         self._before: dict[int, Any] = {}
-        self.asked = False  # to end in order
-        self.awaited = False  # someone looks at ``asked``, so that nothing need be raised
+        self.why: BaseException | None = None  # the job is to end in order; the first reason counts
+        self.awaited = False  # someone looks at ``why``, so that nothing need be raised
+        self._ending = False
 
     def __enter__(self) -> Interrupts:
         if threading.current_thread() is threading.main_thread():
@@ -38,13 +39,25 @@ class Interrupts:
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
+    def ask(self, why: BaseException) -> None:
+        """Have the job end in order, from any thread: ``why`` is raised in the main one, or found by who awaits it."""
+        if self.why is None:
+            self.why = why
+            if self._before and (main := threading.main_thread().ident) is not None:
+                signal.pthread_kill(main, signal.SIGTERM)
+
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        if self.asked:
-            _end_at_once()
-        self.asked = True
-        self._tell("ending in order: what runs is saved; Ctrl-C again ends at once")
+        if self._ending:
+            if number == signal.SIGINT:  # a supervisor may send SIGTERM again, and has SIGKILL for what takes too long
+                _end_at_once()
+            return
+        self._ending = True
+        if self.why is None:
+            self.why = KeyboardInterrupt()
+        saved = "what runs is saved; " if isinstance(self.why, KeyboardInterrupt) else ""
+        self._tell(f"ending in order: {saved}Ctrl-C {'again ' if number == signal.SIGINT else ''}ends at once")
         if not self.awaited:
-            raise KeyboardInterrupt
+            raise self.why
 
 
 def _end_at_once() -> None:

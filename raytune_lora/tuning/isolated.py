@@ -76,7 +76,7 @@ def train(
 
     Raises:
         TaskFailed: it did not end well; out of memory only where a micro batch of one was too much, and lost only
-            where that came ``cluster.retries`` times before.
+            where that came ``cluster.retries`` times before without a new validation in between.
     """
     extra = {} if until is None else {"until": until}
     return attempts(board, Task(task or trial_id, _train, cfg, store, trials / trial_id, extra=extra, steps=True))
@@ -88,10 +88,13 @@ def attempts(board: Any, task: Task) -> Iterator[Report]:
     Raises:
         TaskFailed: it did not end well, and is not tried again.
     """
-    losses = 0
+    losses = seen = 0
     while True:
         try:
-            yield from stream(board, task, again=True)
+            for report in stream(board, task, again=True):
+                if report.get("samples_seen", 0) > seen:  # where machines come and go, each may take it further
+                    losses, seen = 0, report["samples_seen"]
+                yield report
             return
         except TaskFailed as failure:
             ended = failure.ended

@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import Any
 
 from raytune_lora import storage
-from raytune_lora.artifacts import remove_folder, write_json
+from raytune_lora.artifacts import MANIFEST, remove_folder, write_json
 from raytune_lora.cache import Cache
 from raytune_lora.cluster.connect import connected
 from raytune_lora.config.compose import dump, to_plain
-from raytune_lora.config.schema import RunConfig, SweepConfig
+from raytune_lora.config.schema import LogFormat, RunConfig, SweepConfig
 from raytune_lora.config.typed import typed
 from raytune_lora.data.build import REPORT, in_short
 from raytune_lora.data.prepare import prepare
@@ -38,7 +38,7 @@ from raytune_lora.models.stored import as_stored
 from raytune_lora.models.tokenizer import load_tokenizer, tokenizer_identity
 from raytune_lora.planning.shape import Shape
 from raytune_lora.training.driver import PROCESS_ENDED, Pool
-from raytune_lora.training.failures import DISK
+from raytune_lora.training.failures import halting
 from raytune_lora.training.place import LOGS
 from raytune_lora.training.plan import Plan, plan_run
 from raytune_lora.training.task import Task, TaskFailed
@@ -47,7 +47,7 @@ from raytune_lora.tuning.budget import reopen as reopen_search
 from raytune_lora.tuning.constraints import Constraints, memory_limit
 from raytune_lora.tuning.disk import explained
 from raytune_lora.tuning.disk import problems as disk_problems
-from raytune_lora.tuning.folder import JOURNAL, SweepFolder, address, create, held, reopen
+from raytune_lora.tuning.folder import CONFIG, JOURNAL, SweepFolder, address, create, held, reopen
 from raytune_lora.tuning.gauges import exported
 from raytune_lora.tuning.interrupt import Interrupts
 from raytune_lora.tuning.isolated import attempts
@@ -183,8 +183,8 @@ class Job:
         try:
             return list(attempts(self.pool.board, task))[-1]
         except TaskFailed as error:
-            if error.ended.status == DISK:
-                raise StorageError(error.ended.error) from error
+            if (halt := halting(error.ended.status, error.ended.error)) is not None:
+                raise halt from error
             raise JobFailed(f"the phase {name} failed: {error}; log: {folder / LOGS}") from error
 
 
@@ -271,13 +271,15 @@ def open_job(kind: str, cfg: SweepConfig, moved: Sequence[str], run: Callable[[J
             raise
         raise Passing(error.problems) from error  # when it began it was not refused: the config is not at fault
     folder = SweepFolder.of(cfg)
-    progress = Progress(folder.name, cfg.search.trials if kind == SWEEP else 1)
+    as_json = cfg.tracking.log is LogFormat.json
+    progress = Progress(folder.name, cfg.search.trials if kind == SWEEP else 1, as_json)
     with contextlib.ExitStack() as stack:
         stack.enter_context(progress.shown())
         if not fresh:
             stack.enter_context(explained(folder.path, f"go on with {typed('resume', folder.address)}"))
-        claim = None if fresh else stack.enter_context(held(folder, cfg.cluster.lease, progress.note))
         interrupts = stack.enter_context(Interrupts(progress.note))
+        own = partial(held, folder, cfg.cluster.lease, progress.note, interrupts.ask)
+        claim = None if fresh else stack.enter_context(own())
         began = time.monotonic()
         cache = Path(cfg.cache).expanduser().absolute()
         with progress.doing("preparing the model and the data"), explained(cache, "start it again"):
@@ -288,7 +290,7 @@ def open_job(kind: str, cfg: SweepConfig, moved: Sequence[str], run: Callable[[J
                 create(folder.path, cfg, kind, folder.uri)
             stack.enter_context(_not_kept(folder))
             stack.enter_context(explained(folder.path, f"go on with {typed('resume', folder.address)}"))
-            claim = stack.enter_context(held(folder, cfg.cluster.lease, progress.note))
+            claim = stack.enter_context(own())
         parts = None if claim is None else Parts(f"{folder.uri}/{JOURNAL}", claim.label, claim.check)
         journal = Journal(folder.journal, progress.watch, began, parts)
         data = {name: inputs.store.manifest[name] for name in ("content", "inputs")}
@@ -361,7 +363,10 @@ def _work(job: Job, run: Callable[[Job], None]) -> dict[str, Any]:
     groups = cfg.search.concurrent if job.kind == SWEEP else 1
     trials = cfg.search.trials if job.kind == SWEEP else 1
     with connected(cfg.cluster, name=job.folder.name), exported(cfg, job.folder, job.journal, trials):
-        pool = Pool(plain_run(cfg), job.folder.groups, groups, cfg.search.stalled, job.progress.note)
+        leave = partial(_leave_machine, job)
+        pool = Pool(
+            plain_run(cfg), job.folder.groups, groups, cfg.search.stalled, job.progress.note, leave, _marks(job)
+        )
         try:
             with pool:
                 job.pool = pool
@@ -377,6 +382,17 @@ def _work(job: Job, run: Callable[[Job], None]) -> dict[str, Any]:
                 ) from error
             raise
         return job.write_results()
+
+
+def _marks(job: Job) -> list[Path]:
+    """Files of folders that all nodes share, where they do not share a store."""
+    here = {job.folder.path / CONFIG: job.cfg.output, job.store.folder / MANIFEST: job.cfg.cache}
+    return [file for file, place in here.items() if storage.local_path(str(place)) is not None]
+
+
+def _leave_machine(job: Job) -> None:
+    job.progress.note("Ray is about to take this machine away; the job ends, to go on elsewhere")
+    job.interrupts.ask(KeyboardInterrupt())
 
 
 def _room(cfg: SweepConfig, shape: Shape, output: Path, kind: str) -> None:

@@ -1,8 +1,13 @@
-"""What people see while a sweep runs: one live table on a terminal, a line for each event elsewhere."""
+"""What is said while a sweep runs: a live table on a terminal, a line for each event elsewhere, or JSON for machines.
+
+Of the latter each line has ``time`` (seconds since 1970), ``clock`` (seconds of this sitting), ``sweep``, ``event`` and
+``message``: an event of the journal with all its facts, or ``note`` or ``doing``.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import json
 import math
 import re
 import sys
@@ -16,7 +21,7 @@ from rich.spinner import Spinner
 from rich.table import Table
 from rich.text import Text
 
-from raytune_lora.tuning.trials import Record, Trial
+from raytune_lora.tuning.trials import PAUSED, Record, Trial
 
 _COLOURS = {"completed": "green", "stopped": "yellow", "running": "cyan"}
 _SHOWN = 20  # trials in the live table
@@ -25,12 +30,14 @@ _SHOWN = 20  # trials in the live table
 class Progress:
     """Follows the journal."""
 
-    def __init__(self, title: str, total: int) -> None:
+    def __init__(self, title: str, total: int, as_json: bool = False) -> None:
         """
         Args:
             title: of the table.
             total: trials to be run.
+            as_json: print for machines.
         """
+        self._as_json = as_json
         self._console = Console(file=sys.stderr, highlight=False, markup=False, emoji=False)
         self._title = title
         self._total = total
@@ -44,21 +51,23 @@ class Progress:
         """Samples of a whole trial, once the data is known, and what was done before."""
         self._goal = goal
         self._record = record
+        if record.trials:
+            self.note(f"going on: {standing(record)}")
 
     def watch(self, event: dict[str, Any], record: Record) -> None:
         """Take a new event of the journal."""
         self._record = record
         if self._live is not None:
             self._live.update(self)
-        elif words := line(event, record):
-            self._console.print(f"{self._clock()} {words}", soft_wrap=True)
+        else:
+            self._say(line(event, record), event)
 
     @contextlib.contextmanager
     def doing(self, what: str) -> Iterator[None]:
         """Show what is being done for as long as it takes."""
         self._doing = what
         if self._live is None:
-            self._console.print(f"{self._clock()} {what}", soft_wrap=True)
+            self._say(what, {"event": "doing"})
         try:
             yield
         finally:
@@ -66,12 +75,20 @@ class Progress:
 
     def note(self, words: str) -> None:
         """Say something that stays, above the table where there is one."""
-        self._console.print(f"{self._clock()} {words}", soft_wrap=True)
+        self._say(words, {"event": "note"})
+
+    def _say(self, words: str, event: dict[str, Any]) -> None:
+        if self._as_json:
+            seconds = round(time.monotonic() - self._began, 3)
+            entry = {"time": time.time(), **event, "clock": seconds, "sweep": self._title, "message": words}
+            print(json.dumps(entry, ensure_ascii=False), file=sys.stderr, flush=True)
+        elif words:
+            self._console.print(f"{self._clock()} {words}", soft_wrap=True)
 
     @contextlib.contextmanager
     def shown(self) -> Iterator[Progress]:
         """Live on a terminal; lines elsewhere."""
-        if not self._console.is_terminal:
+        if self._as_json or not self._console.is_terminal:
             yield self
             return
         with Live(self, console=self._console, refresh_per_second=4, transient=False) as live:
@@ -158,7 +175,15 @@ def line(event: dict[str, Any], record: Record) -> str:
     if event["event"] == "trial_result":
         return f"trial {trial.trial_id}: validation loss {event['eval_loss']:.4f} after {event['samples_seen']} samples"
     why = f": {trial.error}" if trial.error else ""
-    return f"trial {trial.trial_id} {trial.status} after {trial.samples_seen} samples, {trial.seconds:.0f} s{why}"
+    ended = f"trial {trial.trial_id} {trial.status} after {trial.samples_seen} samples, {trial.seconds:.0f} s{why}"
+    return ended if trial.status == PAUSED else f"{ended}; {standing(record)}"
+
+
+def standing(record: Record) -> str:
+    """How many trials have ended, and the best of all."""
+    best = record.best()
+    found = "" if best is None else f", lowest validation loss {best.eval_loss:.4f} (trial {best.trial_id})"
+    return f"{record.ended} ended{found}"
 
 
 def _on(event: dict[str, Any], figure: str) -> str:
@@ -166,8 +191,8 @@ def _on(event: dict[str, Any], figure: str) -> str:
     return "" if rows is None else f" on {rows} rows"
 
 
-_ENDED = re.compile(r"trial (\d+) \w+ after \d+ samples")
-_MEASURED = re.compile(r"trial (\d+): validation loss (\d+\.\d+)")
+_STANDING = re.compile(r"\b(\d+) ended(?:, lowest validation loss (\d+\.\d+) \(trial (\w+)\))?$")
+_MEASURED = re.compile(r"trial (\w+): validation loss (\d+\.\d+) after")
 
 
 class Tally:
@@ -180,21 +205,27 @@ class Tally:
             log: printed so far.
         """
         self._total = total
-        self._ended: set[str] = set()
+        self._ended = 0
         self._losses: dict[str, float] = {}
         for words in log.splitlines():
             self.add(words)
 
     def add(self, words: str) -> None:
-        """Take a line in."""
-        if found := _ENDED.search(words):
-            self._ended.add(found[1])
+        """Take a line in, as people or machines are told."""
+        if words.startswith("{"):
+            with contextlib.suppress(ValueError):
+                words = str(json.loads(words).get("message"))
+        if found := _STANDING.search(words):
+            self._ended = int(found[1])
+            name, loss = found[3], found[2]
         elif found := _MEASURED.search(words):
-            self._losses[found[1]] = min(float(found[2]), self._losses.get(found[1], math.inf))
+            name, loss = found[1], found[2]
+        if found and name:
+            self._losses[name] = min(float(loss), self._losses.get(name, math.inf))
 
     def __str__(self) -> str:
         best = min(self._losses, key=lambda name: (self._losses[name], name), default=None)
-        shown = f"{len(self._ended)} of {self._total} trials ended"
+        shown = f"{self._ended} of {self._total} trials ended"
         return shown if best is None else f"{shown}, lowest validation loss {self._losses[best]:.4f} (trial {best})"
 
 

@@ -22,6 +22,7 @@ _OPERATIONS: dict[type[ast.operator], Callable[[float, float], float]] = {
 }
 _FUNCTIONS: dict[str, Callable[..., float]] = {"min": min, "max": max}
 _LEAST = 1e-12  # by how much a relation is broken that does not hold at all: Optuna takes what is above zero
+_LONGEST, _DEEPEST = 1000, 50  # characters, and operations within each other
 _ALLOWED = "keys, numbers, + - * /, min(…), max(…), and < <= > >= == between them"
 
 
@@ -65,9 +66,11 @@ def parse(text: str) -> Relation:
     Raises:
         Unreadable: it is none.
     """
+    if len(text) > _LONGEST:
+        raise Unreadable(f"it has {len(text):,} characters, and may have {_LONGEST}")
     try:
         tree = ast.parse(text, mode="eval").body
-    except (SyntaxError, ValueError, RecursionError) as error:
+    except (SyntaxError, ValueError, RecursionError, MemoryError) as error:  # the last: Python's own parser is full
         column = getattr(error, "offset", None) or len(text) + 1  # none where the text ends too early
         raise Unreadable(f"at character {column}: this is no comparison; it may have {_ALLOWED}") from error
     if not isinstance(tree, ast.Compare):
@@ -95,19 +98,21 @@ def problems(relation: Relation, cfg: RunConfig) -> list[str]:
     return list(dict.fromkeys(found))
 
 
-def _check(node: ast.expr) -> None:
+def _check(node: ast.expr, left: int = _DEEPEST) -> None:
     """See that an expression has nothing but what is allowed."""
+    if left == 0:
+        raise Unreadable(f"at character {node.col_offset + 1}: more than {_DEEPEST} operations stand within each other")
     if isinstance(node, ast.BinOp) and type(node.op) in _OPERATIONS:
-        _check(node.left)
-        _check(node.right)
+        _check(node.left, left - 1)
+        _check(node.right, left - 1)
     elif isinstance(node, ast.UnaryOp) and isinstance(node.op, (ast.USub, ast.UAdd)):
-        _check(node.operand)
+        _check(node.operand, left - 1)
     elif isinstance(node, ast.Call):
         named = isinstance(node.func, ast.Name) and node.func.id in _FUNCTIONS
         if not named or node.keywords or len(node.args) < 2:
             raise _refused(node)
         for argument in node.args:
-            _check(argument)
+            _check(argument, left - 1)
     elif isinstance(node, ast.Constant):
         if isinstance(node.value, bool) or not isinstance(node.value, (int, float)):
             raise _refused(node)

@@ -18,7 +18,7 @@ from rich.console import Console
 from raytune_lora import shadows
 from raytune_lora.cluster.bring import bring
 from raytune_lora.cluster.pack import LIMIT, collect, listing
-from raytune_lora.cluster.submit import Cluster, Submission, SweepJob, Unreachable, waits
+from raytune_lora.cluster.submit import Cluster, Forgotten, Submission, SweepJob, Unreachable, waits
 from raytune_lora.config.compose import compose
 from raytune_lora.config.groups import OWN, own_dir
 from raytune_lora.errors import UserError
@@ -44,6 +44,7 @@ class Options:
     stop: str | None = None
     status: str | None = None
     logs: str | None = None
+    all: bool = False  # list them
     dry_run: bool = False
     env: list[str] = field(default_factory=list)  # names of variables that go along
     driver_resource: str | None = None
@@ -65,13 +66,16 @@ def remote(options: Options, program: str) -> int:
         UserError: it cannot be done; nothing was started.
     """
     found = [name for name in (options.stop, options.status, options.logs) if name is not None]
-    if len(found) + (options.resume is not None) > 1:
-        raise UserError("--resume, --stop, --status and --logs: take one of them")
-    if found and options.overrides:
-        raise UserError(f"{options.overrides[0]}: --stop, --status and --logs take no overrides")
-    if not found:
+    if len(found) + (options.resume is not None) + options.all > 1:
+        raise UserError("--resume, --stop, --status, --logs and --list: take one of them")
+    if (found or options.all) and options.overrides:
+        raise UserError(f"{options.overrides[0]}: --stop, --status, --logs and --list take no overrides")
+    if not (found or options.all):
         return _submit(options, program)
     cluster = Cluster(options.address)
+    if options.all:
+        _list(cluster)
+        return 0
     job = cluster.get(found[0])
     if options.stop is not None:
         return _stop(cluster, job, program)
@@ -208,6 +212,10 @@ def _follow(cluster: Cluster, job: SweepJob, options: Options, program: str) -> 
     except KeyboardInterrupt:
         print(_way_back(cluster, job.name, program))
         return 0
+    except Forgotten as error:
+        print(f"{job.name}: {error}: its head was started again, and the sweep ended with it; {tally}")
+        print(f"to go on with it: {_again(cluster, job, program)}")
+        return 1
     print(f"results: {target}")
     if left:
         print(f"too big to be fetched: {', '.join(left)}; on the cluster: {job.facts['output']}")
@@ -245,6 +253,23 @@ def _in_short(job: SweepJob, tally: Tally) -> str:
     seconds = (job.finished or time.time()) - job.began
     why = f"; {job.message.strip().splitlines()[0]}" if job.status.value == "FAILED" and job.message.strip() else ""
     return f"{job.name}: {job.status.value.lower()}, {clock(max(0.0, seconds))}; {tally}{why}"
+
+
+def _again(cluster: Cluster, job: SweepJob, program: str) -> str:
+    """The command that goes on with a sweep of which the cluster knows nothing any more."""
+    facts = job.facts
+    options = [part for name in facts["env"] if name != OWN for part in ("--env", name)]
+    options += ["--driver-resource", facts["resource"]] if facts["resource"] else []
+    return f"{program} --resume {job.name} --address {cluster.address} {shlex.join([*facts['overrides'], *options])}"
+
+
+def _list(cluster: Cluster) -> None:
+    """All sweeps of the cluster, a line each, the newest first."""
+    jobs = cluster.sweeps()
+    for job in jobs:
+        print(_in_short(job, Tally(job.facts["trials"], cluster.log(job))))
+    if not jobs:
+        print(f"{cluster.address} knows of no sweep")
 
 
 def _way_back(cluster: Cluster, name: str, program: str) -> str:

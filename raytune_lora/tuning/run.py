@@ -7,8 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from raytune_lora.config.schema import SweepConfig
-from raytune_lora.errors import StorageError
-from raytune_lora.training.failures import DISK
+from raytune_lora.training.failures import halting
 from raytune_lora.training.task import TaskFailed
 from raytune_lora.tuning.isolated import train
 from raytune_lora.tuning.job import RUN, Job, open_job, plain_run
@@ -50,8 +49,8 @@ def _train(job: Job) -> None:
         for report in train(job.pool.board, name, plain_run(job.cfg), job.store, job.folder.trials):
             job.journal.report(name, report)
     except TaskFailed as failure:
-        if failure.ended.status == DISK:
-            raise StorageError(failure.ended.error) from failure
         status, error = failure.ended.status, failure.ended.error
+        if (halt := halting(status, error)) is not None:
+            raise halt from failure
     seconds = round(time.monotonic() - began, 3)
     job.journal.append("trial_ended", trial_id=name, status=status, error=error, seconds=seconds)

@@ -23,6 +23,7 @@ from raytune_lora.config.schema import SweepConfig
 from raytune_lora.config.search import DimensionKind, Sampler, Scheduler
 from raytune_lora.tuning import space as spaces
 from raytune_lora.tuning.at_rung import MOST
+from raytune_lora.tuning.cmaes import Cmaes
 from raytune_lora.tuning.constraints import Constraints
 from raytune_lora.tuning.gp import Gp
 from raytune_lora.tuning.tpe import Tpe
@@ -119,7 +120,7 @@ def _gp(cfg: SweepConfig, seed: int, trials: Sequence[FrozenTrial]) -> Own:
 
 def _cmaes(cfg: SweepConfig, seed: int, trials: Sequence[FrozenTrial]) -> Own:
     """CMA-ES on the numbers, TPE on the names. It begins in the middle of the space, so it needs no random start."""
-    return optuna.samplers.CmaEsSampler(
+    return Cmaes(
         independent_sampler=_tpe(cfg, seed),
         warn_independent_sampling=False,
         seed=seed,

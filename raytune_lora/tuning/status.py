@@ -193,7 +193,7 @@ def hints(status: Status) -> list[str]:
         if silent is not None and silent > _STALLED:
             found.append(
                 f"trial {trial.trial_id} has made no step for {silent / 60:.0f} minutes; its log is in "
-                f"{status.log(trial.trial_id)}; search.stalled=<seconds> ends such a trial"
+                f"{status.log(trial.trial_id)}; search.stalled=<seconds> has such a trial tried again"
             )
     return found
 

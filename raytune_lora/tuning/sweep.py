@@ -16,9 +16,8 @@ from ray.tune import RunConfig as TuneRunConfig
 
 from raytune_lora.config.schema import SweepConfig
 from raytune_lora.config.search import Scheduler
-from raytune_lora.errors import StorageError
-from raytune_lora.training.driver import this_node
-from raytune_lora.training.failures import DISK, FAILED, STOPPED
+from raytune_lora.training.driver import PROCESS_ENDED, this_node
+from raytune_lora.training.failures import FAILED, STOPPED, halting
 from raytune_lora.training.place import SAVE_AND_STOP, STOP
 from raytune_lora.tuning.budget import SPACE, Budget
 from raytune_lora.tuning.confirm import best_configurations, planned, ranked, train_runs
@@ -30,7 +29,7 @@ from raytune_lora.tuning.results import TRIALS
 from raytune_lora.tuning.scheduler import build, turns
 from raytune_lora.tuning.search import StudySearcher
 from raytune_lora.tuning.study import NAME_FILE, keep, open_study, pareto
-from raytune_lora.tuning.thrift import without_trackers
+from raytune_lora.tuning.thrift import without_credentials, without_trackers
 from raytune_lora.tuning.told import reconcile, refused, report, tell
 from raytune_lora.tuning.trials import COMPLETED, CONFIRM, PAUSED, RUNNING, Journal, Trial
 from raytune_lora.tuning.turns import TERMS
@@ -107,8 +106,8 @@ class _Halt:
 
     @property
     def why(self) -> BaseException | None:
-        if self._why is None and self._interrupts.asked:
-            self._why = KeyboardInterrupt()
+        if self._why is None:
+            self._why = self._interrupts.why
         return self._why
 
     def because(self, error: BaseException) -> None:
@@ -178,7 +177,7 @@ def _tune(job: Job, study: optuna.Study, interrupted: list[Trial], budget: Budge
     )
     job.interrupts.awaited = True
     try:
-        with warnings.catch_warnings(), without_trackers():
+        with warnings.catch_warnings(), without_trackers(), without_credentials():
             warnings.simplefilter("ignore")
             tuner.fit()
     finally:
@@ -241,8 +240,8 @@ class _Recorder(Callback):
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:
         known = self._journal.record.trials[trial.config["trial_id"]]
         status = trial.last_result.get("status", PAUSED if "until" in trial.config else STOPPED)
-        if status == DISK:
-            raise StorageError(trial.last_result["error"])
+        if (halt := halting(status, trial.last_result.get("error"))) is not None:
+            raise halt
         if status in (STOPPED, PAUSED) and known.last:  # it had come to its end when it was told to stop
             status = COMPLETED
         self._end(trial, status, trial.last_result.get("error"))
@@ -266,6 +265,8 @@ class _Recorder(Callback):
     @_halting
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:
         error = trial.get_pickled_error() or trial.get_error()
+        if isinstance(error, PROCESS_ENDED):
+            raise error  # of the process that reads of the trial's task, again and again
         self._end(trial, FAILED, str(error).strip().splitlines()[-1] if error else "the trial's process ended")
 
     def _end(self, trial: Any, status: str, error: str | None) -> None:

@@ -1,4 +1,4 @@
-"""What Tune spends on a trial that trains elsewhere, brought down."""
+"""What Tune spends on a trial that trains elsewhere, brought down, and what it hands on, kept back."""
 
 from __future__ import annotations
 
@@ -7,8 +7,11 @@ from collections.abc import Iterator
 from typing import Any
 
 from ray.air._internal import usage
+from ray.tune.execution import class_cache
 from ray.tune.experiment import Trial
 from ray.tune.schedulers import FIFOScheduler, TrialScheduler
+
+from raytune_lora.cluster.connect import ENVIRONMENT
 
 _ALL = 1_000_000  # more than there are trials at a time
 
@@ -24,6 +27,21 @@ def without_trackers() -> Iterator[None]:
         yield
     finally:
         usage.tag_callbacks = counting
+
+
+@contextlib.contextmanager
+def without_credentials() -> Iterator[None]:
+    """In which Tune gives the processes of its trials none of the driver's keys.
+
+    It would copy AWS_ACCESS_KEY_ID and its like into their runtime environment, which Ray writes into its logs. Those
+    processes have what their node's environment says, as all workers do.
+    """
+    names = class_cache.ENV_VARS_TO_PROPAGATE
+    class_cache.ENV_VARS_TO_PROPAGATE = names & ENVIRONMENT.keys()
+    try:
+        yield
+    finally:
+        class_cache.ENV_VARS_TO_PROPAGATE = names
 
 
 class Thrifty(TrialScheduler):

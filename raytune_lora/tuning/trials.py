@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from raytune_lora.names import checked
 from raytune_lora.training.failures import DIVERGED, FAILED, LOST, OOM, QUOTA, STOPPED
 from raytune_lora.tuning.parts import Parts
 
@@ -164,7 +165,7 @@ class Record:
         return found
 
     def _started(self, event: dict[str, Any]) -> None:
-        name = event["trial_id"]
+        name = checked(event["trial_id"], "the journal", deep=False)  # a trial's folder has its name
         trial = self.trials.get(name)
         if trial is None:
             given = {key: event[key] for key in ("confirms", "parent", "born", "replaces") if key in event}

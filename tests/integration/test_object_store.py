@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import http.client
 import json
 import os
 import secrets
@@ -25,6 +26,7 @@ import pytest
 from raytune_lora import storage
 from raytune_lora.artifacts import MANIFEST, build_once, read_manifest
 from raytune_lora.cache import Cache
+from raytune_lora.cluster.bring import bring
 from raytune_lora.config.compose import compose
 from raytune_lora.config.data import FakeDataConfig, FileDataConfig
 from raytune_lora.config.schema import TinyModelConfig
@@ -240,6 +242,20 @@ def test_another_content_replaces_a_folder(bucket: str, folder: Path, tmp_path: 
     storage.upload(folder, f"{bucket}/it")
     storage.download(f"{bucket}/it", tmp_path / "back")
     assert (tmp_path / "back" / "small").read_text() == "other"
+
+
+def test_a_key_that_leads_up_is_not_followed(bucket: str, proxy: s3.Proxy, tmp_path: Path) -> None:
+    """The server keeps keys as they are sent, and the client lists them so."""
+    connection = http.client.HTTPConnection("127.0.0.1", proxy.upstream, timeout=20)
+    for key in ("sweeps/mine/report.html", "sweeps/mine/best/../../../jobs/sweep.py", "jobs/sweep.py"):
+        connection.request("PUT", f"/{bucket.removeprefix('s3://')}/{key}", b"hostile")
+        assert connection.getresponse().read() == b""
+    connection.close()
+    (tmp_path / "jobs").mkdir()
+    (tmp_path / "jobs" / "sweep.py").write_text("mine")
+    with pytest.raises(UserError, match=r"'best/\.\./\.\./\.\./jobs/sweep\.py' is no name of a file in a folder"):
+        bring(None, "mine", {"output": f"{bucket}/sweeps/mine"}, tmp_path / "sweeps" / "mine")  # type: ignore[arg-type]
+    assert contents(tmp_path) == {"jobs/sweep.py": b"mine"}
 
 
 # ---------------------------------------------------------------------------------------------------------------- cache

@@ -7,7 +7,10 @@ import os
 import shutil
 import signal
 import subprocess
+import tempfile
+import time
 from pathlib import Path
+from secrets import token_hex
 from typing import Any
 
 import pytest
@@ -113,6 +116,26 @@ def test_a_trial_goes_on_from_what_is_whole_in_the_store(
 
 @pytest.mark.slow
 @pytest.mark.e2e
+def test_rays_logs_hold_no_key_of_the_store(bucket: str, monkeypatch: pytest.MonkeyPatch, cache: Path) -> None:
+    """Whoever sees a cluster's dashboard can read them; the trial reaches the store all the same."""
+    keys = {f"AWS_{name}": token_hex(16) for name in ("ACCESS_KEY_ID", "SECRET_ACCESS_KEY", "SESSION_TOKEN")}
+    for name, value in keys.items():
+        monkeypatch.setenv(name, value)
+    with tempfile.TemporaryDirectory(prefix="ray-", dir="/tmp") as folder:  # a short name, for Ray's sockets
+        monkeypatch.setenv("RAY_TMPDIR", folder)
+        finish(start("sweep", *SWEEP, "search.trials=1", f"output={bucket}/sweep", f"cache={cache}"))
+        files = [file for file in Path(folder).rglob("*") if file.is_file() and not file.is_symlink()]
+        assert any(file.name == "gcs_server.out" for file in files)
+        assert any(file.name.startswith("runtime_env") for file in files)
+        holding = {
+            f"{file.name}: {name}" for file in files for name, v in keys.items() if v.encode() in file.read_bytes()
+        }
+    assert holding == set()
+    assert [trial["status"] for trial in trials(storage.read(f"{bucket}/sweep/results.json"))] == ["completed"]
+
+
+@pytest.mark.slow
+@pytest.mark.e2e
 def test_a_sweep_that_is_killed_twice_goes_on_elsewhere(
     bucket: str, proxy: s3.Proxy, tmp_path: Path, cache: Path
 ) -> None:
@@ -172,3 +195,22 @@ def test_a_store_that_is_gone_halts_a_run_in_order(bucket: str, proxy: s3.Proxy,
     (trial,) = trials(storage.read(f"{uri}/results.json"))
     assert (trial["status"], trial["samples_seen"]) == ("completed", 480)
     assert len(events(uri, "trial_result")) > before
+
+
+@pytest.mark.slow
+@pytest.mark.e2e
+def test_a_store_that_falls_silent_is_noticed_while_nothing_is_written(
+    bucket: str, proxy: s3.Proxy, tmp_path: Path, cache: Path
+) -> None:
+    typed = (*SWEEP, "training.max_steps=20000", "evaluation.every=160000", f"cache={cache}")
+    process = start("sweep", *typed, f"output={bucket}/mine", f"cluster.node_cache={tmp_path / 'node'}")
+    wait_for(lambda: list((tmp_path / "node").rglob("trials/0000/logs/worker-0.log")) or process.poll() is not None)
+    began = time.monotonic()
+    proxy.faults += [s3.Fault("silent", method, times=10**6, seconds=300) for method in ("GET", "PUT", "POST", "HEAD")]
+    _, err = finish(process, status=1)
+    seconds = time.monotonic() - began
+    proxy.faults.clear()
+    nothing_left(process.pid)
+    assert "has taken no sign of life for 8 s (cluster.lease=10)" in err
+    assert "Traceback" not in err
+    assert seconds < 60, "five times a lease, with all that it takes to end"

@@ -18,7 +18,7 @@ import threading
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -27,6 +27,8 @@ from typing import Any
 import pytest
 import yaml
 
+from raytune_lora.cluster import submit
+from raytune_lora.cluster.pack import Package
 from raytune_lora.config.compose import compose
 from raytune_lora.tuning.folder import create
 from tests import k8s, readme
@@ -91,7 +93,11 @@ def cluster() -> Iterator[Cluster]:
     (home / "token").write_text(PLANTED["RAY_AUTH_TOKEN"])
     command = [RAY, "start", "--head", "--block", "--num-cpus=2", "--node-ip-address=127.0.0.1", f"--port={found.port}"]
     command += ["--dashboard-host=127.0.0.1", f"--dashboard-port={found.dashboard_port}", f"--temp-dir={home / 'ray'}"]
-    command += [f"--dashboard-agent-listen-port={free_port()}", "--object-store-memory=100000000"]
+    command += [
+        f"--dashboard-agent-listen-port={free_port()}",
+        "--object-store-memory=100000000",
+        '--resources={"driver": 2}',
+    ]
     environment = {**found.environment, **PLANTED, "OMP_NUM_THREADS": "1"}
     environment.pop("PYTHONPATH")  # what runs there is what was sent
     with (home / "head.log").open("w") as log:
@@ -321,6 +327,33 @@ def test_kuberay_retries_what_may_pass_and_not_what_was_refused(cluster: Cluster
     assert (status, "the job is stopped" in log) == ("FAILED", False)
 
 
+def test_drivers_take_turns_where_their_resource_is_short(
+    cluster: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two at a time on the node that has room for two; a small job beside them is not kept waiting."""
+    for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN_PATH"):
+        monkeypatch.setenv(name, cluster.environment[name])
+    package = tmp_path / "package.zip"
+    Package(readme.ROOT, [Path("Makefile")]).write(package)
+    there = submit.Cluster(cluster.dashboard)
+    names = ["turn-1", "turn-2", "turn-3"]
+    for name in names:
+        there.submit(submit.Submission(name, "sleep 300", [], "/nowhere", {}, "driver"), package)
+        if name != names[-1]:
+            wait_for(partial(is_at, there, name, "RUNNING"), 60)
+    assert there.run("beside", "echo here", "driver").strip().endswith("here")
+    assert is_at(there, names[2], "PENDING")
+    there.stop(there.get(names[0]))
+    wait_for(partial(is_at, there, names[2], "RUNNING"), 60)
+    for name in names[1:]:
+        there.stop(there.get(name))
+        wait_for(partial(is_at, there, name, "STOPPED"), 60)
+
+
+def is_at(there: submit.Cluster, name: str, status: str) -> bool:
+    return bool(there.get(name).status.value == status)
+
+
 def listed(path: str, cluster: Cluster) -> list[dict[str, Any]]:
     """What the state API lists, those that ended included."""
     token = {"Authorization": f"Bearer {PLANTED['RAY_AUTH_TOKEN']}"}
@@ -328,6 +361,13 @@ def listed(path: str, cluster: Cluster) -> list[dict[str, Any]]:
     with urllib.request.urlopen(request, timeout=20) as answer:
         found: list[dict[str, Any]] = json.load(answer)["data"]["result"]["result"]
     return found
+
+
+def forget(job: str, cluster: Cluster) -> None:
+    """Have the cluster know a job no more."""
+    token = {"Authorization": f"Bearer {PLANTED['RAY_AUTH_TOKEN']}"}
+    request = urllib.request.Request(f"{cluster.dashboard}/api/jobs/{job}", headers=token, method="DELETE")
+    urllib.request.urlopen(request, timeout=20).close()
 
 
 @pytest.fixture
@@ -354,8 +394,11 @@ def test_submitted_left_alone_stopped_and_resumed(
     arguments += ["training.global_batch=8", "evaluation.every=800", "scheduler=none"]
     there = ("--address", way.address)
 
+    # where Ray's own client would go, whatever address it is given
+    environment = cluster.environment | PASSED | {"RAY_API_SERVER_ADDRESS": "http://127.0.0.1:1"}
+
     def submit(*arguments: str) -> Job:
-        return Job("submit", *arguments, environment=cluster.environment | PASSED, project=project)
+        return Job("submit", *arguments, environment=environment, project=project)
 
     began = time.time()
     first = submit(*arguments)
@@ -374,12 +417,24 @@ def test_submitted_left_alone_stopped_and_resumed(
 
     wait_for(lambda: bool(events(sweep, "trial_result")))
     print(f"submit to first trial: {events(sweep, 'trial_started')[0]['time'] - began:.1f} s")
-    assert "mine: asked to stop" in submit(*there, "--stop", "mine").end()
-    assert "mine: stopped, " in submit(*there, "--logs", "mine").end(1)
+    follower, near = submit(*there, "--logs", "mine"), ("--address", cluster.dashboard)
+    follower.wait_for("trial 0000 started")
+    way.open = False
+    assert "mine: asked to stop" in submit(*near, "--stop", "mine").end()
+    assert "mine: stopped, " in submit(*near, "--logs", "mine").end(1)
+    assert "mine: stopped, " in submit(*near, "--list").end()
     assert len(events(sweep, "phase")) == 2  # prepare, baseline
+    forget("raytune-lora-mine.1", cluster)  # as a head does that is started again
+    assert submit(*near, "--list").end() == f"{cluster.dashboard} knows of no sweep\n"
+    way.open = True
+    lost = follower.end(1)
+    assert "its head was started again, and the sweep ended with it" in lost
+    assert "Traceback" not in lost
+    again = shlex.split(lost.rpartition("to go on with it: python jobs/submit.py ")[2])
 
-    said = submit(*there, "--resume", "mine").end(0)
-    assert "mine: submitted as job raytune-lora-mine.2" in said
+    said = submit(*again).end(0)
+    assert "mine: submitted as job raytune-lora-mine.1" in said
+    assert "going on: 0 ended, lowest validation loss " in said
     assert "mine: succeeded, " in said
     assert f"results: {got}\n" in said
     results = json.loads((got / "results.json").read_text())
@@ -412,10 +467,26 @@ def old_node(cluster: Cluster, folder: Path) -> Iterator[None]:
     init = folder / "old" / "raytune_lora" / "__init__.py"
     init.write_text(re.sub(r'__version__ = ".*"', '__version__ = "0.0.9"', init.read_text()))
     (folder / "old" / "sitecustomize.py").write_text("import raytune_lora\n")
-    command = [RAY, "start", "--block", f"--address=127.0.0.1:{cluster.port}", "--num-cpus=1"]
+    with node(cluster, folder, variables={"PYTHONPATH": str(folder / "old")}):
+        yield
+
+
+@contextlib.contextmanager
+def node(
+    cluster: Cluster, folder: Path, wrapped: Sequence[str] = (), variables: Mapping[str, str] | None = None
+) -> Iterator[None]:
+    """A node with one CPU that joins.
+
+    Args:
+        cluster: that it joins.
+        folder: in which it starts.
+        wrapped: command that starts it.
+        variables: of its environment.
+    """
+    command = [*wrapped, RAY, "start", "--block", f"--address=127.0.0.1:{cluster.port}", "--num-cpus=1"]
     command += ["--node-ip-address=127.0.0.1", f"--dashboard-agent-listen-port={free_port()}"]
-    environment = cluster.environment | {"PYTHONPATH": str(folder / "old")}
-    node = subprocess.Popen(
+    environment = cluster.environment | dict(variables or {})
+    process = subprocess.Popen(
         [*command, "--object-store-memory=80000000"],
         env=environment,
         cwd=folder,
@@ -424,12 +495,12 @@ def old_node(cluster: Cluster, folder: Path) -> Iterator[None]:
         stderr=subprocess.STDOUT,
     )
     try:
-        assert node.stdout is not None
-        next(line for line in node.stdout if b"Ray runtime started" in line)
+        assert process.stdout is not None
+        next(line for line in process.stdout if b"Ray runtime started" in line)
         yield
     finally:
-        os.killpg(node.pid, signal.SIGKILL)
-        node.wait(60)
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait(60)
 
 
 OLD = r"the node [\d.]+ has raytune-lora 0\.0\.9 \(source \w+\) \(the driver has 0\.1\.0 "
@@ -465,8 +536,30 @@ def test_a_node_with_another_version_that_joins_later_trains_nothing(
     sweep = Job("sweep", "experiment=tiny", *small, *folders, environment=there)
     sweep.wait_for("measuring the base model")  # and the third group waits for room
     with old_node(cluster, tmp_path):
-        sweep.wait_for("could not start: ")
+        sweep.wait_for("it is left out")
         said = sweep.end(0)
-    assert re.search(rf"group-\d-\d+-\d could not start: RuntimeError: {OLD}", said)
+    assert re.search(rf"{OLD}.*; it is left out", said)
+    assert said.count("left out") == 1
     results = json.loads((tmp_path / "mine" / "results.json").read_text())
     assert [trial["status"] for trial in results["trials"]] == ["completed"] * 2
+
+
+def test_a_node_without_the_storage_that_joins_later_trains_nothing(
+    cluster: Cluster, tmp_path: Path, cache: Path
+) -> None:
+    """There is an empty folder where all others have the sweep's."""
+    there = cluster.environment | {"RAY_ADDRESS": f"127.0.0.1:{cluster.port}"}
+    shared = tmp_path / "shared"
+    shared.mkdir()
+    small = ("search.trials=4", "search.concurrent=3", "cluster.autoscaler=true", "scheduler=none", *SMALL[:-1])
+    folders = (f"cache={cache}", f"output={shared / 'mine'}")
+    sweep = Job("sweep", "experiment=tiny", *small, *folders, environment=there)
+    sweep.wait_for("measuring the base model")
+    with node(
+        cluster, tmp_path, ("unshare", "--mount", "sh", "-c", f'mount -t tmpfs none {shared} && exec "$@"', "sh")
+    ):
+        sweep.wait_for("it is left out")
+        said = sweep.end(0)
+    assert re.search(rf"the node [\d.]+ does not see {shared}/mine/config.yaml as the driver wrote it", said)
+    results = json.loads((shared / "mine" / "results.json").read_text())
+    assert [trial["status"] for trial in results["trials"]] == ["completed"] * 4

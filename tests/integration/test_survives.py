@@ -120,9 +120,9 @@ def went_well(folder: Path, trials: int) -> dict[str, Any]:
     return results
 
 
-@pytest.fixture
-def cluster() -> Iterator[Any]:
-    """A head without CPUs that notices in two seconds that a machine is gone, and a way to add machines."""
+@pytest.fixture(params=[{}])
+def cluster(request: pytest.FixtureRequest) -> Iterator[Any]:
+    """A head, without CPUs unless asked for, that soon notices that a machine is gone, and a way to add machines."""
     from ray.cluster_utils import Cluster
 
     noticing = {
@@ -132,7 +132,7 @@ def cluster() -> Iterator[Any]:
         "health_check_timeout_ms": 1000,
     }
     memory = {"object_store_memory": 100 * 2**20}
-    head = {"num_cpus": 0, "include_dashboard": False, "_system_config": noticing, **memory}
+    head = {"num_cpus": 0, "include_dashboard": False, "_system_config": noticing, **memory, **request.param}
     found = Cluster(initialize_head=True, connect=False, head_node_args=head)
     found.add_machine = lambda: found.add_node(num_cpus=2, **memory)
     yield found
@@ -186,11 +186,30 @@ def test_machines_that_die_come_or_are_about_to_go(cluster: Any, tmp_path: Path,
     wait_for(lambda: not actors(cluster, "ImplicitFunc", "Board", "RayTrainWorker", "TrainController"), 60)
 
 
+@pytest.mark.parametrize("cluster", [{"num_cpus": 2}], indirect=True)
+def test_a_sweep_whose_own_machine_is_drained_goes_on_elsewhere(cluster: Any, tmp_path: Path, cache: Path) -> None:
+    """Driver and trials on one machine, which is about to be taken away: what runs is saved, and no trial ends."""
+    folder = tmp_path / "sweep"
+    where = ("search.trials=3", "search.concurrent=2", f"cluster.address={cluster.address}")
+    process = start("sweep", *SLOW, *where, f"output={folder}", f"cache={cache}")
+    at_work(folder, process, 2)
+    drain(cluster, cluster.head_node, seconds=90)
+    _, err = finish(process, status=130)
+    assert "Ray is about to take this machine away" in err
+    assert f"go on with resume={folder}" in err
+    assert not ended(folder)
+    for trial in ("0000", "0001"):
+        newest = sorted((folder / "trials" / trial).glob("checkpoint-*"))[-1]
+        assert newest.name == f"checkpoint-{len(losses(folder / 'trials' / trial)):08d}", "saved at its last step"
+    finish(start("sweep", f"resume={folder}", "cluster.address=local"))
+    went_well(folder, 3)
+
+
 def test_ctrl_c_once_saves_what_runs_and_twice_ends_at_once(tmp_path: Path, cache: Path) -> None:
     folder = tmp_path / "sweep"
     process = start("sweep", *SLOW, *ONE, "search.trials=2", "budget.hours=1", f"output={folder}", f"cache={cache}")
     at_work(folder, process)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(signal.SIGTERM)  # as a supervisor does; it counts as Ctrl-C
     _, err = finish(process, status=130)
     assert "ending in order" in err
     assert f"resume={folder}" in err

@@ -225,7 +225,7 @@ def test_a_task_that_hangs_ends_and_its_workers_are_named() -> None:
         await board.take("one", 0)
         assert await board.end_stalled(60) == []
         assert await board.end_stalled(-1) == ["worker"]
-        assert await board.next(("a", 0), 0) == Ended(FAILED, "no progress for -1 s")
+        assert await board.next(("a", 0), 0) == Ended(LOST, "no sign of life for -1 s")
         assert await board.end_stalled(-1) == [], "it is at nothing now"
 
     run(steps())

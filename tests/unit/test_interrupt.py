@@ -20,7 +20,7 @@ with Interrupts(lambda line: print(line, flush=True)) as interrupts:
     child = subprocess.Popen(["sleep", "60"], start_new_session=True)
     try:
         print(child.pid, flush=True)
-        while not interrupts.asked:
+        while interrupts.why is None:
             time.sleep(0.01)
         print("asked", flush=True)
         time.sleep(60)
@@ -47,9 +47,12 @@ def test_once_it_ends_in_order_and_twice_at_once_with_all_it_started(
     process, child, heard = waiting
     assert process.stdout is not None
     process.send_signal(number)
-    assert "Ctrl-C again ends at once" in process.stdout.readline()
+    assert "ends at once" in process.stdout.readline()
     assert process.stdout.readline() == f"{heard}\n"
     assert psutil.pid_exists(child)
+    os.kill(process.pid, signal.SIGTERM)  # a supervisor may ask again: what runs is being saved
+    with pytest.raises(subprocess.TimeoutExpired):
+        process.wait(timeout=0.5)
     began = time.monotonic()
     os.kill(process.pid, signal.SIGINT)
     assert process.wait(timeout=10) == 130
@@ -58,3 +61,20 @@ def test_once_it_ends_in_order_and_twice_at_once_with_all_it_started(
     while psutil.pid_exists(child) and psutil.Process(child).status() != psutil.STATUS_ZOMBIE:
         assert time.monotonic() < deadline, "what it had started is still there"
         time.sleep(0.01)
+
+
+ASKING = """
+import threading, time
+from raytune_lora.tuning.interrupt import Interrupts
+with Interrupts(lambda line: print(line, flush=True)) as interrupts:
+    threading.Timer(0.2, interrupts.ask, [RuntimeError("the store is gone")]).start()
+    try:
+        time.sleep(60)
+    except RuntimeError as error:
+        print("raised:", error, flush=True)
+"""
+
+
+def test_a_thread_that_finds_a_reason_ends_the_job_in_order() -> None:
+    done = subprocess.run([sys.executable, "-c", ASKING], capture_output=True, text=True, timeout=20, check=True)
+    assert done.stdout == "ending in order: Ctrl-C ends at once\nraised: the store is gone\n"

@@ -27,6 +27,7 @@ LAYERS = [
     {"cache", "working_copy"},
     {"storage"},
     {"artifacts", "network", "shadows"},
+    {"names"},
     {"errors"},
 ]
 LEVEL = {room: level for level, rooms in enumerate(LAYERS) for room in rooms}
@@ -55,6 +56,7 @@ NO_RAY = (
     "planning",
     "report",
     "errors",
+    "names",
     "shadows",
     "network",
     "artifacts",

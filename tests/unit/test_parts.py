@@ -175,6 +175,20 @@ def test_a_dead_driver_is_given_up_and_stops_by_itself(uri: str) -> None:
     second.release()
 
 
+def test_a_driver_hears_of_a_silent_store_without_asking(uri: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    found: list[Exception] = []
+    claim = Claim(uri, "first", LEASE, lambda _line: None, found.append)
+    claim.take()
+    time.sleep(LEASE)
+    assert not found
+    monkeypatch.setattr(storage, "write", lambda *_: time.sleep(3 * LEASE))
+    time.sleep(LEASE)
+    assert "has taken no sign of life" in str(found[0])
+    time.sleep(LEASE)
+    assert len(found) == 1
+    claim.release()
+
+
 def test_a_driver_that_died_in_the_same_working_copy_need_not_be_waited_for(uri: str) -> None:
     first = taken(uri)
     first._ending.set()

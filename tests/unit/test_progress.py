@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import io
+import json
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 from rich.console import Console
 
-from raytune_lora.tuning.progress import Progress
+from raytune_lora.tuning.progress import Progress, Tally
 from raytune_lora.tuning.trials import Journal
 
 RESULT = {
@@ -77,7 +79,7 @@ def test_a_trial_has_a_line_for_each_event(tmp_path: Path, capsys: pytest.Captur
     assert capsys.readouterr().err.splitlines() == [
         "0:00 trial 0003 started: r=16, learning_rate=0.000123, target_modules=['q_proj', 'v_proj']",
         "0:00 trial 0003: validation loss 1.2346 after 16 samples",
-        "0:00 trial 0003 completed after 16 samples, 7 s",
+        "0:00 trial 0003 completed after 16 samples, 7 s; 1 ended, lowest validation loss 1.2346 (trial 0003)",
     ]
 
 
@@ -87,8 +89,24 @@ def test_a_failure_is_told_in_full_whatever_it_holds(
 ) -> None:
     progress, journal = followed(tmp_path)
     tell(journal, "0000", status="oom", error=error)
-    assert capsys.readouterr().err.splitlines()[-1] == f"0:00 trial 0000 oom after 0 samples, 7 s: {error}"
+    assert capsys.readouterr().err.splitlines()[-1] == f"0:00 trial 0000 oom after 0 samples, 7 s: {error}; 1 ended"
     assert "oom" in table(progress)
+
+
+def test_machines_are_told_in_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    progress = Progress("mine", 4, as_json=True)
+    journal = Journal(tmp_path / "journal.jsonl", progress.watch)
+    with progress.shown(), progress.doing("running trials"):
+        tell(journal, "0003", status="oom", error='no "luck"\n길')
+        progress.note("ending in order")
+    lines = capsys.readouterr().err.splitlines()
+    told = [json.loads(words) for words in lines]
+    assert [line["event"] for line in told] == ["doing", "trial_started", "trial_ended", "note"]
+    assert all(line["sweep"] == "mine" and abs(line["time"] - time.time()) < 60 for line in told)
+    ended = next(line for line in told if line["event"] == "trial_ended")
+    assert (ended["trial_id"], ended["error"]) == ("0003", 'no "luck"\n길')
+    assert ended["message"].startswith('trial 0003 oom after 0 samples, 7 s: no "luck"')
+    assert str(Tally(4, "\n".join(lines))) == "1 of 4 trials ended"
 
 
 def test_what_is_being_done_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -12,6 +12,7 @@ import pytest
 
 from raytune_lora.cli import main
 from raytune_lora.cluster import bring
+from raytune_lora.cluster.addresses import dashboard
 from raytune_lora.errors import UserError
 from raytune_lora.tuning.progress import Progress, Tally
 from raytune_lora.tuning.trials import Journal
@@ -73,8 +74,8 @@ def test_what_would_be_sent(here: Path, capsys: pytest.CaptureFixture[str]) -> N
         (("output=/s/a", "--env", "NOT_SET_HERE"), "--env NOT_SET_HERE: no such variable is set here"),
         (("output=/s/a", "--env", f"HF_TOKEN={TOKEN}"), "--env takes the name of a variable that is set here"),
         (("output=/s/a", f"tracking.project={TOKEN}"), "tracking.project: a secret in the command would be shown"),
-        (("output=/s/a", "--stop", "a"), "output=/s/a: --stop, --status and --logs take no overrides"),
-        (("--stop", "a", "--logs", "b"), "--resume, --stop, --status and --logs: take one of them"),
+        (("output=/s/a", "--stop", "a"), "output=/s/a: --stop, --status, --logs and --list take no overrides"),
+        (("--stop", "a", "--logs", "b"), "--resume, --stop, --status, --logs and --list: take one of them"),
     ],
 )
 def test_what_is_refused(arguments: tuple[str, ...], said: str, here: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -109,6 +110,32 @@ def test_no_dashboard(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
         assert f"error: {said}" in capsys.readouterr().err
 
 
+def test_a_cluster_by_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An address that is given counts more than those in the environment, where Ray's own client prefers these."""
+    monkeypatch.setenv("RAY_API_SERVER_ADDRESS", "http://other:8265")
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path))
+    assert dashboard(None) == "http://other:8265"
+    assert [dashboard(a) for a in ("http://h:1", "h:1", "localhost", "10.0.0.1")] == [
+        *["http://h:1"] * 2,
+        "http://localhost",
+        "http://10.0.0.1",
+    ]
+    with pytest.raises(
+        UserError, match=r"--address lab: no cluster of that name is in .*clusters.yaml \(there is none\)"
+    ):
+        dashboard("lab")
+    (tmp_path / "raytune-lora").mkdir()
+    clusters = tmp_path / "raytune-lora" / "clusters.yaml"
+    clusters.write_text("lab: http://lab:8265\nprod: https://ray.example.org\n")
+    assert dashboard("prod") == "https://ray.example.org"
+    with pytest.raises(UserError, match=r"there are: lab, prod"):
+        dashboard("dev")
+    for wrong in ("- lab", "lab: 5", "lab: {", "lab"):
+        clusters.write_text(wrong)
+        with pytest.raises(UserError, match="name: URL"):
+            dashboard("lab")
+
+
 def test_the_tally_is_that_of_the_journal(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     journal = Journal(tmp_path / "journal.jsonl", Progress("mine", 8).watch)
     for number, status in enumerate(["completed", "stopped", "failed", "oom", None]):
@@ -119,6 +146,9 @@ def test_the_tally_is_that_of_the_journal(tmp_path: Path, capfd: pytest.CaptureF
             journal.append("trial_ended", trial_id=trial_id, status=status, error="out of memory", seconds=1.0)
     assert str(Tally(8, capfd.readouterr().err)) == "4 of 8 trials ended, lowest validation loss 1.6000 (trial 0004)"
     assert str(Tally(8)) == "0 of 8 trials ended"
+
+    Progress("mine", 8).know(64, journal.record)  # as where a sweep goes on, whose first job's log is another
+    assert str(Tally(8, capfd.readouterr().err)) == "4 of 8 trials ended, lowest validation loss 1.6000 (trial 0004)"
 
 
 # ------------------------------------------------------------------------------------------------------------- results
