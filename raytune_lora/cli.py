@@ -185,7 +185,7 @@ def _submit(arguments: list[str], program: str) -> int:
     parser.add_argument("--dry-run", action="store_true", help="check, and show what would go along, with sizes")
     parser.add_argument("--env", metavar="VARIABLE", action="append", default=[], help="pass it on (HF_TOKEN); repeat")
     parser.add_argument(
-        "--driver-resource", metavar="NAME", help="run the driver where this resource is; else the head"
+        "--driver-resource", metavar="NAME", help="run the driver where one of this is free; else on the head"
     )
     parser.add_argument("--limit", type=int, default=100, metavar="MB", help="of what goes along (default: 100)")
     parser.add_argument("--to", metavar="FOLDER", help="for report, results and adapter (default: sweeps/<name>)")

@@ -7,6 +7,7 @@ import subprocess
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 import yaml
@@ -19,6 +20,7 @@ _FOUND = sorted(K8S.rglob("kustomization.yaml"))
 APPLIED = [  # what a user applies; components and steps of an overlay are rendered with what uses them
     path.parent.relative_to(K8S).as_posix() for path in _FOUND if "kubectl apply" in path.read_text()
 ]
+SPACES = [folder for folder in APPLIED if Path(folder).name == "namespace"]  # what sweeps share, before the first one
 _UNITS = {"m": 1e-3, "Ki": 2**10, "Mi": 2**20, "Gi": 2**30, "Ti": 2**40, "": 1.0}
 
 
@@ -66,6 +68,19 @@ def _rendered(folder: str) -> list[Object]:
 def render(folder: str) -> list[Object]:
     """All objects of a kustomization below k8s/."""
     return copy.deepcopy(_rendered(folder))
+
+
+def together(folder: str, space: str | None = None) -> list[Object]:
+    """The objects of a sweep or cluster with those of the namespace that it is applied to.
+
+    Args:
+        folder: of the sweep.
+        space: of the namespace; None: the overlay's own, or the one that most share.
+    """
+    if folder in SPACES or folder.endswith("queues"):
+        return render(folder)
+    own = f"{folder}/namespace"
+    return render(space or (own if own in SPACES else "namespace")) + render(folder)
 
 
 def kind(objects: list[Object], *names: str) -> list[Object]:

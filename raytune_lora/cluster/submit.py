@@ -30,7 +30,8 @@ _TIMES = (5.0, 60.0)  # seconds to connect, and between two bytes of an answer: 
 _WAITS = (1.0, 30.0)  # seconds before the first and the later tries to reach the dashboard again
 # Ctrl-C, at which a sweep ends in order, rather than an end after three seconds; read by Ray where the driver starts
 _STOPPING = {"RAY_JOB_STOP_SIGNAL": "SIGINT", "RAY_JOB_STOP_WAIT_TIME_S": "120"}
-_SHARE = 0.001  # of a custom resource: it says where a driver runs, not how many may
+# of a custom resource: it says where drivers run, and how many at once; a little is left for small jobs beside them
+_DRIVER, _SMALL = 0.99, 0.001
 
 T = TypeVar("T")
 
@@ -44,7 +45,7 @@ class Submission:
     overrides: list[str]  # as typed, to resume by
     output: str  # the sweep's folder, as the cluster sees it
     env: dict[str, str]  # secrets among them: they go into the driver's and the workers' environment
-    resource: str | None = None  # custom resource of the nodes that may run the driver; None: the head
+    resource: str | None = None  # custom resource of the nodes that may run the driver, which takes one; None: the head
     trials: int = 0
 
 
@@ -139,7 +140,7 @@ class Cluster:
         metadata = {_PREFIX: sweep.name, "facts": json.dumps(facts)}
         job_id = f"{_PREFIX}-{sweep.name}.{number}"
         try:
-            self._start(job_id, sweep.entrypoint, environment, metadata, sweep.resource)
+            self._start(job_id, sweep.entrypoint, environment, metadata, _share(sweep.resource, _DRIVER))
         except UserError as error:
             if "already exists" in str(error):  # another took the same number at the same moment
                 raise UserError(_twice(sweep.name, "pending")) from None
@@ -153,7 +154,7 @@ class Cluster:
             UserError: it failed.
         """
         job_id = f"{_PREFIX}-{name}-{time.time_ns()}"
-        self._start(job_id, entrypoint, {}, {}, resource)
+        self._start(job_id, entrypoint, {}, {}, _share(resource, _SMALL))
         while not (status := self.patiently(lambda: self._client.get_job_status(job_id))).is_terminal():
             time.sleep(_WAITS[0])
         log: str = self.patiently(lambda: self._client.get_job_logs(job_id))
@@ -226,7 +227,7 @@ class Cluster:
         entrypoint: str,
         environment: Mapping[str, Any],
         metadata: Mapping[str, str],
-        resource: str | None,
+        resources: dict[str, float] | None,
     ) -> None:
         try:
             self._ask(
@@ -236,7 +237,7 @@ class Cluster:
                     runtime_env=dict(environment),
                     metadata=dict(metadata),
                     entrypoint_num_cpus=0,
-                    entrypoint_resources=None if resource is None else {resource: _SHARE},
+                    entrypoint_resources=resources,
                 )
             )
         except Unreachable as error:
@@ -258,6 +259,10 @@ class Cluster:
             if "status code 404" in str(error):
                 raise Forgotten(f"{self.address} knows of no such job") from None
             raise UserError(f"{self.address}: {str(error).strip().splitlines()[-1]}") from error
+
+
+def _share(resource: str | None, share: float) -> dict[str, float] | None:
+    return None if resource is None else {resource: share}
 
 
 @contextlib.contextmanager

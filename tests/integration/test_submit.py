@@ -25,8 +25,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
-from tests import readme
+from raytune_lora.cluster import submit
+from raytune_lora.cluster.pack import Package
+from raytune_lora.config.compose import compose
+from raytune_lora.tuning.folder import create
+from tests import k8s, readme
 
 pytestmark = [pytest.mark.slow, pytest.mark.e2e, pytest.mark.timeout(400)]
 
@@ -88,7 +93,11 @@ def cluster() -> Iterator[Cluster]:
     (home / "token").write_text(PLANTED["RAY_AUTH_TOKEN"])
     command = [RAY, "start", "--head", "--block", "--num-cpus=2", "--node-ip-address=127.0.0.1", f"--port={found.port}"]
     command += ["--dashboard-host=127.0.0.1", f"--dashboard-port={found.dashboard_port}", f"--temp-dir={home / 'ray'}"]
-    command += [f"--dashboard-agent-listen-port={free_port()}", "--object-store-memory=100000000"]
+    command += [
+        f"--dashboard-agent-listen-port={free_port()}",
+        "--object-store-memory=100000000",
+        '--resources={"driver": 2}',
+    ]
     environment = {**found.environment, **PLANTED, "OMP_NUM_THREADS": "1"}
     environment.pop("PYTHONPATH")  # what runs there is what was sent
     with (home / "head.log").open("w") as log:
@@ -250,6 +259,99 @@ def test_submitted_by_ray_and_no_secret_is_written(
     assert names["Board"] == "mine board"
     assert names["RayTrainWorker"] == "mine group 0"
     assert names["ImplicitFunc"] == "mine trials"
+
+
+@dataclass(frozen=True)
+class RayJob:
+    """A job as KubeRay submits it: what its submitter runs, with this cluster's address and this checkout."""
+
+    cluster: Cluster
+    id: str
+    own: Path  # the user's config groups
+    folder: Path
+
+    def run(self, manifest: dict[str, Any], *overrides: str) -> tuple[str, str]:
+        """Its status at the end, and what the submitter shows."""
+        environment = {**self.cluster.environment, "SWEEP": self.id}
+        runtime = yaml.safe_load(manifest["runtimeEnvYAML"])
+        runtime["env_vars"] |= {"RAYTUNE_LORA_CONF": str(self.own), "PYTHONPATH": str(readme.ROOT)}
+        entrypoint = manifest["entrypoint"].replace("/app/", f"{readme.ROOT}/").replace("/shared/", f"{self.folder}/")
+        job = [RAY, "job", "submit", "--address", self.cluster.dashboard, "--no-wait", "--submission-id", self.id]
+        job += ["--runtime-env-json", json.dumps(runtime), "--", *shlex.split(entrypoint), *overrides]
+        job = [argument.replace("$SWEEP", self.id) for argument in job]
+        subprocess.run(job, env=environment, capture_output=True, timeout=100, check=True)
+        follow = [RAY, "job", "logs", "--address", self.cluster.dashboard, "--follow", self.id]
+        followed = subprocess.run(follow, env=environment, capture_output=True, text=True, timeout=200, check=False)
+        assert followed.returncode == 0, followed.stderr  # or the submitter's Job fails, and the RayJob with it
+        facts = job_facts(self.cluster, self.id)
+        wait_for(lambda: job_facts(self.cluster, self.id)["status"] not in ("PENDING", "RUNNING"), 30)
+        facts = job_facts(self.cluster, self.id)
+        return facts["status"], followed.stdout
+
+
+def job_facts(cluster: Cluster, name: str) -> dict[str, Any]:
+    token = {"Authorization": f"Bearer {PLANTED['RAY_AUTH_TOKEN']}"}
+    with urllib.request.urlopen(
+        urllib.request.Request(f"{cluster.dashboard}/api/jobs/{name}", headers=token), timeout=20
+    ) as answer:
+        found: dict[str, Any] = json.load(answer)
+    return found
+
+
+@pytest.mark.skipif(shutil.which("kubectl") is None, reason="kubectl, which renders k8s/, is not installed")
+def test_kuberay_retries_what_may_pass_and_not_what_was_refused(cluster: Cluster, tmp_path: Path, cache: Path) -> None:
+    """It retries a job that has failed, and none that was stopped."""
+    (manifest,) = k8s.jobs(k8s.render("base"))
+    own = tmp_path / "own"
+    (own / "experiment").mkdir(parents=True)
+    sweep = own / "experiment" / "sweep.yaml"
+    sweep.write_text("# @package _global_\ndefaults: [tiny]\nsearch: {trails: 3}\n")
+    status, log = RayJob(cluster, "sweep-typo", own, tmp_path).run(manifest)
+    assert f"error: {sweep}: search.trails: unknown key. Did you mean search.trials" in log
+    assert (status, "the job is stopped, so that nobody tries again" in log) == ("STOPPED", True)
+    assert "Traceback" not in log
+    sweep.write_text("# @package _global_\ndefaults: [tiny, {override /data: file}]\ndata: {path: /nowhere/my.jsonl}\n")
+    status, log = RayJob(cluster, "sweep-data", own, tmp_path).run(manifest)
+    assert "/nowhere/my.jsonl" in log
+    assert status == "STOPPED"
+    assert not (tmp_path / "sweeps").exists()
+
+    sweep.write_text("# @package _global_\ndefaults: [tiny]\n")
+    cfg = compose(["experiment=tiny", f"output={tmp_path / 'sweeps' / 'sweep-busy'}", f"cache={tmp_path / 'cache'}"])
+    lock = create(tmp_path / "sweeps" / "sweep-busy", cfg, "sweep").lock()
+    try:
+        status, log = RayJob(cluster, "sweep-busy", own, tmp_path).run(manifest)
+    finally:
+        lock.release()
+    assert "error: output: another process is working in" in log
+    assert (status, "the job is stopped" in log) == ("FAILED", False)
+
+
+def test_drivers_take_turns_where_their_resource_is_short(
+    cluster: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two at a time on the node that has room for two; a small job beside them is not kept waiting."""
+    for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN_PATH"):
+        monkeypatch.setenv(name, cluster.environment[name])
+    package = tmp_path / "package.zip"
+    Package(readme.ROOT, [Path("Makefile")]).write(package)
+    there = submit.Cluster(cluster.dashboard)
+    names = ["turn-1", "turn-2", "turn-3"]
+    for name in names:
+        there.submit(submit.Submission(name, "sleep 300", [], "/nowhere", {}, "driver"), package)
+        if name != names[-1]:
+            wait_for(partial(is_at, there, name, "RUNNING"), 60)
+    assert there.run("beside", "echo here", "driver").strip().endswith("here")
+    assert is_at(there, names[2], "PENDING")
+    there.stop(there.get(names[0]))
+    wait_for(partial(is_at, there, names[2], "RUNNING"), 60)
+    for name in names[1:]:
+        there.stop(there.get(name))
+        wait_for(partial(is_at, there, name, "STOPPED"), 60)
+
+
+def is_at(there: submit.Cluster, name: str, status: str) -> bool:
+    return bool(there.get(name).status.value == status)
 
 
 def listed(path: str, cluster: Cluster) -> list[dict[str, Any]]:

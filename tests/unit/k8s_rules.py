@@ -4,14 +4,22 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from itertools import pairwise
 from typing import Any
 
+import yaml
+
+from raytune_lora.cluster.pack import LIMIT
+from raytune_lora.cluster.withdraw import REFUSED
 from tests.k8s import ROOT, Object, Pod, autoscaled, clusters, jobs, kind, pods, quantity, workers
 
 _LONGEST = {"RayCluster": 53, "RayJob": 47, "RayCronJob": 36}
 _MODES = ("K8sJobMode", "HTTPMode", "InteractiveMode", "SidecarMode")
 _SPOT = {"cloud.google.com/gke-spot", "eks.amazonaws.com/capacityType", "karpenter.sh/capacity-type"}
+_STOPPING = {"RAY_JOB_STOP_SIGNAL": "SIGINT", "RAY_JOB_STOP_WAIT_TIME_S": "120"}
+_ENDING = 1800  # seconds that the best model takes to be measured
+_DAY = 86400
+_LARGEST = 500 * 2**20  # bytes of a working folder that Ray takes
+_WRITTEN = 3.2  # times its size: what Redis takes while it is handed a working folder, as measured
 _SECRET = re.compile(r"token|password|secret|api_key", re.IGNORECASE)
 
 
@@ -102,45 +110,31 @@ def deadlines(objects: list[Object]) -> Iterator[str]:
             yield "SidecarMode has no submitter of its own"
         if not 0 < job.get("preRunningDeadlineSeconds", 0) < job.get("activeDeadlineSeconds", 0):
             yield "preRunningDeadlineSeconds and activeDeadlineSeconds: both, the second longer"
+        total = _hours(objects, job) * 3600
+        if not 0 < total <= job.get("activeDeadlineSeconds", 0) - job.get("preRunningDeadlineSeconds", 0) - _ENDING:
+            yield f"budget.wall_hours={total / 3600:g}: the driver ends a sweep in order before KubeRay ends an attempt"
+        environment = yaml.safe_load(job.get("runtimeEnvYAML", "{}")).get("env_vars", {})
+        if environment != {REFUSED: "stopped", **_STOPPING}:
+            yield "runtimeEnvYAML: a job that is refused is stopped, and one that is stopped ends in order"
         if job.get("backoffLimit", 0) < 1 or "resume=auto" not in job["entrypoint"]:
             yield "a cluster that is lost must be retried, and the retry resume"
         if mode == "InteractiveMode" or "clusterSelector" in job:
             yield "backoffLimit is refused with InteractiveMode and clusterSelector"
+    for item in kind(objects, "RayCronJob"):
+        job = item["spec"]["jobTemplate"]
+        waits = (1 + job.get("backoffLimit", 0)) * job.get("preRunningDeadlineSeconds", 0)
+        longest = waits + _hours(objects, job) * 3600 + job.get("activeDeadlineSeconds", 0)
+        if longest >= _DAY or not re.fullmatch(r"\d+ \d+ \* \* [*\d,-]+", item["spec"]["schedule"]):
+            yield f"a night's sweep may take {longest / 3600:g} hours, and KubeRay starts the next one whatever runs"
 
 
 def deletion(objects: list[Object]) -> Iterator[str]:
-    """KubeRay's rules about what ends with a job, those of its CEL expressions too."""
+    """Whatever becomes of a job, its GPUs are let go soon: rules of a deletionStrategy know no job that was stopped."""
     for job in jobs(objects):
-        shutdown, strategy = job.get("shutdownAfterJobFinishes", False), job.get("deletionStrategy")
-        rules = (strategy or {}).get("deletionRules", [])
-        if job.get("ttlSecondsAfterFinished", 0) > 0 and not shutdown:
-            yield "ttlSecondsAfterFinished needs shutdownAfterJobFinishes"
-        if job.get("suspend") and not shutdown:
-            yield "suspend needs shutdownAfterJobFinishes"
-        if bool(rules) == shutdown:
-            yield "either deletionRules or shutdownAfterJobFinishes"
-        if strategy is not None:
-            legacy = {"onSuccess", "onFailure"} & set(strategy)
-            if (legacy and rules) or (len(legacy) != 2 and not rules):
-                yield "deletionStrategy: either both onSuccess and onFailure, or deletionRules"
-        stages: dict[tuple[str, str], dict[str, int]] = {}
-        for rule in rules:
-            when = {
-                key: rule["condition"][key] for key in ("jobStatus", "jobDeploymentStatus") if key in rule["condition"]
-            }
-            if len(when) != 1:
-                yield f"deletionRules: a condition with {len(when)} states"
-                continue
-            stage = stages.setdefault(*when.items(), {})
-            if rule["policy"] in stage:
-                yield f"deletionRules: {rule['policy']} twice at one state"
-            stage[rule["policy"]] = rule["condition"].get("ttlSeconds", 0)
-            if rule["policy"] == "DeleteWorkers" and autoscaled(job["rayClusterSpec"]):
-                yield "DeleteWorkers is refused with an autoscaler"
-        for stage in stages.values():
-            ttls = [stage[p] for p in ("DeleteWorkers", "DeleteCluster", "DeleteSelf") if p in stage]
-            if any(first > second for first, second in pairwise(ttls)):
-                yield "deletionRules: the cluster is deleted before its workers, or the job before its cluster"
+        if "deletionStrategy" in job or not job.get("shutdownAfterJobFinishes"):
+            yield "a job that is stopped keeps its cluster: shutdownAfterJobFinishes, and no deletionStrategy"
+        if not 0 < job.get("ttlSecondsAfterFinished", 0) <= 300:
+            yield "ttlSecondsAfterFinished: a few minutes, in which GPUs are idle"
     for item in kind(objects, "RayJob", "RayCluster"):
         if item["spec"].get("managedBy", "ray.io/kuberay-operator") not in (
             "ray.io/kuberay-operator",
@@ -188,7 +182,9 @@ def memory(objects: list[Object]) -> Iterator[str]:
 
 def storage(objects: list[Object]) -> Iterator[str]:
     """Head and workers see the shared volume at the same path, and the commands write there."""
-    claims = {item["metadata"]["name"]: item for item in kind(objects, "PersistentVolumeClaim")}
+    claims, maps = (
+        {item["metadata"]["name"] for item in kind(objects, name)} for name in ("PersistentVolumeClaim", "ConfigMap")
+    )
     for pod in pods(objects):
         volumes = {volume["name"]: volume for volume in pod.spec["volumes"]}
         used = {m["mountPath"]: volumes[m["name"]].get("persistentVolumeClaim") for m in pod.main["volumeMounts"]}
@@ -198,6 +194,8 @@ def storage(objects: list[Object]) -> Iterator[str]:
         for volume in pod.spec["volumes"]:
             if (claim := volume.get("persistentVolumeClaim")) and claim["claimName"] not in claims:
                 yield f"{pod.role}: there is no claim {claim['claimName']}"
+            if (config := volume.get("configMap")) and config["name"] not in maps:
+                yield f"{pod.role}: there is no ConfigMap {config['name']}"
     for job in jobs(objects):
         for key in ("output", "cache"):
             if not re.search(rf"\b{key}=(/shared/|s3://|gs://)", job["entrypoint"]):
@@ -221,8 +219,8 @@ def security(objects: list[Object]) -> Iterator[str]:
             yield f"{item['name']}: may gain rights"
         if context.get("capabilities", {}).get("drop") != ["ALL"] or not context.get("readOnlyRootFilesystem"):
             yield f"{item['name']}: keeps capabilities, or may write to its root"
-        if set(context.get("capabilities", {}).get("add", [])) - {"IPC_LOCK"}:
-            yield f"{item['name']}: adds capabilities"
+        if context.get("capabilities", {}).get("add"):
+            yield f"{item['name']}: adds capabilities, which do nothing for a process that is not root"
         for variable in item.get("env", []):
             if _SECRET.search(variable["name"]) and "value" in variable:
                 yield f"{item['name']}: {variable['name']} in clear"
@@ -234,11 +232,10 @@ def security(objects: list[Object]) -> Iterator[str]:
 
 
 def enforced(objects: list[Object]) -> Iterator[str]:
-    """The namespace refuses what the pods do not need, and not what they do."""
-    adds = any("add" in item["securityContext"]["capabilities"] for item in _containers(objects))
+    """The namespace refuses what the pods do not need."""
     for space in kind(objects, "Namespace"):
         level = space["metadata"]["labels"].get("pod-security.kubernetes.io/enforce")
-        if level != ("privileged" if adds else "restricted"):
+        if level != "restricted":
             yield f"the namespace enforces {level}"
 
 
@@ -260,8 +257,15 @@ def selectors(objects: list[Object]) -> Iterator[str]:
 def budget(objects: list[Object]) -> Iterator[str]:
     """The head is not evicted, and pods get the time that their last work takes."""
     for item in kind(objects, "PodDisruptionBudget"):
-        if item["spec"].get("minAvailable") != 1 or "maxUnavailable" in item["spec"]:
-            yield "PodDisruptionBudget: minAvailable 1, as nothing else is known of pods without a controller"
+        if item["spec"].get("minAvailable", 0) < 100 or "maxUnavailable" in item["spec"]:
+            yield "PodDisruptionBudget: minAvailable, of more heads than there are: some sweeps' would be evicted"
+        if item["spec"].get("unhealthyPodEvictionPolicy") != "AlwaysAllow":
+            yield "PodDisruptionBudget: a head that never gets ready holds a drain up for ever"
+    for pod in pods(objects):
+        hook = " ".join(pod.main.get("lifecycle", {}).get("preStop", {}).get("exec", {}).get("command", []))
+        wait = re.search(r"\{1\.\.(\d+)\}", hook)
+        if pod.role == "head" and (wait is None or pod.spec["terminationGracePeriodSeconds"] < int(wait[1])):
+            yield "head: it is killed before a driver that was told to stop has written its results"
     for pod in workers(objects):
         hook = " ".join(pod.main.get("lifecycle", {}).get("preStop", {}).get("exec", {}).get("command", []))
         drain = re.search(r"ray drain-node .*--deadline-remaining-seconds (\d+)", hook)
@@ -287,8 +291,8 @@ def queue(objects: list[Object]) -> Iterator[str]:
         if "kueue.x-k8s.io/queue-name" not in item["metadata"].get("labels", {}):
             continue
         spec = item["spec"]
-        if not spec.get("suspend") or not spec.get("shutdownAfterJobFinishes") or "deletionStrategy" in spec:
-            yield "Kueue: suspend, shutdownAfterJobFinishes, and no deletionStrategy"
+        if not spec.get("suspend"):
+            yield "Kueue: it lifts suspend"
         if autoscaled(spec["rayClusterSpec"]) or len(spec["rayClusterSpec"]["workerGroupSpecs"]) > 7:
             yield "Kueue: a fixed size, of seven groups at most"
 
@@ -306,14 +310,45 @@ def fault_tolerance(objects: list[Object]) -> Iterator[str]:
             yield f"gcsFaultToleranceOptions: there is no service {host}"
         if "redis-password" in cluster["headGroupSpec"]["rayStartParams"]:
             yield "redis-password is set twice"
-        if not any("driver" in group.get("resources", {}) for group in cluster["workerGroupSpecs"]):
+        if not _drivers(cluster):
             yield "a cluster that outlives its head has its drivers elsewhere"
+
+
+def redis(objects: list[Object]) -> Iterator[str]:
+    """Redis holds the working folders of all sweeps that run, and one more that is just submitted."""
+    for item in kind(objects, "Deployment"):
+        spec, host = item["spec"]["template"]["spec"], item["metadata"]["name"]
+        memory = quantity(spec["containers"][0]["resources"]["limits"]["memory"])
+        wanted = max((1 + sum(map(_drivers, clusters(objects)))) * LIMIT * 10**6, _LARGEST)
+        if memory < _WRITTEN * wanted:
+            yield f"{host}: {memory:g} bytes, and working folders of {wanted:g}, {_WRITTEN} times that while written"
+        claims = {volume["persistentVolumeClaim"]["claimName"] for volume in spec["volumes"]}
+        for claim in kind(objects, "PersistentVolumeClaim"):
+            disk = quantity(claim["spec"]["resources"]["requests"]["storage"])
+            if claim["metadata"]["name"] in claims and disk < 3 * memory:
+                yield f"{host}: a disk of {disk:g} bytes does not hold its log twice"
 
 
 RULES = (
     *(names, versions, no_latest, head, replicas, autoscaler, deadlines, deletion, gpus, memory, storage, security),
-    *(enforced, selectors, budget, quotas, queue, fault_tolerance),
+    *(enforced, selectors, budget, quotas, queue, fault_tolerance, redis),
 )
+
+
+def _hours(objects: list[Object], job: Object) -> float:
+    """Of a sweep in all, as its command has it, or its config; 0 without a limit."""
+    if typed := re.search(r"budget\.wall_hours=(\S+)", job["entrypoint"]):
+        return float(typed[1])
+    texts = [item["data"]["sweep.yaml"] for item in kind(objects, "ConfigMap") if "sweep.yaml" in item["data"]]
+    return max((yaml.safe_load(text).get("budget", {}).get("wall_hours", 0) for text in texts), default=0)
+
+
+def _drivers(cluster: Object) -> float:
+    """How many sweeps may run at a time, by the resource that their drivers take."""
+    return sum(
+        float(group.get("resources", {}).get("driver", 0)) * group["maxReplicas"]
+        for group in cluster["workerGroupSpecs"]
+    )
 
 
 def totals(objects: list[Object]) -> dict[str, float]:

@@ -19,8 +19,8 @@ HEAD_POD = f"{HEAD}/template/spec"
 WORKERS = f"{CLUSTER}/workerGroupSpecs/0"
 POD = f"{WORKERS}/template/spec"
 MAIN = f"{POD}/containers/0"
-RULE = "RayJob spec/deletionStrategy/deletionRules"
 AFFINITY = "nodeAffinity/requiredDuringSchedulingIgnoredDuringExecution/nodeSelectorTerms/0/matchExpressions"
+ENFORCED = "pod-security.kubernetes.io~1enforce"
 TOKEN = {"name": "HF_TOKEN", "value": "hf_abc"}
 SPREAD = "topologySpreadConstraints/0/labelSelector/matchLabels"
 
@@ -59,20 +59,20 @@ FAULTS: list[tuple[Any, str, str, Any]] = [
     (rules.deadlines, "base", "RayJob spec/activeDeadlineSeconds", GONE),
     (rules.deadlines, "base", "RayJob spec/preRunningDeadlineSeconds", GONE),
     (rules.deadlines, "base", "RayJob spec/preRunningDeadlineSeconds", 86400),
+    (rules.deadlines, "base", "RayJob spec/activeDeadlineSeconds", 86400),
+    (rules.deadlines, "base", "ConfigMap data/sweep.yaml", "workers: 1"),
+    (rules.deadlines, "base", "RayJob spec/runtimeEnvYAML", GONE),
+    (rules.deadlines, "base", "RayJob spec/runtimeEnvYAML", "env_vars: {RAYTUNE_LORA_REFUSED: stopped}"),
+    (rules.deadlines, "overlays/nightly", "RayCronJob spec/jobTemplate/preRunningDeadlineSeconds", 3600),
+    (rules.deadlines, "overlays/nightly", "RayCronJob spec/schedule", "0 */12 * * *"),
     (rules.deadlines, "base", "RayJob spec/backoffLimit", 0),
     (rules.deadlines, "base", "RayJob spec/clusterSelector", {"ray.io/cluster": "other"}),
     (rules.deadlines, "base", "RayJob spec/entrypoint", "python /app/jobs/sweep.py experiment=sweep"),
-    (rules.deletion, "base", "RayJob spec/ttlSecondsAfterFinished", 60),
-    (rules.deletion, "base", "RayJob spec/shutdownAfterJobFinishes", True),
-    (rules.deletion, "base", "RayJob spec/suspend", True),
-    (rules.deletion, "base", "RayJob spec/deletionStrategy", GONE),
-    (rules.deletion, "overlays/kueue", "RayJob spec/deletionStrategy", {}),
-    (rules.deletion, "base", "RayJob spec/deletionStrategy/onFailure", {"policy": "DeleteSelf"}),
-    (rules.deletion, "base", f"{RULE}/0/condition/jobDeploymentStatus", "Failed"),
-    (rules.deletion, "base", f"{RULE}/0/condition/jobStatus", GONE),
-    (rules.deletion, "base", f"{RULE}/0/condition/ttlSeconds", 604801),
-    (rules.deletion, "base", f"{RULE}/1/policy", "DeleteCluster"),
-    (rules.deletion, "overlays/spot", f"{RULE}/0/policy", "DeleteWorkers"),
+    (rules.deletion, "base", "RayJob spec/shutdownAfterJobFinishes", GONE),
+    (rules.deletion, "base", "RayJob spec/ttlSecondsAfterFinished", 3600),
+    (rules.deletion, "base", "RayJob spec/ttlSecondsAfterFinished", GONE),
+    (rules.deletion, "base", "RayJob spec/deletionStrategy", {"deletionRules": []}),
+    (rules.deletion, "overlays/nightly", "RayCronJob spec/jobTemplate/shutdownAfterJobFinishes", GONE),
     (rules.deletion, "base", "RayJob spec/managedBy", "me"),
     (rules.gpus, "overlays/gpu", f"{MAIN}/resources/requests/cpu", "8"),
     (rules.gpus, "overlays/dev", f"{MAIN}/resources/requests/memory", "1Gi"),
@@ -88,6 +88,7 @@ FAULTS: list[tuple[Any, str, str, Any]] = [
     (rules.storage, "base", f"{MAIN}/volumeMounts/2/mountPath", "/data"),
     (rules.storage, "base", f"{POD}/volumes/2/persistentVolumeClaim/claimName", "other"),
     (rules.storage, "base", "PersistentVolumeClaim metadata/name", "other"),
+    (rules.storage, "base", "ConfigMap metadata/name", "other"),
     (rules.storage, "base", "RayJob spec/entrypoint", "python /app/jobs/sweep.py output=/shared/x cache=/tmp/cache"),
     (rules.security, "base", f"{POD}/securityContext/runAsNonRoot", GONE),
     (rules.security, "base", f"{POD}/securityContext/seccompProfile", GONE),
@@ -98,19 +99,14 @@ FAULTS: list[tuple[Any, str, str, Any]] = [
     (rules.security, "base", f"{MAIN}/securityContext/allowPrivilegeEscalation", GONE),
     (rules.security, "base", f"{MAIN}/securityContext/capabilities/drop", []),
     (rules.security, "base", f"{MAIN}/securityContext/readOnlyRootFilesystem", False),
-    (rules.security, "overlays/multinode-70b", f"{MAIN}/securityContext/capabilities/add/1", "SYS_ADMIN"),
+    (rules.security, "overlays/multinode-70b", f"{MAIN}/securityContext/capabilities/add", ["IPC_LOCK"]),
     (rules.security, "base", f"{MAIN}/env/3", TOKEN),
     (rules.security, "base", f"{CLUSTER}/authOptions/mode", "disabled"),
     (rules.security, "base", f"{CLUSTER}/authOptions", GONE),
     (rules.security, "base", "ConfigMap kind", "Secret"),
     (rules.security, "overlays/spot", f"{CLUSTER}/autoscalerOptions/securityContext", GONE),
-    (rules.enforced, "base", "Namespace metadata/labels/pod-security.kubernetes.io~1enforce", "baseline"),
-    (
-        rules.enforced,
-        "overlays/multinode-70b",
-        "Namespace metadata/labels/pod-security.kubernetes.io~1enforce",
-        "restricted",
-    ),
+    (rules.enforced, "base", f"Namespace metadata/labels/{ENFORCED}", "baseline"),
+    (rules.enforced, "overlays/multinode-70b", f"Namespace metadata/labels/{ENFORCED}", "privileged"),
     (rules.selectors, "base", "NetworkPolicy spec/podSelector/matchLabels/app", "ray"),
     (rules.selectors, "base", "NetworkPolicy spec/ingress/1/ports/0/port", "dash"),
     (rules.selectors, "base", "PodDisruptionBudget spec/selector/matchLabels/ray.io~1node-type", "driver"),
@@ -120,6 +116,10 @@ FAULTS: list[tuple[Any, str, str, Any]] = [
     (rules.selectors, "overlays/standing", "Service spec/selector/component", "valkey"),
     (rules.selectors, "overlays/multinode-70b", f"{POD}/{SPREAD}/ray.io~1group", "cpu"),
     (rules.budget, "base", "PodDisruptionBudget spec/maxUnavailable", 0),
+    (rules.budget, "base", "PodDisruptionBudget spec/minAvailable", 1),
+    (rules.budget, "base", "PodDisruptionBudget spec/unhealthyPodEvictionPolicy", GONE),
+    (rules.budget, "base", f"{HEAD_POD}/containers/0/lifecycle", GONE),
+    (rules.budget, "base", f"{HEAD_POD}/terminationGracePeriodSeconds", 30),
     (rules.budget, "base", f"{MAIN}/lifecycle", GONE),
     (rules.budget, "base", f"{POD}/terminationGracePeriodSeconds", 30),
     (rules.quotas, "overlays/spot", f"{WORKERS}/maxReplicas", 3),
@@ -127,7 +127,7 @@ FAULTS: list[tuple[Any, str, str, Any]] = [
     (rules.queue, "overlays/kueue", "RayJob spec/suspend", GONE),
     (rules.queue, "overlays/kueue", f"{CLUSTER}/enableInTreeAutoscaling", True),
 ]
-STANDING = "RayCluster spec"
+STANDING, REDIS = "RayCluster spec", "Deployment spec/template/spec"
 FAULTS += [
     (
         rules.fault_tolerance,
@@ -138,13 +138,16 @@ FAULTS += [
     (rules.fault_tolerance, "overlays/standing", f"{STANDING}/gcsFaultToleranceOptions/redisAddress", "valkey:6379"),
     (rules.fault_tolerance, "overlays/standing", f"{STANDING}/headGroupSpec/rayStartParams/redis-password", "1234"),
     (rules.fault_tolerance, "overlays/standing", f"{STANDING}/workerGroupSpecs/1", GONE),
+    (rules.redis, "overlays/standing", f"{REDIS}/containers/0/resources/limits/memory", "256Mi"),
+    (rules.redis, "overlays/standing", f"{REDIS}/containers/0/resources/limits/memory", "4Gi"),
+    (rules.redis, "overlays/standing", f"{STANDING}/workerGroupSpecs/1/maxReplicas", 4),
 ]
 
 
 @pytest.mark.parametrize("rule", rules.RULES, ids=lambda rule: rule.__name__)
-@pytest.mark.parametrize("folder", k8s.APPLIED)
+@pytest.mark.parametrize("folder", [folder for folder in k8s.APPLIED if folder not in k8s.SPACES])
 def test_every_overlay_keeps_the_rules(folder: str, rule: Any) -> None:
-    assert list(rule(k8s.render(folder))) == []
+    assert list(rule(k8s.together(folder))) == []
 
 
 @pytest.mark.parametrize(
@@ -156,7 +159,7 @@ def test_every_overlay_keeps_the_rules(folder: str, rule: Any) -> None:
     ],
 )
 def test_a_fault_is_found(rule: Any, folder: str, where: str, value: Any) -> None:
-    assert list(rule(changed(k8s.render(folder), where, value)))
+    assert list(rule(changed(k8s.together(folder), where, value)))
 
 
 def test_every_rule_has_a_fault() -> None:
@@ -165,8 +168,8 @@ def test_every_rule_has_a_fault() -> None:
 
 def test_the_queue_has_room_for_its_sweep() -> None:
     """Kueue's quota holds the job whole, the label leads to a queue, and the queue to the quota."""
-    (job,) = k8s.kind(k8s.render("overlays/kueue"), "RayJob")
-    queues = k8s.render("overlays/kueue/queues")
+    (job,) = k8s.kind(k8s.together("overlays/kueue"), "RayJob")
+    queues = k8s.together("overlays/kueue/queues")
     (local,), (cluster,) = k8s.kind(queues, "LocalQueue"), k8s.kind(queues, "ClusterQueue")
     (priority,) = k8s.kind(queues, "WorkloadPriorityClass")
     assert job["metadata"]["labels"] == {
@@ -177,13 +180,13 @@ def test_the_queue_has_room_for_its_sweep() -> None:
     (flavor,) = cluster["spec"]["resourceGroups"][0]["flavors"]
     assert flavor["name"] == k8s.kind(queues, "ResourceFlavor")[0]["metadata"]["name"]
     quota = {entry["name"]: k8s.quantity(entry["nominalQuota"]) for entry in flavor["resources"]}
-    wanted = rules.totals(k8s.render("overlays/kueue"))
+    wanted = rules.totals(k8s.together("overlays/kueue"))
     assert all(wanted[name] <= quota[name] for name in wanted)
 
 
 def test_spot_trials_are_tolerated_where_they_are_wanted() -> None:
-    on_demand, spot = k8s.workers(k8s.render("overlays/spot"))
+    on_demand, spot = k8s.workers(k8s.together("overlays/spot"))
     assert not [item for item in on_demand.spec["tolerations"] if "spot" in item["key"]]
     assert [item for item in spot.spec["tolerations"] if "spot" in item["key"]]
-    groups = k8s.clusters(k8s.render("overlays/spot"))[0]["workerGroupSpecs"]
+    groups = k8s.clusters(k8s.together("overlays/spot"))[0]["workerGroupSpecs"]
     assert groups[1]["priority"] > groups[0].get("priority", 0), "spot first, it is what the overlay is for"

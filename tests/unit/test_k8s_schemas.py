@@ -82,7 +82,7 @@ def plain_faults(item: k8s.Object) -> list[str]:
 @pytest.mark.parametrize("folder", k8s.APPLIED)
 def test_what_kuberay_gets_fits_its_schema(folder: str) -> None:
     objects = k8s.kind(k8s.render(folder), *RAY)
-    assert len(objects) == (0 if folder.endswith("queues") else 1)
+    assert len(objects) == (0 if folder.endswith("queues") or folder in k8s.SPACES else 1)
     assert [fault for item in objects for fault in faults(item)] == []
 
 
@@ -96,7 +96,12 @@ def test_other_objects_have_what_they_need(folder: str) -> None:
 
 def test_every_overlay_that_was_promised_is_there() -> None:
     promised = {"dev", "gpu", "multinode-70b", "spot", "kueue", "nightly", "monitoring", "autoscale", "standing"}
-    assert {*k8s.APPLIED} == {"base", "overlays/kueue/queues", *(f"overlays/{name}" for name in promised)}
+    assert {*k8s.APPLIED} - {*k8s.SPACES} == {
+        *("base", "overlays/kueue/queues"),
+        *(f"overlays/{name}" for name in promised),
+    }
+    spaces = {"dev", "multinode-70b", "spot", "autoscale", "monitoring"}
+    assert {*k8s.SPACES} == {"namespace", *(f"overlays/{name}/namespace" for name in spaces)}
     kinds = {item["kind"] for folder in k8s.APPLIED for item in k8s.render(folder)}
     assert {"RayJob", "RayCluster", "RayCronJob"} <= kinds
     assert "RayService" not in kinds, "nothing is served here"
@@ -109,7 +114,7 @@ def test_every_overlay_that_was_promised_is_there() -> None:
         ("base", "RayJob spec/rayClusterSpec/headGroupSpec/rayStartParams/num-cpus", 0),
         ("base", "RayJob spec/rayClusterSpec/headGroupSpec/template/spec/containers/0/imagePulPolicy", "Always"),
         ("base", "RayJob spec/backoffLimit", "three"),
-        ("base", "RayJob spec/deletionStrategy/deletionRules/0/policy", "DeleteAll"),
+        ("base", "RayJob spec/shutdownAfterJobFinishes", "yes"),
         ("overlays/nightly", "RayCronJob spec/cron", "0 20 * * *"),
         ("overlays/nightly", "RayCronJob spec/jobTemplate/rayClusterSpec/authOptions/mode", "tokens"),
         ("overlays/standing", "RayCluster spec/autoscalerOptions/version", "v3"),
@@ -129,7 +134,7 @@ def test_the_schemas_find_faults(folder: str, where: str, value: Any) -> None:
     ],
 )
 def test_faults_of_other_objects_are_found(where: str, value: Any) -> None:
-    objects = changed(k8s.render("base"), where, value)
+    objects = changed(k8s.together("base"), where, value)
     assert [fault for item in objects if item["kind"] not in RAY for fault in plain_faults(item)]
 
 
