@@ -132,8 +132,8 @@ def _kind(record: dict[str, Any]) -> str:
 
 def recipe(record: dict[str, Any], adapter: str = ".") -> str:
     """Python that loads the adapter in a folder, as ``model`` and ``tokenizer``."""
-    kind = record["method"]["kind"]
-    if kind == "ir_qlora":  # its calibrated quantization is this package's own
+    kind, loader = record["method"]["kind"], record["base"]["loader"]
+    if kind == "ir_qlora" or loader is None:  # the quantization is this package's own
         body = _ADAPTER
     elif kind == "full":
         body = _base(record | {"base": {**record["base"], "revision": None}}, name="adapter")
@@ -141,8 +141,8 @@ def recipe(record: dict[str, Any], adapter: str = ".") -> str:
         body = _base(record, name=json.dumps(record["base"]["name"], ensure_ascii=False)) + _OWN.get(kind, _PEFT)
     trust = ", trust_remote_code=True" if record["base"]["trust_remote_code"] else ""
     body += f"tokenizer = AutoTokenizer.from_pretrained(adapter{trust})\n"
-    known = ("AutoConfig", record["base"]["loader"], "AutoTokenizer", "BitsAndBytesConfig")
-    names = [name for name in known if name in body]
+    known = ("AutoConfig", loader, "AutoTokenizer", "BitsAndBytesConfig")
+    names = [name for name in known if name and name in body]
     imports = ["import torch"] if "torch." in body else []
     imports += [line for name, line in _IMPORTS.items() if name in body]
     imports.append(f"from transformers import {', '.join(names)}")
