@@ -129,6 +129,11 @@ def tied_bert(**changes: Any) -> Any:
     return bert(**{"tie_word_embeddings": True} | changes)
 
 
+def roberta(**changes: Any) -> Any:
+    """A decoder whose positions begin behind the number of its padding token."""
+    return T.RobertaConfig(**_PLAIN | {"is_decoder": True} | changes)
+
+
 def bloom(**changes: Any) -> Any:
     """ALiBi, one layer for queries, keys and values, a tied head."""
     return T.BloomConfig(**{"vocab_size": VOCAB, "hidden_size": 32, "n_layer": 2, "n_head": 4} | _SPECIAL | changes)
@@ -284,6 +289,7 @@ ZOO: dict[str, Callable[..., Any]] = {
         falcon,
         bert,
         tied_bert,
+        roberta,
         bloom,
         mixtral,
         qwen3_moe,
