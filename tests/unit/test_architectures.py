@@ -36,6 +36,7 @@ MODELS = (
         "gpt_oss",
         "deepseek_v3",
         "deepseek_v32",
+        "deepseek_v4",
         "dbrx",
     ),
     *("mamba", "lfm2", "nemotron_h", "rwkv", "laguna"),
@@ -107,7 +108,7 @@ def test_experts_are_adapted_where_asked_and_the_router_never(
 @pytest.mark.parametrize(
     ("model", "kind"),
     [(model, "lora") for model in ("gemma3", "mixtral", "qwen3_moe", "mamba", "laguna", "llava", "zamba2", "rwkv")]
-    + [("laguna", "dora"), ("laguna", "pissa")],
+    + [("laguna", "dora"), ("laguna", "pissa"), ("deepseek_v4", "lora"), ("deepseek_v4", "dora")],
 )
 def test_an_adapter_that_leaves_parts_out_is_loaded_by_peft_alone(
     model: str, kind: str, folder: Callable[[str], Path], tmp_path: Path
@@ -152,6 +153,7 @@ def test_what_is_left_out_is_said_with_the_reason() -> None:
     assert "unquantized: bitsandbytes" in said("mixtral", "quantization=nf4")
     assert "dt_proj" in said("mamba")
     assert "indexer.wk, model.layers.*.self_attn.indexer.weights_proj (no gradient comes back" in said("deepseek_v32")
+    assert "self_attn.o_a_proj (they compute something else than" in said("deepseek_v4")
     assert "router.layer (they route tokens" in said("dbrx")
     assert "ffn.experts.mlp.w2" in said("dbrx")
     assert said("gemma4_text") == ""
