@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import inspect
 import logging
 import warnings
 from collections.abc import Iterator
@@ -25,6 +26,7 @@ _NO_VECTORS = "its code does not run on vectors in place of tokens"
 _NO_KEYS = "its code does not run behind keys and values that it has not computed"
 _ITS_OWN = (AttributeError, TypeError, ValueError)  # of code that misses an input; torch has others for missing values
 _LEARNED = 2  # virtual tokens, where PEFT's prompts are tried
+_PICKER = "indexer"  # of tokens that are attended to, by their order: no gradient comes back from there
 _KNOWN: dict[tuple[type, str], Skeleton] = {}
 
 
@@ -61,7 +63,7 @@ def _probed(cls: type, config: Any) -> Skeleton:
 
     Masks are looked into by the code of some models, their absence leads others into looking at positions; fake tensors
     are taken for those that ask whether they are traced. Where nothing works, the language model is all that its
-    ``get_decoder`` holds, and the head.
+    ``get_decoder`` holds, and the head; and all of it trains but what picks the tokens to attend to.
     """
     from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -76,7 +78,15 @@ def _probed(cls: type, config: Any) -> Skeleton:
             continue
         return Skeleton(whole, called, trains, read, *_prompts(whole, place, called, masked=masked), unlike)
     unlike = frozenset(name for name, m in whole.named_modules() if is_linear(m) and _own_forward(type(m)))
-    return Skeleton(whole, *_language_model(whole), unprefixed=_UNKNOWN, unlike=unlike, untrained=untrained)
+    unprompted = _NO_VECTORS if _needs_tokens(whole) else ""
+    return Skeleton(
+        whole,
+        *_language_model(whole),
+        unprompted=unprompted,
+        unprefixed=_UNKNOWN,
+        unlike=unlike,
+        untrained=untrained,
+    )
 
 
 def in_one_line(error: Exception) -> str:
@@ -317,8 +327,24 @@ def _language_model(model: Any) -> tuple[frozenset[str], frozenset[str]]:
     parameters = {id(p) for part in inside if part is not None for p in part.parameters()}
     return (
         frozenset(name for name, m in model.named_modules() if id(m) in modules),
-        frozenset(name for name, p in model.named_parameters(remove_duplicate=False) if id(p) in parameters),
+        frozenset(
+            name
+            for name, p in model.named_parameters(remove_duplicate=False)
+            if id(p) in parameters and _PICKER not in name.split(".")
+        ),
     )
+
+
+def _needs_tokens(model: Any) -> bool:
+    """Whether a layer takes the numbers of tokens, too, and nothing in their place."""
+    from transformers import PreTrainedModel
+
+    for module in model.modules():
+        taken = inspect.signature(module.forward).parameters
+        embeds = isinstance(module, PreTrainedModel) or module is model.get_input_embeddings()
+        if "input_ids" in taken and "inputs_embeds" not in taken and not embeds:
+            return True
+    return False
 
 
 @contextlib.contextmanager

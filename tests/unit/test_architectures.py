@@ -37,6 +37,7 @@ MODELS = (
         "deepseek_v3",
         "deepseek_v32",
         "deepseek_v4",
+        "qwen4_exp_text",
         "dbrx",
     ),
     *("mamba", "lfm2", "nemotron_h", "rwkv", "laguna"),
@@ -153,6 +154,7 @@ def test_what_is_left_out_is_said_with_the_reason() -> None:
     assert "unquantized: bitsandbytes" in said("mixtral", "quantization=nf4")
     assert "dt_proj" in said("mamba")
     assert "indexer.wk, model.layers.*.self_attn.indexer.weights_proj (no gradient comes back" in said("deepseek_v32")
+    assert "indexer.index_qk_proj (no gradient comes back" in said("qwen4_exp_text")
     assert "self_attn.o_a_proj (they compute something else than" in said("deepseek_v4")
     assert "router.layer (they route tokens" in said("dbrx")
     assert "ffn.experts.mlp.w2" in said("dbrx")

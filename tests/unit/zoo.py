@@ -183,6 +183,19 @@ def deepseek_v4(**changes: Any) -> Any:
     return T.DeepseekV4Config(**plain | experts | kinds | latent | indexer | changes)
 
 
+def qwen4_exp_text(**changes: Any) -> Any:
+    """Indexers, whose code looks at values; an embedding of several tokens together."""
+    indexer = {"indexer_n_heads": 2, "indexer_kv_heads": 1, "indexer_head_dim": 16}
+    indexer |= {"indexer_budget": 512, "indexer_compress_ratio": 4, "hc_lowrank": 8}
+    experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+    experts |= {"shared_expert_intermediate_size": 16, "layer_types": ["linear_attention", "full_attention"]}
+    scan = {"linear_num_key_heads": 2, "linear_num_value_heads": 4}
+    scan |= {"linear_key_head_dim": 8, "linear_value_head_dim": 8}
+    grams = {"ngram_vocab_size_base": 100, "make_ngram_vocab_size_divisible_by": 8, "split_ngram_parts": 1}
+    plain = {key: value for key, value in _HEADS_OF_16.items() if key != "intermediate_size"}
+    return T.Qwen4ExpTextConfig(**plain | indexer | experts | scan | grams | {"ple_layer_ids": [1]} | changes)
+
+
 def hrm_text(**changes: Any) -> Any:
     """Its checkpoint has in one weight what are several here; norms without weights."""
     return T.HrmTextConfig(**_PLAIN | {"head_dim": 8} | changes)
@@ -297,6 +310,7 @@ ZOO: dict[str, Callable[..., Any]] = {
         deepseek_v3,
         deepseek_v32,
         deepseek_v4,
+        qwen4_exp_text,
         hrm_text,
         dbrx,
         mamba,
