@@ -334,7 +334,7 @@ def test_a_mistake_in_a_file_is_answered_as_on_the_command_line(own: Path, writt
         (f"{_TOP}workers: 2\nworkers: 3\n", ", line 4, column 1: not YAML: found duplicate key workers"),
         (f"{_TOP}workers: [2\nlr: 1\n", ", line 4, column 3: not YAML: expected ',' or ']', but got ':'"),
         (f"{_TOP}search:\n\ttrials: 3\n", ", line 4, column 1: not YAML: found character"),
-        (f"{_TOP}workers: &a [*a]\n", "workers: "),
+        (f"{_TOP}workers: &a [*a]\n", "it is nested more than 50 deep, or in itself; write it flatter"),
         ("- workers\n", "it holds keys with their values, as `search: {trials: 8}` (got ['workers'])"),
         ("just words\n", "it holds keys with their values, as `search: {trials: 8}` (got 'just words')"),
     ],
