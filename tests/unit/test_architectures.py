@@ -148,7 +148,7 @@ def test_what_is_left_out_is_said_with_the_reason() -> None:
     assert "parameters (text does not pass through" in said("gemma3", "method=full")
     experts = "layers.*.mlp.experts.gate_up_proj"
     assert f"{experts}, model.layers.*.mlp.experts.down_proj" in said("gpt_oss")
-    assert "method.experts=true adapts them" in said("mixtral")
+    assert "method.experts=true method.dropout=0 adapts them" in said("mixtral")
     assert "experts" not in said("mixtral", "method.experts=true", "method.dropout=0")
     assert "model.layers.*.mlp.gate_proj" in said("qwen3_moe")  # of the dense layer
     assert "unquantized: bitsandbytes" in said("mixtral", "quantization=nf4")
