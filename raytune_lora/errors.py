@@ -79,6 +79,10 @@ class JobFailed(Exception):
     """A job could not go on; the message says why, and where to look or what to do."""
 
 
+class Halted(JobFailed):
+    """A job cannot go on for now, and nothing of its own is to blame."""
+
+
 def disk_trouble(error: BaseException) -> str | None:
     """What is wrong with the storage where that, in the end, is why an error came; None where it is not."""
     seen: BaseException | None = error

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from raytune_lora.errors import DivergedError, JobFailed, MovedError, QuotaError, StorageError, UserError, disk_trouble
+from raytune_lora.errors import DivergedError, Halted, MovedError, QuotaError, StorageError, UserError, disk_trouble
 
 FAILED, DIVERGED, OOM, STOPPED = "failed", "diverged", "oom", "stopped"
 LOST = "lost"  # a worker's process or machine ended: nothing of the task's own
@@ -75,7 +75,7 @@ def halting(status: str, error: str | None) -> Exception | None:
     """What halts a whole job, where an end is none of the task's own: it goes on once the job does."""
     if status == DISK:
         return StorageError(error)
-    return JobFailed(error) if status == UNPLACED else None
+    return Halted(error) if status == UNPLACED else None
 
 
 def _alone(failure: BaseException) -> Ended:

@@ -24,7 +24,7 @@ from raytune_lora.data.build import REPORT, in_short
 from raytune_lora.data.prepare import prepare
 from raytune_lora.data.store import TokenStore
 from raytune_lora.data.trained_template import TEMPLATE, TRIED
-from raytune_lora.errors import JobFailed, Passing, Refused, StorageError, UserError
+from raytune_lora.errors import Halted, JobFailed, Passing, Refused, StorageError, UserError
 from raytune_lora.evaluation import ANSWERS
 from raytune_lora.evaluation.figures import disagreement
 from raytune_lora.models.card import recipe
@@ -376,11 +376,12 @@ def _work(job: Job, run: Callable[[Job], None]) -> dict[str, Any]:
             job.interrupts.over = True
             with contextlib.suppress(OSError, StorageError, JobFailed):  # where storage is full, that is said once
                 job.write_results()
+            again = f"go on with {typed('resume', job.folder.address)}"
             if isinstance(error, PROCESS_ENDED):
-                raise JobFailed(
-                    f"a process of Ray that the job needs has ended ({str(error).splitlines()[0]}); "
-                    f"go on with {typed('resume', job.folder.address)}"
-                ) from error
+                said = str(error).splitlines()[0]
+                raise JobFailed(f"a process of Ray that the job needs has ended ({said}); {again}") from error
+            if isinstance(error, Halted):
+                raise JobFailed(f"{error}; {again}") from error
             raise
         return job.write_results()
 

@@ -5,18 +5,34 @@ from __future__ import annotations
 import errno
 import os
 import sqlite3
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
-from ray.exceptions import ActorDiedError
+from ray.exceptions import ActorDiedError, RayActorError
 from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError
 from ray.train.v2.api.exceptions import WorkerGroupError
 
-from raytune_lora.config.schema import RunConfig
+from raytune_lora.config.schema import ClusterConfig, RunConfig
 from raytune_lora.data.store import TokenStore
-from raytune_lora.errors import DivergedError, MovedError, QuotaError, StorageError, disk_trouble
-from raytune_lora.training.failures import DISK, DIVERGED, FAILED, LOST, MOVED, OOM, QUOTA, STOPPED, Ended, classify
-from raytune_lora.training.task import Task
+from raytune_lora.errors import DivergedError, Halted, MovedError, QuotaError, StorageError, disk_trouble
+from raytune_lora.training.failures import (
+    DISK,
+    DIVERGED,
+    FAILED,
+    LOST,
+    MOVED,
+    OOM,
+    QUOTA,
+    STOPPED,
+    UNPLACED,
+    Ended,
+    classify,
+    halting,
+    not_its_own,
+)
+from raytune_lora.training.task import Task, TaskFailed
 from raytune_lora.tuning import isolated
 
 GLOO = RuntimeError("[../gloo/transport/tcp/pair.cc:538] Connection closed by peer [127.0.0.1]:4711")
@@ -95,3 +111,29 @@ def test_short_of_memory_it_is_tried_with_less_until_there_is_no_less() -> None:
         task = following
         sizes.append(task.cfg.training.micro_batch)
     assert sizes == [2, 1]
+
+
+def test_what_is_not_a_trials_own_halts_the_job_and_ends_no_trial() -> None:
+    assert isinstance(halting(DISK, "full"), StorageError)
+    assert isinstance(halting(UNPLACED, "no worker group could start"), Halted)
+    assert [halting(status, "x") for status in (FAILED, LOST, OOM, DIVERGED, QUOTA, STOPPED, "")] == [None] * 7
+    gone = not_its_own(classify(RayActorError("the board's process ended")))
+    assert isinstance(halting(gone.status, gone.error), Halted)
+    assert not_its_own(Ended(FAILED, "a bug")) == Ended(FAILED, "a bug")
+
+
+def test_losses_are_counted_since_the_last_validation(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Machines that come and go take a trial on as long as each of them takes it further."""
+    task = Task("a", print, RunConfig(cluster=ClusterConfig(retries=1)), TokenStore(Path("a"), {}), Path("a"))
+    machines = iter([[16], [16, 32], [16, 32, 48], [48], [64]])  # what each measures before it is lost
+
+    def stream(_board: Any, _task: Task, again: bool) -> Iterator[dict[str, Any]]:
+        yield from ({"samples_seen": seen} for seen in next(machines))
+        raise TaskFailed(Ended(LOST, "a worker's machine was lost"))
+
+    monkeypatch.setattr(isolated, "stream", stream)
+    reports: list[dict[str, Any]] = []
+    with pytest.raises(TaskFailed, match="a worker's machine was lost"):
+        reports.extend(isolated.attempts(None, task))  # extend takes them one by one
+    assert next(machines) == [64], "the fourth took it no further, and was the second loss since"
+    assert [r["attempt"] for r in reports if "attempt" in r] == [1, 2, 3]
