@@ -120,12 +120,13 @@ def connected(cfg: ClusterConfig, name: str = "") -> Iterator[None]:
     try:
         yield
     finally:
-        ray.shutdown()
+        with _own_handlers():
+            ray.shutdown()
 
 
 @contextlib.contextmanager
 def _own_handlers() -> Iterator[None]:
-    """Ray puts a handler of its own in place of the job's, which ends it in order at SIGTERM."""
+    """Ray puts a handler of its own in place of the job's, which ends it in order at SIGTERM, and takes away both."""
     before = signal.getsignal(signal.SIGTERM)
     try:
         yield

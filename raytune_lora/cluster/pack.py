@@ -8,7 +8,6 @@ where whoever may use the cluster can read it.
 from __future__ import annotations
 
 import os
-import re
 import shutil
 import subprocess
 import zipfile
@@ -16,8 +15,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from raytune_lora.cluster import secret_files
 from raytune_lora.data.files import PACKED, SUFFIXES
-from raytune_lora.data.pii_secrets import assigned_secrets, secrets
 from raytune_lora.errors import UserError
 
 LIMIT = 100  # megabytes; Ray itself takes 500 MiB, all of which each node loads before its first worker starts
@@ -25,13 +24,6 @@ _FOLDERS = {"sweeps", "runs", "tests", "venv", "node_modules", "__pycache__", "b
 _KEPT = {".json"}  # a suffix of data, and of configs too
 _HEAVY = {".safetensors", ".bin", ".pt", ".pth", ".gguf", ".ckpt", ".npy", ".npz", ".arrow", ".h5", ".onnx"}
 _DATA = {suffix + packed for suffix in {*SUFFIXES} - _KEPT for packed in ("", *PACKED)}
-_SECRET_NAMES = re.compile(
-    r"\.env(\.(?!example$|sample$|template$)[^/]*)?|[^/]*\.(pem|key|p12|pfx|kdbx|keytab)|id_(rsa|dsa|ecdsa|ed25519)"
-    r"|\.(netrc|pypirc|pgpass|git-credentials|htpasswd)|(aws_?)?credentials(\.(json|ya?ml|ini|txt))?|kubeconfig|auth_token"
-    r"|(service[-_]?account|client_secret)[^/]*\.json",
-    re.IGNORECASE,
-)
-_TEXT = 2**20  # bytes; larger files are not looked into
 _BIGGEST = 5  # files named where all together are too big
 _EPOCH = (1980, 1, 1, 0, 0, 0)  # of every file in the package, so that the same files are the same package
 
@@ -63,7 +55,7 @@ def collect(root: Path, named: Sequence[Path] = (), limit: int = LIMIT) -> Packa
 
     Args:
         root: the working folder.
-        named: data files below it that the config names; they go along though they are data.
+        named: files of rows and models below it that the config names; they go along though they are data or weights.
         limit: megabytes of all files together.
 
     Raises:
@@ -72,9 +64,10 @@ def collect(root: Path, named: Sequence[Path] = (), limit: int = LIMIT) -> Packa
     root = root.absolute()
     own = sorted({file.absolute().relative_to(root) for file in named})
     files = [file for file in _listed(root) if file not in own and _goes(root, file)]
-    if found := [problem for file in files if (problem := _secret(root, file))]:
-        raise UserError(found)
     package = Package(root, sorted([*files, *own]))
+    looked = ((file, file not in own or _comes_with_weights(file, own)) for file in package.files)
+    if found := [why for file, within in looked if (why := secret_files.problem(root, file, within=within))]:
+        raise UserError(found)
     if package.size > limit * 10**6:
         sizes = sorted(((root / file).stat().st_size, str(file)) for file in package.files)[::-1]
         biggest = ", ".join(f"{file} ({_megabytes(size)})" for size, file in sizes[:_BIGGEST])
@@ -101,21 +94,18 @@ def _goes(root: Path, file: Path) -> bool:
         return False
     if any(part in _FOLDERS or (part.startswith(".") and part != ".") for part in file.parent.parts):
         return False
+    return _is_plain(file)
+
+
+def _comes_with_weights(file: Path, named: Sequence[Path]) -> bool:
+    """Whether a file that the config names lies beside a model's weights; rows are the user's to send, as they are."""
+    return _is_plain(file) and any(folder / "config.json" in named for folder in file.parents)
+
+
+def _is_plain(file: Path) -> bool:
+    """Whether a file is neither data nor weights, by its name."""
     name = file.name.lower()
     return file.suffix.lower() not in _HEAVY and not any(name.endswith(suffix) for suffix in _DATA)
-
-
-def _secret(root: Path, file: Path) -> str | None:
-    """Why a file is refused; what it holds is not shown."""
-    remedy = "it would lie readable on every node; move it out of the folder, or name it in .gitignore or .rayignore"
-    if _SECRET_NAMES.fullmatch(file.name):
-        return f"{file} looks like a file of secrets: {remedy}"
-    path = root / file
-    if path.stat().st_size <= _TEXT:
-        text = path.read_text(errors="replace")
-        if next(secrets(text), None) or next(assigned_secrets(text), None):
-            return f"{file} holds what looks like a token, key or password: {remedy}"
-    return None
 
 
 # -------------------------------------------------------------------------------------------------------------- ignored

@@ -27,6 +27,7 @@ from raytune_lora.config.yaml_text import read_yaml
 
 # what Hydra, OmegaConf and YAML raise at a bad override or file; a file that names itself has no end
 REFUSAL = (HydraException, OmegaConfBaseException, ValueError, yaml.YAMLError, RecursionError)
+_COLUMNS = re.compile(r"\+{0,2}(data(\.mix\.\w+)?\.columns(\.\w+=.*|=\{.*\}))", re.DOTALL)
 NUMBERS = ("dict[str, int]", "dict[str, float]")
 _PLAIN_GROUPS = {
     "data/template": TemplateConfig,
@@ -86,7 +87,13 @@ def typed_keys(*kinds: str) -> set[str]:
 
 
 def merged(override: str) -> str:
-    """``+space.x={…}`` as ``+space={x: {…}}``: OmegaConf adds no dictionary at a typed path, but merges one."""
+    """An override of what is in a dictionary, as Hydra and OmegaConf want it.
+
+    ``data.columns.output=reply`` is ``++data.columns.output=reply``, as the key may be new. ``+space.x={…}`` is
+    ``+space={x: {…}}``: OmegaConf adds no dictionary at a typed path, but merges one.
+    """
+    if columns := _COLUMNS.fullmatch(override):
+        return f"++{columns[1]}"
     return re.sub(r"^\+{1,2}space\.(\w+)=(.*)$", r"+space={\1: \2}", override, flags=re.DOTALL)
 
 

@@ -17,6 +17,7 @@ def _token(prefix: str, rest: str) -> str:
     return rf"{prefix}(?<![A-Za-z0-9_-]{prefix}){rest}"
 
 
+_GITLAB = tuple(f"gl{kind}-" for kind in ("dt", "ft", "soat", "rt", "cbt", "imt", "ptt", "agent", "oas"))  # and glpat-
 _TOKENS = re.compile(
     "|".join(
         [
@@ -26,6 +27,13 @@ _TOKENS = re.compile(
             _token("glpat-", "[A-Za-z0-9_-]{20,64}"),
             _token("xox[abeoprs]-", "[A-Za-z0-9-]{10,255}"),
             _token("hf_", "[A-Za-z0-9]{30,64}(?![A-Za-z0-9_])"),
+            _token("api_org_", "[A-Za-z0-9]{30,64}(?![A-Za-z0-9_])"),
+            _token("npm_", "[A-Za-z0-9]{36}(?![A-Za-z0-9_])"),
+            _token("pypi-", "AgE[A-Za-z0-9_-]{70,255}"),
+            *(_token(prefix, "[A-Za-z0-9_-]{20,255}") for prefix in _GITLAB),
+            _token("SG[.]", r"[A-Za-z0-9_-]{22}\.[A-Za-z0-9_-]{43}(?![A-Za-z0-9_-])"),
+            _token("sq0csp-", "[A-Za-z0-9_-]{43}(?![A-Za-z0-9_-])"),
+            _token("dop_v1_", "[a-f0-9]{64}(?![A-Za-z0-9_])"),
             _token("AIza", "[A-Za-z0-9_-]{35}(?![A-Za-z0-9_-])"),
             *(_token(f"{who}k_{where}_", "[A-Za-z0-9]{16,255}") for who in "sr" for where in ("live", "test")),
             _token("sk-", "(?P<sk>[A-Za-z0-9_-]{20,255})"),
@@ -33,11 +41,33 @@ _TOKENS = re.compile(
         ]
     )
 )
-_TOKEN_SIGNS = ("_", "sk-", "eyJ", "AKIA", "AIza", "xox", "ASIA", "glpat-", "AROA", "AIDA")
+_SIGNS = (
+    "_",
+    "sk-",
+    "eyJ",
+    "AKIA",
+    "AIza",
+    "xox",
+    "ASIA",
+    "glpat-",
+    "AROA",
+    "AIDA",
+    "SG.",
+    "sq0csp-",
+    "pypi-",
+    *_GITLAB,
+)
 _PEM = re.compile(r"-----BEGIN (?:[A-Z0-9]{1,12} ){0,3}PRIVATE KEY(?: BLOCK)?-----")
 _PEM_END = re.compile(r"-----END [A-Z0-9 ]{0,40}-----")
 _PEM_DATA = re.compile(r"[A-Za-z0-9+/]{16}")
 _PEM_BODY = re.compile(r"[A-Za-z0-9+/=\s\\]*")
+_ACCOUNT = re.compile(r"AccountKey=([A-Za-z0-9+/]{86}==)")  # of Azure's storage
+_HOOK = re.compile(r"hooks\.slack\.com/services/(T[A-Za-z0-9_]+/B[A-Za-z0-9_]+/[A-Za-z0-9_]+)")
+_QUERY = re.compile(
+    r"[?&;](?:sig|signature|x-amz-(?:signature|security-token)|x-goog-signature|access[_-]?token|auth[_-]?token|token"
+    r"|api[_-]?key|sas(?:[_-]?token)?|password|secret)=([^\s&;#\"'`<>]{6,2000})",
+    re.I,
+)
 _LOGIN = re.compile(r"://[^\s:/@]{1,64}:([^\s:/@]{3,100})@")
 _ASSIGNED = re.compile(r"[=:]>?[ \t]{0,3}[\"'`]?([A-Za-z0-9+/=_.~!@#$%^&*\-]{8,200})")
 _SECRET_NAME = re.compile(
@@ -55,7 +85,7 @@ def secrets(text: str) -> Iterator[Match]:
     """What is a secret by its own shape."""
     if "-----BEGIN " in text:
         yield from _private_keys(text)
-    if any(sign in text for sign in _TOKEN_SIGNS):
+    if any(sign in text for sign in _SIGNS):
         for shape in _TOKENS.finditer(text):
             if shape["jwt"] and not _is_header("eyJ" + shape["jwt"]):
                 continue
@@ -66,6 +96,22 @@ def secrets(text: str) -> Iterator[Match]:
         for shape in _LOGIN.finditer(text):
             if shape[1].lower() not in ("password", "passwd", "pass", "secret"):
                 yield Match("secret", *shape.span(1))
+    for sign, pattern in (("AccountKey=", _ACCOUNT), ("hooks.slack.com/", _HOOK)):
+        if sign in text:
+            yield from (Match("secret", *shape.span(1)) for shape in pattern.finditer(text))
+    yield from (match for match in query_secrets(text) if _is_signature(text[match.start : match.end]))
+
+
+def query_secrets(text: str) -> Iterator[Match]:
+    """What the query of an address gives to a name such as ``sig`` or ``access_token``, whatever it is."""
+    if "=" in text and ("?" in text or "&" in text):
+        yield from (Match("secret", *shape.span(1)) for shape in _QUERY.finditer(text))
+
+
+def _is_signature(value: str) -> bool:
+    """Long, with digits and letters; nothing that stands for a value to come."""
+    mixed = any(c.isdigit() for c in value) and any(c.isalpha() for c in value)
+    return len(value) >= 16 and mixed and not _PLACEHOLDER.search(value)
 
 
 def _private_keys(text: str) -> Iterator[Match]:

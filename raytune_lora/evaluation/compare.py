@@ -17,9 +17,8 @@ from raytune_lora.errors import UserError
 from raytune_lora.evaluation import ANSWERS
 from raytune_lora.evaluation.figures import loss_interval, wilson
 from raytune_lora.evaluation.generate import answer, exact_match, stops
-from raytune_lora.models.loading import load_model, precision
+from raytune_lora.models.loading import load_model, loader_of, precision
 from raytune_lora.models.methods import method_for
-from raytune_lora.models.shape import auto_class
 from raytune_lora.models.sources import materialize
 from raytune_lora.models.tokenizer import load_tokenizer
 from raytune_lora.training.leaks import check_causal
@@ -35,7 +34,8 @@ def measure(cfg: RunConfig, store: TokenStore, place: Place, *, adapter: str | N
     over the rows that a trial is measured on, and in which ``arithmetic``; and ``exact_match`` over
     ``exact_match_rows`` rows, with its ``exact_match_interval``, all None where no rows are to be answered;
     ``unanswered``, why none could be of an adapter; and the base model's ``parameters``, ``dtype`` and ``loader``, the
-    class of transformers that loads it. The workers share the rows; each holds the whole model.
+    class of transformers that loads it, or None where none does alone. The workers share the rows; each holds the whole
+    model.
 
     Args:
         cfg: the run.
@@ -50,7 +50,7 @@ def measure(cfg: RunConfig, store: TokenStore, place: Place, *, adapter: str | N
     folder = materialize(cfg.model, Cache.of(cfg.cache, cfg.cluster.node_cache))
     tokenizer = load_tokenizer(folder, cfg.model)
     model = load_model(folder, cfg.model, cfg.quantization)
-    parameters, loader = model.num_parameters(), auto_class(model.config).__name__
+    parameters, loader = model.num_parameters(), loader_of(model)
     if adapter is not None:
         method = method_for(cfg.method)
         model = method.load(model, _here(cfg, adapter), folder)

@@ -209,8 +209,7 @@ def _change(model: Any, prompts: Sequence[Sequence[int]], greedy: dict[str, Any]
 
 def _plain_logits(model: Any, ids: Sequence[int], count: int) -> torch.Tensor:
     """Logits of each of the last tokens, (T, V), by a forward pass over all that stand before it, with no cache."""
-    base = model.get_base_model() if hasattr(model, "peft_config") else model
-    last = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(base.forward).parameters else {}
+    last = {"logits_to_keep": 1} if _takes(model, "logits_to_keep") else {}
     device = next(model.parameters()).device
     logits = []
     for end in range(len(ids) - count, len(ids)):
@@ -218,6 +217,12 @@ def _plain_logits(model: Any, ids: Sequence[int], count: int) -> torch.Tensor:
         output = model(input_ids=ids_1T, attention_mask=torch.ones_like(ids_1T), use_cache=False, **last)
         logits.append(output.logits[0, -1])
     return _comparable(torch.stack(logits))
+
+
+def _takes(model: Any, name: str) -> bool:
+    """Whether an argument of that name can be handed to a model, with an adapter or without."""
+    base = model.get_base_model() if hasattr(model, "peft_config") else model
+    return name in inspect.signature(base.forward).parameters
 
 
 def _comparable(logits: torch.Tensor) -> torch.Tensor:
@@ -233,5 +238,14 @@ def _generate(model: Any, prompts: Sequence[Sequence[int]], settings: dict[str, 
         ids_BT[row, width - len(prompt) :] = torch.tensor(prompt)
         mask_BT[row, width - len(prompt) :] = 1
     device = next(model.parameters()).device
-    output = model.generate(input_ids=ids_BT.to(device), attention_mask=mask_BT.to(device), **settings)
+    inputs = {"input_ids": ids_BT.to(device), "attention_mask": mask_BT.to(device)}
+    output = model.generate(**inputs, **_own_positions(model, inputs["input_ids"]), **settings)
     return output if settings["return_dict_in_generate"] else output[:, width:]
+
+
+def _own_positions(model: Any, ids_BT: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Positions as RoBERTa's kin count them, from behind the padding token's number; ``generate`` begins at 0."""
+    for module in model.modules() if _takes(model, "position_ids") else ():
+        if hasattr(module, "create_position_ids_from_input_ids") and hasattr(module, "padding_idx"):
+            return {"position_ids": module.create_position_ids_from_input_ids(ids_BT, module.padding_idx)}
+    return {}

@@ -132,17 +132,17 @@ def _kind(record: dict[str, Any]) -> str:
 
 def recipe(record: dict[str, Any], adapter: str = ".") -> str:
     """Python that loads the adapter in a folder, as ``model`` and ``tokenizer``."""
-    kind = record["method"]["kind"]
+    kind, loader = record["method"]["kind"], record["base"]["loader"]
     trust = ", trust_remote_code=True" if record["base"]["trust_remote_code"] else ""
-    if kind == "ir_qlora":  # its calibrated quantization is this package's own
+    if kind == "ir_qlora" or loader is None:  # the quantization is this package's own
         body = _ADAPTER.format(trust=trust)
     elif kind == "full":
         body = _base(record | {"base": {**record["base"], "revision": None}}, name="adapter")
     else:
         body = _base(record, name=json.dumps(record["base"]["name"], ensure_ascii=False)) + _OWN.get(kind, _PEFT)
     body += f"tokenizer = AutoTokenizer.from_pretrained(adapter{trust})\n"
-    known = ("AutoConfig", record["base"]["loader"], "AutoTokenizer", "BitsAndBytesConfig")
-    names = [name for name in known if name in body]
+    known = ("AutoConfig", loader, "AutoTokenizer", "BitsAndBytesConfig")
+    names = [name for name in known if name and name in body]
     imports = ["import torch"] if "torch." in body else []
     imports += [line for name, line in _IMPORTS.items() if name in body]
     imports.append(f"from transformers import {', '.join(names)}")

@@ -13,7 +13,7 @@ from transformers.pytorch_utils import Conv1D
 
 from raytune_lora.config.schema import Attention, ModelConfig, Precision, Quantization, QuantizationConfig
 from raytune_lora.models.shape import auto_class
-from raytune_lora.models.skeleton import skeleton_of
+from raytune_lora.models.skeleton import given_to_bitsandbytes, read_past, rescales, skeleton_of
 from raytune_lora.models.stored import read_config, resolved, stored_as
 from raytune_lora.models.tokenizer import own_code, trusted
 from raytune_lora.models.weights import is_transposed
@@ -32,6 +32,18 @@ def keep_cache(model: Any, keep: bool) -> None:
     for config in (model.config, model.config.get_text_config()):  # a language model within another has its own
         if hasattr(config, "use_cache"):
             config.use_cache = keep
+
+
+def take_back_rescaling(model: Any) -> None:
+    """Bring the weights that RWKV's code divides for evaluation, by powers of 2, back to what a checkpoint holds.
+
+    It multiplies them again only when the next forward pass in training mode begins.
+    """
+    for module in model.modules():
+        if rescales(module) and module.layers_are_rescaled:
+            mode, module.training = module.training, True
+            module._rescale_layers()
+            module.training = mode
 
 
 def load_model(
@@ -73,6 +85,18 @@ def load_model(
         # gradient checkpointing is the Trainer's
         model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
     return model.requires_grad_(False).eval()
+
+
+def loader_of(model: Any) -> str | None:
+    """The class of transformers that loads a base model as ``load_model`` has; None where no class alone does.
+
+    Args:
+        model: as ``load_model`` gave it.
+    """
+    skeleton = skeleton_of(model)
+    if getattr(model, "is_quantized", False) and given_to_bitsandbytes(skeleton) & read_past(skeleton):
+        return None
+    return str(auto_class(model.config).__name__)
 
 
 def _as_it_is(
@@ -125,8 +149,8 @@ def _unpack_what_is_read(model: Any) -> None:
     """Give layers whose weights other modules read, as Mamba's do in training, the weights they stand for."""
     from transformers.integrations.bitsandbytes import dequantize_bnb_weight
 
-    read = skeleton_of(model).read
-    for name, layer in [(n, m) for n, m in model.named_modules() if f"{n}.weight" in read]:
+    read = read_past(skeleton_of(model))
+    for name, layer in [(n, m) for n, m in model.named_modules() if n in read]:
         if hasattr(layer, "source_cls"):  # of a layer that bitsandbytes has taken over
             weight = dequantize_bnb_weight(layer.weight, getattr(layer, "state", None)).to(model.dtype)
             plain: Any = torch.nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")

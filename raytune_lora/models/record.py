@@ -4,7 +4,8 @@ Schema, version 1. Null stands for what is not known.
 
 - ``format``, ``version`` (of raytune-lora)
 - ``base``: ``name`` (on the hub, or an absolute path), ``revision`` (of the hub, a commit), ``trust_remote_code``,
-  ``stored_quantized`` (whether its files are quantized already), ``loader`` (the class of transformers that loads it)
+  ``stored_quantized`` (whether its files are quantized already), ``loader`` (the class of transformers that loads it;
+  null where ``raytune_lora.models.export.load`` alone does as it was trained)
 - ``dtype`` of the base model's weights, as torch calls it; ``quantization`` and ``method``: their configs
 - ``template``: ``kind`` (text: patterns; chat), ``file`` (of an own chat template), ``prompts`` and ``rows``: whether
   ``chat_template.jinja`` gives the same tokens as in training, of prompts and of whole rows; ``parts``: whether a
@@ -36,7 +37,7 @@ def make_record(
     model_folder: Path,
     *,
     dtype: str,
-    loader: str,
+    loader: str | None,
     template: dict[str, Any],
     stop_ids: list[int],
     measured: dict[str, Any],
@@ -47,7 +48,7 @@ def make_record(
         cfg: the run.
         model_folder: of its base model, on this node.
         dtype: of the base model's weights.
-        loader: class of transformers that loads the base model.
+        loader: class of transformers that loads the base model; None where none does alone.
         template: ``prompts`` and ``rows``.
         stop_ids: of the token store.
         measured: the figures and their rows.

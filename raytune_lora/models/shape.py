@@ -27,6 +27,7 @@ _GATES = {"gate_proj", "gate_up_proj", "w3"}
 _BIDIRECTIONAL = {"xlnet", "cpmant", "xlm"}
 _TABLE = re.compile(r"(^|\.)(wpe|\w*position\w*)(\.|$)")  # names of embeddings that are looked up by position
 _COMPUTED = re.compile(r"(^|\.)(embed_positions|pos_encoding)$")  # names of buffers that are
+_NAME = "name a decoder"
 _KEPT = {"gelu_new": 4, "gelu_fast": 4, "quick_gelu": 2}  # tensors that activations of several operations keep
 
 
@@ -69,11 +70,49 @@ def shape_of_folder(folder: Path, cfg: ModelConfig) -> Shape:
     import torch
     from transformers import AutoConfig
 
-    with own_code(folder, cfg), torch.device("meta"):
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=trusted(cfg))
-        model = auto_class(config).from_config(config, trust_remote_code=trusted(cfg))
+    from raytune_lora.models.skeleton import in_one_line
+
+    try:
+        with own_code(folder, cfg), torch.device("meta"):
+            config = AutoConfig.from_pretrained(folder, trust_remote_code=trusted(cfg))
+            model = auto_class(config).from_config(config, trust_remote_code=trusted(cfg))
+    except UserError:
+        raise
+    except Exception as error:  # the code of a model may do anything
+        raise UserError(
+            f"model: transformers does not build what {folder / 'config.json'} describes ({in_one_line(error)}); "
+            "install what it asks for, mend the file, or name another model"
+        ) from error
+    _check_text(model)
     _check_causal(model)
     return shape_of(model)
+
+
+def _check_text(model: Any) -> None:
+    """Raise for a model that a row of text alone cannot train.
+
+    Raises:
+        UserError: it is of this kind.
+    """
+    from raytune_lora.models.skeleton import skeleton_of
+
+    kind = model.config.model_type
+    if getattr(model.config, "is_encoder_decoder", False):
+        raise UserError(f"model: the architecture {kind} has an encoder, and rows of text have nothing for it; {_NAME}")
+    try:
+        text, embedding = model.config.get_text_config(), model.get_input_embeddings().weight
+        described = text.hidden_size > 0 and text.num_hidden_layers > 0 and embedding.dim() > 1
+    except (AttributeError, NotImplementedError):
+        described = False
+    if not described:
+        raise UserError(
+            f"model: the architecture {kind} does not say how wide its decoder is, how many layers it has and what "
+            "embeds its tokens, without which nothing could be planned; name another model"
+        )
+    if said := skeleton_of(model).untrained:
+        raise UserError(
+            f"model: the architecture {kind} does not train on a row of text alone, of any length ({said}); {_NAME}"
+        )
 
 
 def _check_causal(model: Any) -> None:
@@ -93,7 +132,7 @@ def _check_causal(model: Any) -> None:
     if reason:
         raise UserError(
             f"model: its tokens see those after them ({reason}), so that it would be trained on answers that it "
-            "is shown; name a decoder"
+            f"is shown; {_NAME}"
         )
 
 
@@ -126,6 +165,8 @@ def shape_of(model: Any) -> Shape:
 
 
 def _shape(skeleton: Skeleton) -> Shape:
+    from raytune_lora.models.skeleton import rescales
+
     model = skeleton.model
     head = model.get_output_embeddings()
     names = {id(module): name for name, module in model.named_modules()}
@@ -161,6 +202,7 @@ def _shape(skeleton: Skeleton) -> Shape:
         embedding=names.get(id(model.get_input_embeddings())),
         tied=head is not None and head.weight is model.get_input_embeddings().weight,
         modules=parts.modules(skeleton),
+        rescaled=any(map(rescales, model.modules())),
     )
 
 

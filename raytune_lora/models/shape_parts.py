@@ -9,7 +9,7 @@ from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from raytune_lora.models.weights import is_transposed, saved_names
-from raytune_lora.planning.shape import BYPASSED, IDLE, ROUTER, UNMET, Experts, Linear
+from raytune_lora.planning.shape import BYPASSED, IDLE, ROUTER, UNLIKE, UNMET, Experts, Linear
 
 if TYPE_CHECKING:
     from raytune_lora.models.skeleton import Skeleton
@@ -82,24 +82,20 @@ def linears(skeleton: Skeleton, *, mixture: bool) -> Iterator[Linear]:
         skeleton: of the model.
         mixture: whether it has experts, and so layers that route tokens to them.
     """
-    import torch
-    from transformers.pytorch_utils import Conv1D
-
-    from raytune_lora.models.skeleton import quantized
+    from raytune_lora.models.skeleton import is_linear, quantized
 
     packed, seen = quantized(skeleton), set()
-    kinds = (torch.nn.Linear, Conv1D)
-    met = {id(m.weight) for n, m in skeleton.model.named_modules() if n in skeleton.called and isinstance(m, kinds)}
-    saved = saved_names(skeleton.model, [n for n, m in skeleton.model.named_modules() if isinstance(m, kinds)])
+    met = {id(m.weight) for n, m in skeleton.model.named_modules() if n in skeleton.called and is_linear(m)}
+    saved = saved_names(skeleton.model, [n for n, m in skeleton.model.named_modules() if is_linear(m)])
     for name, module in skeleton.model.named_modules():
         tied = id(getattr(module, "weight", None)) in seen
         seen.add(id(getattr(module, "weight", None)))
-        if not isinstance(module, kinds):
+        if not is_linear(module):
             continue
         parent, _, leaf = name.rpartition(".")
         source = f"{parent}.{'inside' if leaf in _LAST else 'input'}"
         transposed = is_transposed(module)
-        d_in, d_out = module.weight.shape if isinstance(module, Conv1D) else module.weight.shape[::-1]
+        d_in, d_out = module.weight.shape if transposed else module.weight.shape[::-1]
         bias, apart = module.bias is not None, _apart(name, skeleton, met, mixture=mixture)
         saved_as = "" if saved.get(name) == name else saved.get(name)
         yield Linear(name, d_in, d_out, source, transposed, bias, apart, name in packed, tied, saved_as)
@@ -121,7 +117,9 @@ def _apart(name: str, skeleton: Skeleton, met: set[int], *, mixture: bool) -> st
         return BYPASSED if trains and id(skeleton.model.get_submodule(name).weight) not in met else UNMET
     if not trains:
         return IDLE
-    return ROUTER if mixture and _ROUTERS & set(name.split(".")[-2:]) else ""
+    if mixture and _ROUTERS & set(name.split(".")[-2:]):
+        return ROUTER
+    return UNLIKE if name in skeleton.unlike else ""
 
 
 @cache

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import inspect
 import logging
 import warnings
 from collections.abc import Iterator
@@ -18,9 +19,14 @@ from typing import Any
 import torch
 from torch.overrides import TorchFunctionMode
 
+_SAID = 300  # characters of an error that are shown
 _TOKENS = 8  # of the row; more than any convolution in use is wide
 _UNKNOWN = "what its layers keep is not known, as its code does not run without values"
+_NO_VECTORS = "its code does not run on vectors in place of tokens"
+_NO_KEYS = "its code does not run behind keys and values that it has not computed"
+_ITS_OWN = (AttributeError, TypeError, ValueError)  # of code that misses an input; torch has others for missing values
 _LEARNED = 2  # virtual tokens, where PEFT's prompts are tried
+_PICKER = "indexer"  # of tokens that are attended to, by their order: no gradient comes back from there
 _KNOWN: dict[tuple[type, str], Skeleton] = {}
 
 
@@ -35,6 +41,12 @@ class Skeleton:
     keys: tuple[int, int, int] | None = None  # layers, and heads and width of the keys and values each of them keeps
     unprompted: str = ""  # why PEFT cannot put learned vectors before a row; empty where it can
     unprefixed: str = ""  # why PEFT cannot put learned keys and values before those of a row
+    unlike: frozenset[str] = frozenset()  # linear layers that give something else than inputs times weight
+    untrained: str = ""  # what the model's code says where it cannot train on a row of text alone; empty where it can
+
+
+class _Unfit(Exception):
+    """A prompt does not do what it should; says why."""
 
 
 def skeleton_of(model: Any) -> Skeleton:
@@ -51,18 +63,54 @@ def _probed(cls: type, config: Any) -> Skeleton:
 
     Masks are looked into by the code of some models, their absence leads others into looking at positions; fake tensors
     are taken for those that ask whether they are traced. Where nothing works, the language model is all that its
-    ``get_decoder`` holds, and the head.
+    ``get_decoder`` holds, and the head; and all of it trains but what picks the tokens to attend to.
     """
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     whole = _made(cls, config, torch.device("meta"))
+    untrained = ""
     for place, masked in ((torch.device("meta"), True), (torch.device("meta"), False), (FakeTensorMode(), True)):
         try:
-            called, trains, read = _run(_runnable(cls, config, place), place, masked=masked)
-        except Exception:  # the code of a model may do anything
+            called, trains, read, unlike = _run(_runnable(cls, config, place), place, masked=masked)
+        except Exception as error:  # the code of a model may do anything
+            if masked and isinstance(error, _ITS_OWN):
+                untrained = untrained or in_one_line(error)
             continue
-        return Skeleton(whole, called, trains, read, *_prompts(whole, place, called, masked=masked))
-    return Skeleton(whole, *_language_model(whole), unprefixed=_UNKNOWN)
+        return Skeleton(whole, called, trains, read, *_prompts(whole, place, called, masked=masked), unlike)
+    unlike = frozenset(name for name, m in whole.named_modules() if is_linear(m) and _own_forward(type(m)))
+    unprompted = _NO_VECTORS if _needs_tokens(whole) else ""
+    return Skeleton(
+        whole,
+        *_language_model(whole),
+        unprompted=unprompted,
+        unprefixed=_UNKNOWN,
+        unlike=unlike,
+        untrained=untrained,
+    )
+
+
+def in_one_line(error: Exception) -> str:
+    """What an error says, cut where that is long."""
+    said = " ".join(str(error).split()) or "no reason given"
+    return f"{type(error).__name__}: {said[:_SAID]}{'…' * (len(said) > _SAID)}"
+
+
+def is_linear(module: Any) -> bool:
+    """Whether a module is a linear layer, or GPT-2's transposed one."""
+    from transformers.pytorch_utils import Conv1D
+
+    return isinstance(module, torch.nn.Linear | Conv1D)
+
+
+def rescales(module: Any) -> bool:
+    """Whether a module's code changes the weights within for evaluation, as RWKV's does."""
+    return hasattr(module, "layers_are_rescaled")
+
+
+def _own_forward(cls: type) -> bool:
+    from transformers.pytorch_utils import Conv1D
+
+    return getattr(cls, "forward", None) not in (torch.nn.Linear.forward, Conv1D.forward)
 
 
 def _made(cls: type, config: Any, place: AbstractContextManager[Any]) -> Any:
@@ -92,13 +140,18 @@ def _run(model: Any, place: AbstractContextManager[Any], *, masked: bool) -> tup
             logits = model.train()(**row, use_cache=False).logits
         logits.sum().backward()
         called = frozenset(watch.called)
-        with watch, torch.no_grad(), contextlib.suppress(Exception):  # RWKV's code rescales weights for the evaluation
+        with (
+            watch,
+            torch.no_grad(),
+            contextlib.suppress(Exception),
+        ):  # some code reads weights then alone: see ``rescales``
             model.eval()(**row, use_cache=False)
     named = list(model.named_parameters(remove_duplicate=False))  # shared ones by all their names
     return (
         called,
         frozenset(name for name, p in named if p.grad is not None),
         frozenset(name for name, p in named if id(p) in watch.read),
+        frozenset(watch.unlike),
     )
 
 
@@ -110,7 +163,8 @@ def _prompts(
 
     cls, config = type(whole), whole.config
     keys = _keys(_runnable(cls, config, place), place, masked=masked)
-    width = whole.get_input_embeddings().weight.shape[1]
+    rows, width = whole.get_input_embeddings().weight.shape
+    vocab = config.get_text_config().vocab_size
     vectors = PromptTuningConfig(
         prompt_tuning_init=PromptTuningInit.SAMPLE_VOCAB, **prompt_sizes(_LEARNED, (1, 1, width))
     )
@@ -120,11 +174,15 @@ def _prompts(
     found = ["", ""]
     for which, (prompt, longer) in enumerate(learned):
         try:
+            if longer and rows != vocab:
+                raise _Unfit(f"it looks for an embedding of vocab_size={vocab} rows, and the model's has {rows}")
             with place:
                 row = _row(masked=masked)
             _run_behind(prompt, _runnable(cls, config, place), place, row, longer, called)
-        except Exception as error:  # PEFT knows nothing of some models, and these nothing of it
-            found[which] = f"{type(error).__name__}: {error}".strip().splitlines()[0]
+        except _Unfit as error:
+            found[which] = str(error)
+        except Exception:  # PEFT knows nothing of some models, and these nothing of it
+            found[which] = (_NO_VECTORS, _NO_KEYS)[which]
     return keys, found[0], found[1]
 
 
@@ -180,11 +238,11 @@ def _run_behind(
             logits = tuned(**row, use_cache=False).logits
         logits.sum().backward()
         if logits.shape[1] != _TOKENS + longer:
-            raise ValueError(f"{_TOKENS} tokens behind {_LEARNED} learned vectors give {logits.shape[1]} outputs")
+            raise _Unfit(f"{_TOKENS} tokens behind {_LEARNED} learned vectors give {logits.shape[1]} outputs")
     if idle := sorted(called - watch.called):  # Gemma 3n has more of each token than its vector
-        raise ValueError(f"{idle[0]} does not take part behind learned vectors")
+        raise _Unfit(f"{idle[0]} does not take part behind learned vectors")
     if [name for name, p in tuned.named_parameters() if p.requires_grad and p.grad is None]:
-        raise ValueError("what is learned gets no gradient")
+        raise _Unfit("what is learned gets no gradient")
 
 
 @contextlib.contextmanager
@@ -205,17 +263,22 @@ class _Watch(TorchFunctionMode):
         super().__init__()
         self.called: set[str] = set()  # names of modules
         self.read: set[int] = set()  # ids of parameters
+        self.unlike: set[str] = set()  # names of linear layers whose outputs are not of their width
         self._running: list[Any] = []  # modules, the innermost last
         self._own: dict[int, set[int]] = {}  # ids of the modules that have a parameter
         for name, module in model.named_modules():
             for p in module.parameters(recurse=False):
                 self._own.setdefault(id(p), set()).add(id(module))
             module.register_forward_pre_hook(lambda module, _inputs: self._running.append(module))
-            module.register_forward_hook(lambda _module, _inputs, _output, name=name: self._end(name))
+            module.register_forward_hook(lambda *given, name=name: self._end(name, *given))
 
-    def _end(self, name: str) -> None:
+    def _end(self, name: str, module: Any, inputs: tuple[Any, ...], output: Any) -> None:
         self.called.add(name)
         self._running.pop()
+        if inputs and is_linear(module):
+            width = getattr(module, "out_features", None) or module.nf
+            if getattr(output, "shape", None) != (*inputs[0].shape[:-1], width):
+                self.unlike.add(name)
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
@@ -228,8 +291,20 @@ class _Watch(TorchFunctionMode):
 def quantized(skeleton: Skeleton) -> frozenset[str]:
     """The layers whose weights bitsandbytes holds once such a model is loaded in 4 or 8 bits.
 
-    Transformers' own replacement is run on a copy: it takes neither subclasses of linear layers nor those that share
-    weights. Of what it takes, ``loading`` unpacks the weights that the model's code reads itself.
+    Of what transformers gives it, ``loading`` unpacks the weights that the model's code reads itself.
+    """
+    return given_to_bitsandbytes(skeleton) - read_past(skeleton)
+
+
+def read_past(skeleton: Skeleton) -> frozenset[str]:
+    """The modules whose weight is read outside of their own forward."""
+    return frozenset(name.removesuffix(".weight") for name in skeleton.read)
+
+
+def given_to_bitsandbytes(skeleton: Skeleton) -> frozenset[str]:
+    """The layers that transformers replaces by bitsandbytes' where such a model is loaded in 4 or 8 bits.
+
+    Its own replacement is run on a copy: it takes neither subclasses of linear layers nor those that share weights.
     """
     from transformers import BitsAndBytesConfig
     from transformers.initialization import no_tie_weights
@@ -243,8 +318,7 @@ def quantized(skeleton: Skeleton) -> frozenset[str]:
     settings = BitsAndBytesConfig(load_in_4bit=True, llm_int8_skip_modules=said.get("llm_int8_skip_modules"))
     with _quiet():
         Bnb4BitHfQuantizer(settings, pre_quantized=bool(said))._process_model_before_weight_loading(model, None)
-    packed = {name for name, module in model.named_modules() if module is not before.get(name)}
-    return frozenset(name for name in packed if f"{name}.weight" not in skeleton.read)
+    return frozenset(name for name, module in model.named_modules() if module is not before.get(name))
 
 
 def _language_model(model: Any) -> tuple[frozenset[str], frozenset[str]]:
@@ -253,8 +327,24 @@ def _language_model(model: Any) -> tuple[frozenset[str], frozenset[str]]:
     parameters = {id(p) for part in inside if part is not None for p in part.parameters()}
     return (
         frozenset(name for name, m in model.named_modules() if id(m) in modules),
-        frozenset(name for name, p in model.named_parameters(remove_duplicate=False) if id(p) in parameters),
+        frozenset(
+            name
+            for name, p in model.named_parameters(remove_duplicate=False)
+            if id(p) in parameters and _PICKER not in name.split(".")
+        ),
     )
+
+
+def _needs_tokens(model: Any) -> bool:
+    """Whether a layer takes the numbers of tokens, too, and nothing in their place."""
+    from transformers import PreTrainedModel
+
+    for module in model.modules():
+        taken = inspect.signature(module.forward).parameters
+        embeds = isinstance(module, PreTrainedModel) or module is model.get_input_embeddings()
+        if "input_ids" in taken and "inputs_embeds" not in taken and not embeds:
+            return True
+    return False
 
 
 @contextlib.contextmanager

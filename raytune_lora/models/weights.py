@@ -5,7 +5,10 @@ Checkpoints of some architectures name them otherwise than today's code does; tr
 
 from __future__ import annotations
 
+import copy
 import json
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +49,8 @@ class Weights:
             raise UserError(
                 f"model.path: {folder} holds no {_SINGLE}; this method reads the unquantized weights from it"
             )
-        self._stored = _stored_names(model, list(self._files))
+        self._model = _whole(model)
+        self._stored, self._converted = _stored_names(self._model, list(self._files))
 
     def linear(self, name: str, layer: Any) -> Any:
         """The weight of a linear layer, d_out x d_in.
@@ -67,34 +71,75 @@ class Weights:
         Raises:
             UserError: there is none of that name.
         """
-        from safetensors import safe_open
-
+        if name in self._converted:
+            found = self._converted[name].tensors(self._model, self._read)[name]
+            return found[0] if isinstance(found, list) else found
         stored = self._stored.get(name)
         if stored is None:
             raise UserError(f"model.path: {self._folder} stores no weight {name}; this method needs it as it was")
+        return self._read(stored)
+
+    def _read(self, stored: str) -> Any:
+        from safetensors import safe_open
+
         with safe_open(self._folder / self._files[stored], framework="pt") as file:
             return file.get_tensor(stored)
 
 
-def _stored_names(model: Any, stored: list[str]) -> dict[str, str]:
-    """The names in a checkpoint, by those in the model, of all that is stored as it is in the model."""
-    from transformers.conversion_mapping import get_model_conversion_mapping
-    from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+@dataclass
+class _Conversion:
+    """Tensors of a checkpoint that become others in the model, by a rule of transformers."""
 
+    rule: Any
+    first: str  # name of the first of what they become
+    parts: list[tuple[str, str]] = field(
+        default_factory=list
+    )  # names of the tensors, each with its pattern of the rule
+
+    def tensors(self, model: Any, read: Callable[[str], Any]) -> dict[str, Any]:
+        """What they become, by name.
+
+        Args:
+            model: without weights.
+            read: gives a tensor of the checkpoint.
+        """
+        rule = copy.deepcopy(self.rule)
+        for stored, pattern in self.parts:
+            rule.add_tensor(self.first, stored, pattern, read(stored))
+        converted: dict[str, Any] = rule.convert(self.first, model=model, config=model.config)
+        return converted
+
+    def names(self) -> list[str]:
+        first, *others = self.rule.target_patterns
+        return [self.first, *(self.first.replace(first, other) for other in others)]
+
+
+def _whole(model: Any) -> Any:
     from raytune_lora.models.skeleton import skeleton_of
 
-    whole = skeleton_of(model).model
-    rules = get_model_conversion_mapping(whole)
+    return skeleton_of(model).model
+
+
+def _stored_names(model: Any, stored: list[str]) -> tuple[dict[str, str], dict[str, _Conversion]]:
+    """By names in the model, the names in a checkpoint of what is stored as it is, and how the rest is made of it."""
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
+
+    rules = get_model_conversion_mapping(model)
     renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
     converters = [rule for rule in rules if isinstance(rule, WeightConverter)]
-    own, found = whole.state_dict(), {}
-    for name in sorted(stored):
-        renamed, converted = rename_source_key(name, renamings, converters, whole.base_model_prefix, own)
+    by_pattern = {pattern: rule for rule in converters for pattern in rule.source_patterns}
+    own, found, converted = model.state_dict(), dict[str, str](), dict[str, _Conversion]()
+    for name in sorted(stored, key=dot_natural_key):
+        renamed, pattern = rename_source_key(name, renamings, converters, model.base_model_prefix, own)
         if renamed not in own and name in own:  # a checkpoint of today's names
-            renamed, converted = name, None
-        if converted is None:
+            renamed, pattern = name, None
+        if pattern is None:
             found[renamed] = name
-    return found
+        else:
+            rule = converted.setdefault(renamed, _Conversion(by_pattern[pattern], renamed))
+            rule.parts.append((name, pattern))
+    return found, {name: rule for rule in converted.values() for name in rule.names()}
 
 
 def saved_names(model: Any, layers: list[str]) -> dict[str, str]:

@@ -32,6 +32,7 @@ class Linear:
 UNMET = "text does not pass through them"  # a vision tower
 BYPASSED = "their weights are read past the layers themselves, where an adapter has no effect"  # Mamba's dt_proj
 IDLE = "no gradient comes back through them"  # what picks the tokens to attend to, a classifier's pooler
+UNLIKE = "they compute something else than their inputs times their weight"  # DeepSeek-V4's, of several groups
 ROUTER = "they route tokens to experts"
 
 
@@ -99,6 +100,7 @@ class Shape:
     embedding: str | None = None  # name of the module that embeds the input
     tied: bool = False  # whether the head's weight is the embedding's
     modules: tuple[tuple[str, int], ...] = ()  # name and parameters of each module that has some and that text meets
+    rescaled: bool = False  # whether its code changes weights, whole ones, for evaluation
     context: int | None = None  # tokens of a row that it was made for, as its config says; None: it does not say
 
     def targets(self, names: list[str]) -> list[Linear]:

@@ -21,6 +21,7 @@ import torch
 
 from raytune_lora.artifacts import MANIFEST, read_manifest, remove_folder, write_json
 from raytune_lora.models.export import ADAPTER
+from raytune_lora.models.loading import take_back_rescaling
 from raytune_lora.models.methods import Method
 from raytune_lora.storage import NotWhole
 from raytune_lora.training import state
@@ -123,6 +124,7 @@ def write_parts(folder: Path, model: Any, optimizer: Any, method: Method[Any], *
         method: of the model.
         rank: of this worker.
     """
+    take_back_rescaling(model)
     if rank:
         deque(state.gathered_weights(model, optimizer), maxlen=0)
         deque(state.gathered_optimizer(model, optimizer), maxlen=0)

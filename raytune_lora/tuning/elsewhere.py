@@ -94,11 +94,17 @@ def _named_files(cfg: SweepConfig, root: Path) -> tuple[list[Path], list[str]]:
 
 def _files(path: str) -> list[Path]:
     if (Path(path) / "config.json").is_file():  # a model's folder
-        return [file for file in Path(path).rglob("*") if file.is_file()]
+        return [file for file in _plain_files(Path(path)) if file.is_file()]
     try:
         return [Path(file) for file in expand(path)]
     except UserError:
         return []
+
+
+def _plain_files(folder: Path) -> list[Path]:
+    """All in a model's folder but what is hidden: downloads and repositories keep their own things there."""
+    found = folder.rglob("*")
+    return [file for file in found if not any(part.startswith(".") for part in file.relative_to(folder).parts)]
 
 
 def _data_paths(cfg: SweepConfig) -> list[tuple[str, str | None]]:

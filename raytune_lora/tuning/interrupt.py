@@ -27,6 +27,7 @@ class Interrupts:
         self._before: dict[int, Any] = {}
         self.why: BaseException | None = None  # the job is to end in order; the first reason counts
         self.awaited = False  # someone looks at ``why``, so that nothing need be raised
+        self.over = False  # the job ends already: no thread need ask
         self._ending = False
 
     def __enter__(self) -> Interrupts:
@@ -41,7 +42,7 @@ class Interrupts:
 
     def ask(self, why: BaseException) -> None:
         """Have the job end in order, from any thread: ``why`` is raised in the main one, or found by who awaits it."""
-        if self.why is None:
+        if self.why is None and not self.over:
             self.why = why
             if self._before and (main := threading.main_thread().ident) is not None:
                 signal.pthread_kill(main, signal.SIGTERM)

@@ -373,6 +373,7 @@ def _work(job: Job, run: Callable[[Job], None]) -> dict[str, Any]:
                 job.check_packing()
                 run(job)
         except BaseException as error:
+            job.interrupts.over = True
             with contextlib.suppress(OSError, StorageError, JobFailed):  # where storage is full, that is said once
                 job.write_results()
             if isinstance(error, PROCESS_ENDED):

@@ -118,7 +118,7 @@ def extremes(cfg: SweepConfig, problems: Callable[[SweepConfig], list[str]] = co
     found: list[str] = []
     for name, params in space.extremes(cfg.space, cfg):
         new = [p for p in problems(space.apply(cfg, params)) if p not in base]
-        found += [f"space.{name}: {problem}" for problem in new]
+        found += [f"space.{name}: {problem}; or leave it out of the search: '~space.{name}'" for problem in new]
     return list(dict.fromkeys(found))
 
 

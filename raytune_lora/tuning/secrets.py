@@ -6,6 +6,7 @@ They come from the environment of the process that needs them; on Kubernetes, fr
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -14,28 +15,45 @@ from sqlalchemy.exc import ArgumentError
 
 from raytune_lora.config.compose import to_plain
 from raytune_lora.config.schema import RunConfig
-from raytune_lora.data.pii_secrets import assigned_secrets, secrets
+from raytune_lora.data.pii_secrets import assigned_secrets, query_secrets, secrets
 
 PASSWORD = "RAYTUNE_LORA_STORAGE_PASSWORD"  # of the study's database
 _REMEDIES = {
     "search.storage": f"write user@host, and set {PASSWORD} in the environment (PostgreSQL also reads ~/.pgpass)",
     "tracking.mlflow_uri": "set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN",
 }
+_SECRET_VARIABLE = re.compile(r"(KEY|TOKEN|SECRET|PASSW(OR)?D|PASSPHRASE|CREDENTIALS?)$|^AWS_ACCESS_KEY_ID$")
+_SHORT, _LONG = 6, 12  # characters of a value that is a text, and of one that is in it: a word may be anywhere
 _REMEDY = "leave it out, and set the variable that its library reads in the environment (HF_TOKEN, AWS_…)"
 
 
 def problems(cfg: RunConfig) -> list[str]:
     """The keys that hold what looks like a password, a token or a key; what they hold is not shown."""
-    found = [key for key, value in _texts(to_plain(cfg)) if looks_secret(value) or _has_password(key, value)]
-    return [
-        f"{key} holds a secret, which would be written to config.yaml for all to read: {_REMEDIES.get(key, _REMEDY)}"
-        for key in found
-    ]
+    found = []
+    for key, value in _texts(to_plain(cfg)):
+        if variable := _of_environment(value):
+            found.append(
+                f"{key} holds what the variable {variable} holds here, and would be written to config.yaml for all to "
+                f"read: {_REMEDIES.get(key, _REMEDY)}"
+            )
+        elif looks_secret(value) or _has_password(key, value):
+            found.append(
+                f"{key} holds a secret, which would be written to config.yaml for all to read: "
+                f"{_REMEDIES.get(key, _REMEDY)}"
+            )
+    return found
 
 
 def looks_secret(text: str) -> bool:
     """Whether a text holds a token, a key, or a password in an address or beside its name."""
-    return any(True for find in (secrets, assigned_secrets) for _ in find(text))
+    return any(True for find in (secrets, assigned_secrets, query_secrets) for _ in find(text))
+
+
+def _of_environment(text: str) -> str | None:
+    """The variable whose value a text is, or holds, where its name says that it is secret."""
+    known = {name: value for name, value in os.environ.items() if _SECRET_VARIABLE.search(name)}
+    alike = (n for n, v in known.items() if (len(v) >= _SHORT and v == text) or (len(v) >= _LONG and v in text))
+    return next(alike, None)
 
 
 def with_password(url: str) -> str:

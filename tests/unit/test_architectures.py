@@ -36,6 +36,8 @@ MODELS = (
         "gpt_oss",
         "deepseek_v3",
         "deepseek_v32",
+        "deepseek_v4",
+        "qwen4_exp_text",
         "dbrx",
     ),
     *("mamba", "lfm2", "nemotron_h", "rwkv", "laguna"),
@@ -107,7 +109,7 @@ def test_experts_are_adapted_where_asked_and_the_router_never(
 @pytest.mark.parametrize(
     ("model", "kind"),
     [(model, "lora") for model in ("gemma3", "mixtral", "qwen3_moe", "mamba", "laguna", "llava", "zamba2", "rwkv")]
-    + [("laguna", "dora"), ("laguna", "pissa")],
+    + [("laguna", "dora"), ("laguna", "pissa"), ("deepseek_v4", "lora"), ("deepseek_v4", "dora")],
 )
 def test_an_adapter_that_leaves_parts_out_is_loaded_by_peft_alone(
     model: str, kind: str, folder: Callable[[str], Path], tmp_path: Path
@@ -146,12 +148,14 @@ def test_what_is_left_out_is_said_with_the_reason() -> None:
     assert "parameters (text does not pass through" in said("gemma3", "method=full")
     experts = "layers.*.mlp.experts.gate_up_proj"
     assert f"{experts}, model.layers.*.mlp.experts.down_proj" in said("gpt_oss")
-    assert "method.experts=true adapts them" in said("mixtral")
+    assert "method.experts=true method.dropout=0 adapts them" in said("mixtral")
     assert "experts" not in said("mixtral", "method.experts=true", "method.dropout=0")
     assert "model.layers.*.mlp.gate_proj" in said("qwen3_moe")  # of the dense layer
     assert "unquantized: bitsandbytes" in said("mixtral", "quantization=nf4")
     assert "dt_proj" in said("mamba")
     assert "indexer.wk, model.layers.*.self_attn.indexer.weights_proj (no gradient comes back" in said("deepseek_v32")
+    assert "indexer.index_qk_proj (no gradient comes back" in said("qwen4_exp_text")
+    assert "self_attn.o_a_proj (they compute something else than" in said("deepseek_v4")
     assert "router.layer (they route tokens" in said("dbrx")
     assert "ffn.experts.mlp.w2" in said("dbrx")
     assert said("gemma4_text") == ""

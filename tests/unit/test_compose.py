@@ -219,6 +219,20 @@ def test_a_key_of_another_variant_is_unknown() -> None:
     assert problem.startswith("model.path: unknown key")
 
 
+def test_columns_are_named_as_one_types_them() -> None:
+    """The key of a dictionary, new or not, with a plus or without."""
+    assert compose(["data.columns.instruction=question", "data.columns.output=the reply"]).data.columns == {
+        "instruction": "question",
+        "output": "the reply",
+    }
+    for said in ("data.columns={label: good}", "+data.columns={label: good}", "++data.columns.label=good"):
+        assert compose([said]).data.columns == {"label": "good"}
+    mix = compose(
+        ["data/mix=general", "data.mix.general.path=g.jsonl", "data.mix.general.columns.output=reply"]
+    ).data.mix
+    assert mix["general"].columns == {"output": "reply"}
+
+
 def test_a_dimension_is_added_to_the_space() -> None:
     space = compose([*TINY, "+space.decay={key: training.weight_decay, low: 0.0, high: 0.1}"]).space
     assert list(space) == ["rank", "alpha", "learning_rate", "dropout", "decay"]

@@ -13,11 +13,10 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from transformers import AutoConfig
 
 from raytune_lora.config.compose import compose
+from raytune_lora.models.loading import load_model, loader_of
 from raytune_lora.models.methods import registered
-from raytune_lora.models.shape import auto_class
 from raytune_lora.models.sources import byte_tokenizer
 from raytune_lora.training.place import Place
 from raytune_lora.training.worker import train
@@ -66,7 +65,12 @@ ON_OTHERS = {  # name: model of the zoo, method, what else
     "gemma2-full": ("gemma2", "full", []),
     "llava-lora": ("llava", "lora", []),
     "qwen2-lora-nf4": ("qwen2", "lora", ["quantization=nf4"]),
+    "rwkv-full": ("rwkv", "full", []),
+    "mamba-lora-nf4": ("mamba", "lora", ["quantization=nf4"]),
+    "hrm_text-loftq-nf4": ("hrm_text", "loftq", ["quantization=nf4"]),
 }
+
+OWN_QUANTIZATION = ("ir_qlora-nf4", "mamba-lora-nf4")  # no other package has it
 
 
 def runs() -> dict[str, list[str]]:
@@ -115,7 +119,7 @@ def exported(
             }
             checkpoint = Path(reports[-1]["checkpoint"])
             target = folder / name
-            loader = auto_class(AutoConfig.from_pretrained(inputs.model)).__name__
+            loader = loader_of(load_model(inputs.model, cfg.model, cfg.quantization))
             figures |= {"dtype": "float32", "loader": loader}
             export(plain_run(cfg), inputs.store, inputs.model, checkpoint, target, figures)
     torch.set_num_threads(threads)
@@ -133,7 +137,7 @@ def test_an_export_has_the_loss_that_was_reported(name: str, exported: Any) -> N
     folder, reported, found = exported
     loss, needed = found[name]
     assert loss == pytest.approx(reported[name], rel=1e-5)
-    assert needed == name.startswith("ir_qlora"), "the card's code needs this package for what nothing else computes"
+    assert needed == (name in OWN_QUANTIZATION), "the card's code needs this package for what nothing else computes"
     front = yaml.safe_load((folder / name / "README.md").read_text().split("---")[1])
     base = json.loads((folder / name / "record.json").read_text())["base"]
     assert front["base_model"] == base["name"]

@@ -35,6 +35,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "gpt2": {"n_embd": 64, "initializer_range": 0.1},
     "opt": {"init_std": 0.1},
     "bloom": {"initializer_range": 0.1},
+    "roberta": {"initializer_range": 0.2},
     "mamba": {"initializer_range": 0.3},
     "lfm2": _WIDE,
     "rwkv": {},
@@ -47,6 +48,7 @@ COMBINATIONS = [
     *(("qwen2" if kind == "bitfit" else "llama", kind) for kind in map(kind_of, METHODS)),
     *((model, kind) for model in ("gpt2", "gemma2", "opt") for kind in PROMPT),
     *((model, kind) for model in ("bamba", "zamba2", "minimax") for kind in ("lora", "prompt_tuning")),
+    ("roberta", "lora"),
     *((model, None) for model in MODELS),
 ]
 
@@ -114,6 +116,7 @@ def _exact(model: Any) -> Any:
 @pytest.mark.parametrize(
     ("name", "kind", "cached", "several"),
     [
+        ("roberta", None, True, True),
         ("llama", "prompt_tuning", True, True),
         ("llama", "prefix_tuning", True, True),
         ("bamba", "lora", True, True),

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import zipfile
 from pathlib import Path
 
 import pytest
+from ray._private.runtime_env.packaging import create_package
 
+from raytune_lora.cluster import secret_files
 from raytune_lora.cluster.pack import Package, collect, listing
 from raytune_lora.errors import UserError
 from tests.readme import ROOT
@@ -82,6 +85,19 @@ def test_links_out_of_the_folder_stay(repository: Path, tmp_path_factory: pytest
         "service-account-1.json",
         "kubeconfig",
         "auth_token",
+        ".npmrc",
+        "_netrc",
+        ".dockercfg",
+        "prod.env",
+        ".envrc",
+        ".boto",
+        "secrets.yaml",
+        "gcp-credentials.json",
+        "application_default_credentials.json",
+        "id_ed25519_sk",
+        "release.jks",
+        "prod.tfvars",
+        "kaggle.json",
     ],
 )
 def test_files_of_secrets_are_refused_by_name(repository: Path, file: str) -> None:
@@ -109,6 +125,89 @@ def test_secrets_within_files_are_refused_and_not_shown(repository: Path, text: 
     (said,) = caught.value.problems
     assert said.startswith("conf/c.yaml holds what looks like a token, key or password: ")
     assert not any(part in said for part in (TOKEN, "hunter22", "Tr0ub4dor", "MIIEpAI"))
+
+
+@pytest.mark.parametrize("name", [".env.example", "example.env", "key.py", "credentials.py", "secret_files.py", "env"])
+def test_names_that_are_none(repository: Path, name: str) -> None:
+    write(repository, name)
+    assert names(collect(repository)) == [name]
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-16-le", "utf-16-be"])
+def test_secrets_in_other_encodings(repository: Path, encoding: str) -> None:
+    (repository / "notes.txt").write_bytes(f"a note\nlogin('{TOKEN}')\n".encode(encoding))
+    with pytest.raises(UserError, match=r"^notes\.txt holds what looks like a token"):
+        collect(repository)
+
+
+@pytest.mark.parametrize("before", [2**20 - 20, 3 * 2**20, 5 * 2**20 - 7])
+def test_secrets_anywhere_in_large_files(repository: Path, before: int) -> None:
+    key = "-----BEGIN PRIVATE KEY-----\n" + "MIIEpAIBAAKCAQEA\n" * 200 + "-----END PRIVATE KEY-----\n"
+    for secret in (f" login('{TOKEN}') ", key):
+        (repository / "notes.txt").write_text("a note\n" * (before // 7) + secret + "more\n" * 10**5)
+        with pytest.raises(UserError, match=r"^notes\.txt holds what looks like a token"):
+            collect(repository)
+
+
+def test_a_models_folder_is_looked_into_and_rows_are_not(repository: Path) -> None:
+    model = ["model/config.json", "model/tokenizer.json", "model/model.safetensors", "model/chat_template.jinja"]
+    write(repository, *model, text="{}")
+    write(repository, "rows.jsonl", "more.json", text=f'{{"text": "{TOKEN}"}}\n')
+    write(repository, ".gitignore", text="more.json\n")
+    named = [repository / file for file in (*model, "rows.jsonl", "more.json")]
+    assert set(names(collect(repository, named))) >= {*model, "rows.jsonl", "more.json"}
+    for file, said in (("model/push.py", "holds what looks like a token"), ("model/.npmrc", "a file of secrets")):
+        write(repository, file, text=f"login('{TOKEN}')\n")
+        with pytest.raises(UserError, match=said) as caught:
+            collect(repository, [*named, repository / file])
+        assert TOKEN not in str(caught.value)
+        (repository / file).unlink()
+    write(repository, "model/model.safetensors", text=TOKEN)
+    collect(repository, named)
+
+
+def uploaded(folder: Path, to: Path) -> set[str]:
+    """What Ray's own code for ``ray job submit --working-dir`` packs of a folder."""
+    create_package(str(folder), to, include_gitignore=True)
+    with zipfile.ZipFile(to) as archive:
+        return {name for name in archive.namelist() if not name.endswith("/")}
+
+
+def test_ray_itself_uploads_no_secrets(tmp_path: Path) -> None:
+    kept = [
+        "jobs/sweep.py",
+        "raytune_lora/cli.py",
+        "conf/config.yaml",
+        "data/my.jsonl",
+        "models/m/config.json",
+        "a.env.py",
+    ]
+    secret = [".env", "deploy/.env.production", "prod.env", ".aws/credentials", ".ssh/config", "keys/id_rsa", "a/b.pem"]
+    secret += [".npmrc", "_netrc", ".dockercfg", ".git/config", "gcp-credentials.json", "service-account-1.json"]
+    secret += ["kubeconfig", "k8s/secrets.yaml", "auth_token", ".docker/config.json", "credentials"]
+    write(tmp_path / "work", *kept, *secret)
+    everything = uploaded(tmp_path / "work", tmp_path / "before.zip")
+    assert everything == {*kept, *secret}, "Ray leaves nothing out by itself"
+    shutil.copy(ROOT / ".rayignore", tmp_path / "work")
+    assert uploaded(tmp_path / "work", tmp_path / "after.zip") == set(kept)
+
+
+@pytest.mark.parametrize("where", ["", "deep/er/"])
+def test_names_that_a_submit_refuses_are_those_that_the_list_leaves_out(where: str, tmp_path: Path) -> None:
+    refused = [".env", ".envrc", "x.env", "s.pem", "id_dsa", "id_ecdsa_sk", "_netrc", ".s3cfg", "rclone.conf", "x.ovpn"]
+    refused += ["a-credentials.csv", "secret.toml", "secrets.ini", "serviceaccount.json", "client_secret_1.json"]
+    refused += ["kubeconfig-prod", "kaggle.json", "wandb.key", "pgpass.conf", "a.tfstate", "dockerconfigjson"]
+    assert all(secret_files.problem(tmp_path, Path(name), within=False) for name in refused)
+    write(tmp_path / "work", "a.py", *(f"{where}{name}" for name in refused))
+    shutil.copy(ROOT / ".rayignore", tmp_path / "work")
+    assert uploaded(tmp_path / "work", tmp_path / "it.zip") == {"a.py"}
+
+
+def test_what_ray_uploads_of_this_project_is_what_a_job_needs(tmp_path: Path) -> None:
+    ours = uploaded(ROOT, tmp_path / "ours.zip")
+    assert {"jobs/sweep.py", "raytune_lora/tuning/secrets.py", "raytune_lora/cluster/secret_files.py"} <= ours
+    assert {"conf/config.yaml", "constraints.txt"} <= ours
+    assert not any(name.startswith((".", "tests/")) for name in ours)
 
 
 def test_too_much_names_the_biggest(repository: Path) -> None:

@@ -101,7 +101,7 @@ def test_weights_that_the_model_s_code_reads_are_unpacked(
     assert bench.loss(trained) < before
 
 
-@pytest.mark.parametrize("model", ["llava", "gemma3", "nemotron_h", "rwkv", "laguna"])
+@pytest.mark.parametrize("model", ["llava", "gemma3", "nemotron_h", "rwkv", "laguna", "hrm_text"])
 def test_loftq_finds_weights_that_the_checkpoint_names_otherwise(model: str, folder: Callable[[str], Path]) -> None:
     """It starts nearer to the unquantized model than plain quantization does."""
     plain = Bench("lora", folder(model), Quantization.nf4)

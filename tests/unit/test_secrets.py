@@ -28,6 +28,9 @@ TOKEN = "hf_" + "Ab1" * 11
         ),
         (f"tracking.project={TOKEN}", "leave it out, and set the variable that its library reads"),
         ("data=file data.path=https://me:hunter22@host/rows.jsonl", "leave it out"),
+        ("data=file data.path='https://a.blob.core.windows.net/c/r.jsonl?sv=2024&sig=plain%3D'", "leave it out"),
+        ("data=file data.path='https://host/rows.jsonl?access_token=hunter22'", "leave it out"),
+        ("data=file data.path='s3://b/r.jsonl?X-Amz-Credential=a&X-Amz-Signature=hunter22'", "leave it out"),
     ],
 )
 def test_a_secret_in_a_config_is_refused_and_not_shown(override: str, remedy: str) -> None:
@@ -46,6 +49,64 @@ def test_a_secret_in_a_config_is_refused_and_not_shown(override: str, remedy: st
 )
 def test_what_is_none(override: str) -> None:
     assert not secrets.problems(compose(["model=tiny", "data=fake", override]))
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "override"),
+    [
+        ("WANDB_API_KEY", "0a1b2c3d4e5f6a1b2c3d4e5f6a1b2c3d4e5f6a7b", "tracking.project=${oc.env:WANDB_API_KEY}"),
+        ("MY_PASSWORD", "plainword", "tracking.project=${oc.env:MY_PASSWORD}"),
+        ("HF_TOKEN", "not-of-its-usual-shape", "tracking.project=mine-${oc.env:HF_TOKEN}"),
+        ("AWS_SECRET_ACCESS_KEY", "wJalrXUtnFEMIK7MDENG", "tracking.project=my_wJalrXUtnFEMIK7MDENG"),
+    ],
+)
+def test_what_a_secret_variable_holds_is_refused(
+    variable: str, value: str, override: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(variable, value)
+    (problem,) = secrets.problems(compose(["model=tiny", "data=fake", override]))
+    assert problem.startswith(f"{override.partition('=')[0]} holds what the variable {variable} holds here")
+    assert value not in problem
+
+
+def test_what_an_ordinary_variable_holds_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PROJECT", "something-of-mine")
+    monkeypatch.setenv("MY_KEY", "tiny")
+    monkeypatch.setenv("OTHER_TOKEN", "")
+    assert not secrets.problems(compose(["model=tiny", "data=fake", "tracking.project=${oc.env:PROJECT}"]))
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "//registry.npmjs.org/:_authToken=npm_" + "a1B2" * 9,
+        "password = pypi-AgE" + "IcHlwaS5vcmc" * 7,
+        "SG." + "a1B2c3D4e5_" * 2 + "." + "a" * 43,
+        "sq0csp-" + "a1B2" * 10 + "xyz",
+        "dop_v1_" + "0a1b" * 16,
+        *(f"gl{kind}-" + "a1B2" * 6 for kind in ("dt", "ft", "soat", "rt", "cbt", "imt", "ptt", "agent", "oas", "pat")),
+        "DefaultEndpointsProtocol=https;AccountName=mine;AccountKey=" + "a1B2" * 21 + "ab==;EndpointSuffix=x",
+        "https://hooks.slack.com/services/T0A1B2C3D/B0A1B2C3D/" + "a1B2" * 6,
+        "https://mine.blob.core.windows.net/c/rows.jsonl?sp=r&sig=" + "a1B2" * 10 + "%3D",
+        "s3://bucket/rows.jsonl?X-Amz-Signature=" + "0a1b" * 16,
+        "https://host/rows.jsonl?access_token=hunter22",
+    ],
+)
+def test_shapes_of_tokens(text: str) -> None:
+    assert secrets.looks_secret(text)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "https://host/rows.jsonl?page=2&sort=token",
+        "glass-of-water-for-the-two-of-us",
+        "SG.not-a-key",
+        "npm_config_cache",
+    ],
+)
+def test_shapes_of_none(text: str) -> None:
+    assert not secrets.looks_secret(text)
 
 
 def test_every_config_that_is_shipped_is_free_of_them() -> None:

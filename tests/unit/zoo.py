@@ -129,6 +129,11 @@ def tied_bert(**changes: Any) -> Any:
     return bert(**{"tie_word_embeddings": True} | changes)
 
 
+def roberta(**changes: Any) -> Any:
+    """A decoder whose positions begin behind the number of its padding token."""
+    return T.RobertaConfig(**_PLAIN | {"is_decoder": True} | changes)
+
+
 def bloom(**changes: Any) -> Any:
     """ALiBi, one layer for queries, keys and values, a tied head."""
     return T.BloomConfig(**{"vocab_size": VOCAB, "hidden_size": 32, "n_layer": 2, "n_head": 4} | _SPECIAL | changes)
@@ -165,6 +170,35 @@ def deepseek_v32(**changes: Any) -> Any:
     rope = {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}}
     indexer = {"index_topk": 512, "index_head_dim": 16, "index_n_heads": 2, "head_dim": 8}
     return T.DeepseekV32Config(**kept | rope | indexer | _SPECIAL | changes)
+
+
+def deepseek_v4(**changes: Any) -> Any:
+    """The outputs of attention are projected group by group, in one layer of a class of its own."""
+    experts = {"moe_intermediate_size": 32, "n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2}
+    kinds = {"layer_types": ["heavily_compressed_attention", "compressed_sparse_attention"]}
+    kinds |= {"mlp_layer_types": ["hash_moe", "moe"], "sliding_window": 32}
+    latent = {"q_lora_rank": 16, "o_lora_rank": 16, "qk_rope_head_dim": 8, "head_dim": 16, "num_key_value_heads": 1}
+    indexer = {"index_topk": 512, "index_head_dim": 16, "index_n_heads": 2}
+    plain = {key: value for key, value in _PLAIN.items() if key != "intermediate_size"}
+    return T.DeepseekV4Config(**plain | experts | kinds | latent | indexer | changes)
+
+
+def qwen4_exp_text(**changes: Any) -> Any:
+    """Indexers, whose code looks at values; an embedding of several tokens together."""
+    indexer = {"indexer_n_heads": 2, "indexer_kv_heads": 1, "indexer_head_dim": 16}
+    indexer |= {"indexer_budget": 512, "indexer_compress_ratio": 4, "hc_lowrank": 8}
+    experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+    experts |= {"shared_expert_intermediate_size": 16, "layer_types": ["linear_attention", "full_attention"]}
+    scan = {"linear_num_key_heads": 2, "linear_num_value_heads": 4}
+    scan |= {"linear_key_head_dim": 8, "linear_value_head_dim": 8}
+    grams = {"ngram_vocab_size_base": 100, "make_ngram_vocab_size_divisible_by": 8, "split_ngram_parts": 1}
+    plain = {key: value for key, value in _HEADS_OF_16.items() if key != "intermediate_size"}
+    return T.Qwen4ExpTextConfig(**plain | indexer | experts | scan | grams | {"ple_layer_ids": [1]} | changes)
+
+
+def hrm_text(**changes: Any) -> Any:
+    """Its checkpoint has in one weight what are several here; norms without weights."""
+    return T.HrmTextConfig(**_PLAIN | {"head_dim": 8} | changes)
 
 
 def dbrx(**changes: Any) -> Any:
@@ -228,6 +262,19 @@ def lfm2(**changes: Any) -> Any:
     return T.Lfm2Config(**_GROUPED | {"layer_types": ["conv", "full_attention"]} | changes)
 
 
+def idefics(**changes: Any) -> Any:
+    """It wants an image beside each row."""
+    vision = {"embed_dim": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+    vision |= {"image_size": 28, "patch_size": 14}
+    return T.IdeficsConfig(**_PLAIN | {"vision_config": vision} | changes)
+
+
+def mllama(**changes: Any) -> Any:
+    """A language model, of one that sees, whose embedding has more rows than its vocabulary tokens."""
+    vision = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "image_size": 28, "patch_size": 14}
+    return T.MllamaConfig(text_config=_GROUPED | {"cross_attention_layers": [1]} | changes, vision_config=vision)
+
+
 def llava(**changes: Any) -> Any:
     """A language model beside a vision tower, under names that its checkpoint does not have."""
     vision = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
@@ -255,12 +302,16 @@ ZOO: dict[str, Callable[..., Any]] = {
         falcon,
         bert,
         tied_bert,
+        roberta,
         bloom,
         mixtral,
         qwen3_moe,
         gpt_oss,
         deepseek_v3,
         deepseek_v32,
+        deepseek_v4,
+        qwen4_exp_text,
+        hrm_text,
         dbrx,
         mamba,
         rwkv,
@@ -271,6 +322,8 @@ ZOO: dict[str, Callable[..., Any]] = {
         minimax,
         lfm2,
         llava,
+        idefics,
+        mllama,
     )
 }
 

@@ -75,6 +75,11 @@ def model_problems(cfg: RunConfig, shape: Shape) -> list[str]:
             "training.gradient_checkpointing=true: this model's code has none; set it to false, with a smaller "
             "training.micro_batch or data.max_length where memory is short"
         )
+    if shape.rescaled and cfg.deepspeed.enabled and cfg.deepspeed.stage == 3:
+        found.append(
+            "deepspeed=zero3 does not work with this model: its code divides weights for the evaluation, and ZeRO-3 "
+            "has divided them among the workers, so that nothing would be measured right; take deepspeed=zero2"
+        )
     if isinstance(cfg.method, LoraMethodConfig) and quantizing:
         found += quantized_problems(cfg.method, shape)
     if cfg.method.kind == "full" and shape.unmet and cfg.deepspeed.enabled and cfg.deepspeed.stage == 3:

@@ -93,7 +93,9 @@ class LoraFamily(TargetedMethod[L]):
         for lost, why in ((False, "PEFT takes these names for the experts'"), (True, "PEFT would not load it again")):
             if where := few(dict.fromkeys(anywhere(x.name) for x in beyond if (x.saved_as is None) is lost)):
                 found.append(f"{where} ({why})")
-        remedy = "method.experts=true adapts them" if self.adapts_experts else "method=lora can adapt them"
+        remedy = (
+            "method.experts=true method.dropout=0 adapts them" if self.adapts_experts else "method=lora can adapt them"
+        )
         if any(experts.below for experts in shape.experts):
             remedy = "PEFT has no adapter for each of them"
         whole = options.saved(self.cfg, shape)

@@ -212,7 +212,11 @@ def target_problems(names: list[str], targets: list[Linear], shape: Shape) -> li
     )
     why = {linear.apart for name in missing for linear in shape.named([name]) if linear.apart}
     if set(missing) & {*shape.claimed, *(experts.name.rpartition(".")[2] for experts in shape.experts)}:
-        adapted = "" if any(experts.below for experts in shape.experts) else ": method.experts=true adapts those"
+        adapted = (
+            ""
+            if any(experts.below for experts in shape.experts)
+            else ": method.experts=true method.dropout=0 adapts those"
+        )
         why.add(f"the weights of experts are no linear layers{adapted}")
     return ["; ".join([found, *sorted(why)])]
 
