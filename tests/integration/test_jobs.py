@@ -231,6 +231,30 @@ def test_interrupted_killed_and_resumed(tmp_path: Path, cache: Path) -> None:
     assert "report" in out
 
 
+def test_the_time_in_all_ends_a_sweep_that_is_started_again(tmp_path: Path, cache: Path) -> None:
+    """By the command that began it, after a kill, as KubeRay does on a new cluster: what lay between counts."""
+    folder = tmp_path / "in all"
+    command = ("experiment=tiny", *ONE, "search.trials=40", f"output={folder}", f"cache={cache}", "resume=auto")
+    process = start("sweep", *command, "budget.wall_hours=2")
+    wait_for(lambda: ended(folder) or process.poll() is not None)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    nothing_left(process.pid)
+    known = trials_in(folder)
+    journal = folder / "journal.jsonl"  # as if all of it had been three hours ago
+    events = [json.loads(line) for line in journal.read_text().splitlines()]
+    journal.write_text("".join(json.dumps(event | {"time": event["time"] - 3 * 3600}) + "\n" for event in events))
+    out, _ = finish(start("sweep", *command, "budget.wall_hours=2"))
+    assert "ended early: budget.wall_hours=2, and the sweep began 3.0" in out
+    results = json.loads((folder / "results.json").read_text())
+    assert results["state"] == "finished"
+    assert results["ended_by"]["budget"] == "wall_hours"
+    assert results["ended_by"]["remedy"] == "budget.wall_hours=<more> (or null)"
+    assert {trial["trial_id"] for trial in results["trials"]} == {trial["trial_id"] for trial in known}
+    assert results["best"]["eval_loss"] is not None
+    assert (folder / "best" / "adapter" / "adapter_model.safetensors").is_file()
+
+
 def test_one_run_without_a_sweep(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Watched by every tracker."""
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
