@@ -30,7 +30,7 @@ from raytune_lora.data.splits import OUT, SPLITS, Split
 from raytune_lora.data.statistics import Statistics
 from raytune_lora.errors import UserError
 
-VERSION = 9  # of what becomes of a row: a change of that makes older stores stale
+VERSION = 10  # of what becomes of a row: a change of that makes older stores stale
 _STRETCH = 1000  # records a part
 _AT_ONCE = 10_000  # rows of a held-out split that are put in order in memory
 _PARTS = "parts"

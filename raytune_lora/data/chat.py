@@ -28,6 +28,7 @@ from raytune_lora.data.chat_skeleton import (
     Ends,
     Skeleton,
     Span,
+    after_last,
     common_start,
     locate,
     make_skeleton,
@@ -60,6 +61,7 @@ class ChatWriter:
         self._styles: dict[str, Style] = {}  # by the shape of a row with calls
         self._skeletons: dict[str, Skeleton] = {}  # by shape
         self._whole: set[str] = set()  # shapes that a template with marks writes all of
+        self._headers: dict[str, str] = {}  # by shape: what ``_marked_header`` says
         self._text_writer = TextWriter(cfg)
 
     def __call__(self, row: Row) -> Rendered:
@@ -205,11 +207,15 @@ class ChatWriter:
                 turn,
             )
             return text, [*spans[:-1], (len(thinking), end, turn)], (note,)
-        earlier = spans[:-1]
+        earlier = [span for span in spans if span[2] != turn]
         if len(common_start(text, asked)) < len(common_start(plain, asked).rstrip()):  # it reads otherwise
             if not asked.startswith(plain.rstrip()):
                 raise RowRefused(f"the chat template's generation prompt rewrites what comes before it: {MARKS_REMEDY}")
             earlier = self._written(self._chat(before.messages, chat.tools))[1] if earlier else []
+        marks = [(start, end) for start, end, of in spans if of == turn]
+        begin = marks[0][0]
+        if self._template.marked and text.startswith(header := self._marked_header(chat), begin):
+            begin += len(header)
         begin = min(begin, parting(text, asked)) if text.startswith(plain) else begin
         lead, body = _after_prompt(asked, text[begin:end], messages[-1])
         said = asked[len(common_start(plain, asked)) :]
@@ -220,7 +226,24 @@ class ChatWriter:
         if lead:
             notes += [Note("generation_prompt", _UNPROMPTED, at) for *_, at in earlier]
         whole = asked + lead + body
-        return whole + text[end:], [*earlier, (len(asked), len(whole), turn)], tuple(notes)
+        shift = len(whole) - end
+        first = len(asked), max(marks[0][1] + shift, len(asked + lead)), turn
+        others = [(max(start + shift, first[1]), stop + shift, turn) for start, stop in marks[1:]]
+        return whole + text[end:], [*earlier, first, *(each for each in others if each[0] < each[1])], tuple(notes)
+
+    def _marked_header(self, chat: Chat) -> str:
+        """What the mark of a row's last answer begins with that the model is prompted with."""
+        if chat.shape not in self._headers:
+            if len(self._headers) == _MOST_SHAPES:
+                self._headers.clear()
+            text, spans, _ = self._written(replace(chat, messages=chat.words))
+            begin = next(start for start, _, turn in spans if turn == spans[-1][2])
+            prompt = after_last(self._template.render(chat, chat.words[:-1], prompt=True)[0])
+            before = len(after_last(text[:begin]))
+            self._headers[chat.shape] = text[
+                begin : max(begin, begin - before + parting(text[begin - before :], prompt))
+            ]
+        return self._headers[chat.shape]
 
     def _asked_to_think(self, before: Chat, text: str, asked: str, answer: Message) -> str:
         """The generation prompt for an answer with a thought, where the default one closes it; else nothing."""

@@ -284,7 +284,7 @@ def _begin(before: str, number: int, words: Sequence[Message], whole: str, rende
     if not prompt:
         return len(before), False
     asked, plain = render(prompt, True), render(prompt, False)
-    header = _after_last(asked)
+    header = after_last(asked)
     beyond = before[len(header) :]
     if before.startswith(header) and (asked != plain or not beyond.strip()):
         return len(header), whole.startswith(asked)
@@ -295,12 +295,12 @@ def _begin(before: str, number: int, words: Sequence[Message], whole: str, rende
     text = word(TEXT, number)
     rest = next((words[at:] for at in range(number, len(words)) if words[at].role == USER), ())
     simple = render((*prompt, replace(message, text=text, thought="", calls=()), *rest), False)
-    usual = _after_last(simple.split(text)[0])
+    usual = after_last(simple.split(text)[0])
     common = common_start(before, usual)
     return len(common if common == usual else _PART_OF_TAG.sub("", common)), False
 
 
-def _after_last(text: str) -> str:
+def after_last(text: str) -> str:
     """The text after its last word."""
     found = _found(text)
     return text[found[-1].end :] if found else text

@@ -352,6 +352,23 @@ def test_a_row_is_trained_as_the_model_is_prompted_where_the_prompt_opens_a_thou
     assert [note.turn for note in plain.notes] == [3, 1]
 
 
+@pytest.mark.parametrize("split", [False, True])
+def test_a_header_within_the_mark_is_not_trained_again_after_a_prompt_that_opens_a_thought(split: bool) -> None:
+    """As TRL marks DeepSeek's templates; or with two marks, of which the second has the end."""
+    whole = "{{ '<|Assistant|>' + m.content.split('</think>')[-1] + '<|end|>' }}"
+    start, end = "{% generation %}", "{% endgeneration %}"
+    mark = start + whole.replace(" + '<|end|>'", f" }}}}{end}{{{{ '.' }}}}{start}{{{{ '<|end|>'" if split else "") + end
+    marked = R1.replace(whole, mark) if split else R1.replace(whole, start + whole + end)
+    SPECIAL[marked] = SPECIAL[R1]
+    for answer, thought in ((THOUGHTFUL[1], "six times seven"), (said("assistant", "42"), "")):
+        found = encoded(marked, [THOUGHTFUL[0], answer])
+        assert found.input_ids[: found.prompt_length] == own(marked, THOUGHTFUL[:1], prompt=True)
+        parts = [f"{thought}\n</think>\n\n42", "<|end|>"]
+        assert trained(marked, found) == (parts if split else ["".join(parts)])
+    talk = [said("user", "1?"), said("assistant", "1"), THOUGHTFUL[0], said("assistant", "42")]
+    assert "".join(trained(marked, encoded(marked, talk))).endswith("\n</think>\n\n42<|end|>")
+
+
 def test_a_prompt_that_closes_the_thought_is_asked_to_think() -> None:
     closes = QWEN3.replace(
         "{{ '<|im_start|>assistant\\n' }}{% endif -%}",
@@ -408,6 +425,9 @@ def test_rows_agree_with_the_models_own_templates() -> None:
                 assert found.input_ids[: len(theirs)] == theirs, file.name
             if not any("enable_thinking" in note.detail for note in notes):
                 assert found.input_ids[: len(prompt)] == prompt, file.name
+            if notes:
+                answer = tokenizer(template).decode(found.input_ids[found.prompt_length :])
+                assert "ssistant" not in answer, file.name
             agreed += 1
     assert agreed > 150
 
