@@ -222,13 +222,16 @@ class Split:
         """By the position, in 0 to 1, of each cluster's earliest row."""
         root = self._alike.roots()
         many = np.bincount(root, minlength=len(root))[root] > len(root) // _ABOUT_ONE
-        root = np.where(many, self._near.roots(), root)
+        near = self._near.roots()
+        root = np.where(many, near, root)
         key = np.where(self._asking != 0, self._asking, self.row)
         self._root, self._position = root, key.astype(np.float64) / 2**64
-        main = self._role(MAIN)
+        own = self._role(MAIN)
+        main = own & ~np.isin(near, near[self._held_out()])
         shares = self._shares()
         sizes = np.unique(root[main], return_counts=True)[1]
         self.groups = {"count": len(sizes), "largest": int(sizes.max(initial=0)), "rows": int(main.sum())}
+        self.of[own] = _TRAIN  # those that were held out elsewhere, to be found as leaks
         self.of[main] = (
             self._stratified(main, shares) if self.cfg.stratify else _at(self._position[root[main]], *shares)
         )
@@ -236,6 +239,13 @@ class Split:
         for role, split in ((VALIDATION, _VALIDATION), (TEST, _TEST)):
             self.of[self._role(role)] = split
         self.of[self._dropped] = OUT
+
+    def _held_out(self) -> Mask:
+        """Rows that something else than their position keeps from training; a row like them is in no other split."""
+        if not self._on("leakage"):
+            return np.zeros(len(self.row), bool)
+        mask: Mask = (self._role(VALIDATION, TEST) & ~self._dropped) | ~self._mine
+        return mask
 
     def _shares(self) -> tuple[float, float]:
         """Of the main source's rows that are for validation and for test; none where files are."""
@@ -258,7 +268,7 @@ class Split:
         return np.array([leader[root] for root in self._root[main].tolist()], np.int8)
 
     def _leakage(self) -> None:
-        """Training rows that are nearly, or ask the same as, a row of another split or of a benchmark."""
+        """Rows to train on, or to divide, that are nearly, or ask the same as, a row held out from them."""
         self.leaks = False
         if not self._on("leakage"):
             return

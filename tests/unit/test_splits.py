@@ -466,6 +466,24 @@ def test_training_rows_that_leak_into_them_are_found(action: Action, prepared: P
     assert store.rows == {"train": 60 if action is Action.drop else 63, "validation": 20, "test": 0}
 
 
+@pytest.mark.parametrize("settings", [{}, {"stratify": "kind"}], ids=["hashed", "stratified"])
+@pytest.mark.parametrize("held", ["test_path", "validation_path", "benchmarks"])
+def test_a_row_of_a_named_split_is_in_no_split_that_is_divided_off(
+    held: str, settings: dict[str, str], prepared: Prepare, tmp_path: Path
+) -> None:
+    content = [row | {"kind": "a"} for row in rows(80)]
+    known = [*content[:30], *(nearly(row, f"near {n}") for n, row in enumerate(content[30:40])), *rows(10, seed=1)]
+    path = write(tmp_path / "held.jsonl", [row | {"kind": "a"} for row in known])
+    store = prepared(mine(tmp_path, content, **{held: [path] if held == "benchmarks" else path}, **settings))
+    assert findings(store)["leakage"]["count"] == 40
+    report = json.loads((store.folder / REPORT).read_text())
+    assert report["rows"]["reasons"] == {"leakage": 40}
+    others = sum(store.rows.values()) - (0 if held == "benchmarks" else len(known))
+    assert others == 40
+    if settings:
+        assert store.rows["validation" if held == "test_path" else "test"] == 8
+
+
 def test_rows_of_a_benchmark_are_not_trained_on(prepared: Prepare, tmp_path: Path) -> None:
     content = rows(60)
     bench = write(tmp_path / "bench.jsonl", [content[0], nearly(content[1], "x"), *rows(30, seed=3)])
