@@ -50,7 +50,7 @@ def measure(cfg: RunConfig, store: TokenStore, place: Place, *, adapter: str | N
     folder = materialize(cfg.model, Cache.of(cfg.cache, cfg.cluster.node_cache))
     tokenizer = load_tokenizer(folder, cfg.model)
     model = load_model(folder, cfg.model, cfg.quantization)
-    parameters, loader = model.num_parameters(), loader_of(model)
+    parameters, loader = model.num_parameters(), loader_of(model, folder, cfg.model, whole=cfg.method.kind == "full")
     if adapter is not None:
         method = method_for(cfg.method)
         model = method.load(model, _here(cfg, adapter), folder)

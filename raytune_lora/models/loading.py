@@ -87,16 +87,21 @@ def load_model(
     return model.requires_grad_(False).eval()
 
 
-def loader_of(model: Any) -> str | None:
+def loader_of(model: Any, folder: Path, cfg: ModelConfig, *, whole: bool = False) -> str | None:
     """The class of transformers that loads a base model as ``load_model`` has; None where no class alone does.
 
     Args:
         model: as ``load_model`` gave it.
+        folder: of the model.
+        cfg: of the model.
+        whole: whether it is to load what ``model`` itself is saved as, of some architectures the text's part alone.
     """
     skeleton = skeleton_of(model)
     if getattr(model, "is_quantized", False) and given_to_bitsandbytes(skeleton) & read_past(skeleton):
         return None
-    return str(auto_class(model.config).__name__)
+    auto = auto_class(AutoConfig.from_pretrained(folder, trust_remote_code=trusted(cfg)))
+    known = type(model.config) in auto._model_mapping or trusted(cfg)
+    return type(model).__name__ if whole and not known else str(auto.__name__)
 
 
 def _as_it_is(

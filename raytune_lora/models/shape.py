@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 _FUSED = {"query_key_value", "qkv_proj", "c_attn", "Wqkv"}
 _SHAPES: dict[Skeleton, Shape] = {}
 _GATES = {"gate_proj", "gate_up_proj", "w3"}
-_BIDIRECTIONAL = {"xlnet", "cpmant", "xlm"}
+_BIDIRECTIONAL = {"xlnet", "cpmant", "xlm", "prophetnet"}
 _TABLE = re.compile(r"(^|\.)(wpe|\w*position\w*)(\.|$)")  # names of embeddings that are looked up by position
 _COMPUTED = re.compile(r"(^|\.)(embed_positions|pos_encoding)$")  # names of buffers that are
 _NAME = "name a decoder"
@@ -83,8 +83,8 @@ def shape_of_folder(folder: Path, cfg: ModelConfig) -> Shape:
             f"model: transformers does not build what {folder / 'config.json'} describes ({in_one_line(error)}); "
             "install what it asks for, mend the file, or name another model"
         ) from error
-    _check_text(model)
     _check_causal(model)
+    _check_text(model)
     return shape_of(model)
 
 
@@ -197,7 +197,7 @@ def _shape(skeleton: Skeleton) -> Shape:
         approximate=_unlike_attention(config),
         embeddings=model.get_input_embeddings().weight.shape[0],
         embedded=model.get_input_embeddings().weight.shape[1],
-        positions=_positions(model, config),
+        positions=_positions(skeleton, config),
         context=_context(config),
         embedding=names.get(id(model.get_input_embeddings())),
         tied=head is not None and head.weight is model.get_input_embeddings().weight,
@@ -288,7 +288,7 @@ def _thinned(skeleton: Skeleton, config: Any) -> int:
     return len(layered) * config.hidden_size // config.num_hidden_layers
 
 
-def _positions(model: Any, config: Any) -> int | None:
+def _positions(skeleton: Skeleton, config: Any) -> int | None:
     """Tokens of a row that the smallest table of the text's positions has room for, learned or computed beforehand.
 
     Some tables have rows in front that no position uses: OPT's ``offset``, RoBERTa's up to its padding token. MPT has
@@ -296,11 +296,13 @@ def _positions(model: Any, config: Any) -> int | None:
     """
     import torch
 
-    found, text = [], model.get_decoder() or model  # places in an image have tables of their own
+    model, found = skeleton.model, []
+    text = model.get_decoder() or model  # places in an image have tables of their own
+    met = {id(m) for name, m in model.named_modules() if name in skeleton.called or f"{name}.weight" in skeleton.trains}
     for name, module in text.named_modules():
         if hasattr(module, "build_mpt_alibi_tensor"):
             found.append(config.max_seq_len)
-        if isinstance(module, torch.nn.Embedding) and _TABLE.search(name):
+        if isinstance(module, torch.nn.Embedding) and _TABLE.search(name) and id(module) in met:
             padding = -1 if module.padding_idx is None else module.padding_idx
             found.append(module.num_embeddings - getattr(module, "offset", padding + 1))
     found += [table.shape[0] for name, table in text.named_buffers() if _COMPUTED.search(name)]

@@ -20,7 +20,7 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 _SAID = 300  # characters of an error that are shown
-_TOKENS = 8  # of the row; more than any convolution in use is wide
+_TOKENS = 11  # of the row; more than any convolution in use is wide, and no multiple of what rows might be cut into
 _UNKNOWN = "what its layers keep is not known, as its code does not run without values"
 _NO_VECTORS = "its code does not run on vectors in place of tokens"
 _NO_KEYS = "its code does not run behind keys and values that it has not computed"

@@ -67,6 +67,8 @@ ON_OTHERS = {  # name: model of the zoo, method, what else
     "qwen2-lora-nf4": ("qwen2", "lora", ["quantization=nf4"]),
     "rwkv-full": ("rwkv", "full", []),
     "mamba-lora-nf4": ("mamba", "lora", ["quantization=nf4"]),
+    "mllama-lora": ("mllama", "lora", []),
+    "mllama-full": ("mllama", "full", []),
     "hrm_text-loftq-nf4": ("hrm_text", "loftq", ["quantization=nf4"]),
 }
 
@@ -103,6 +105,8 @@ def exported(
         patch.setenv("HOME", str(home))
         for model in {model for model, _, _ in ON_OTHERS.values()}:
             zoo.build(model, pad_token_id=0, eos_token_id=1).save_pretrained(home / model)
+            # as it was made: Mllama's language model is saved with the config of its text alone
+            zoo.ZOO[model](pad_token_id=0, eos_token_id=1).save_pretrained(home / model)
             byte_tokenizer().save_pretrained(home / model)
         for name, own in runs().items():
             cfg = compose([*own, *RUN, f"data.path={rows}", f"cache={cache}"])
@@ -119,7 +123,8 @@ def exported(
             }
             checkpoint = Path(reports[-1]["checkpoint"])
             target = folder / name
-            loader = loader_of(load_model(inputs.model, cfg.model, cfg.quantization))
+            base = load_model(inputs.model, cfg.model, cfg.quantization)
+            loader = loader_of(base, inputs.model, cfg.model, whole=cfg.method.kind == "full")
             figures |= {"dtype": "float32", "loader": loader}
             export(plain_run(cfg), inputs.store, inputs.model, checkpoint, target, figures)
     torch.set_num_threads(threads)

@@ -216,6 +216,7 @@ def test_rows_without_an_answer_to_compare_are_said(tmp_path: Path, tokenizer: A
         (T.RobertaConfig, "is_decoder"),
         (T.ElectraConfig, "is_decoder"),
         (T.XLNetConfig, "xlnet"),
+        (T.ProphetNetConfig, "prophetnet"),
         (partial(zoo.gemma3_text, use_bidirectional_attention=True), "use_bidirectional_attention"),
         (T.PaliGemmaConfig, "use_bidirectional_attention"),
     ],

@@ -16,6 +16,7 @@ from raytune_lora.config.compose import compose
 from raytune_lora.config.schema import ModelConfig
 from raytune_lora.errors import UserError
 from raytune_lora.models.export import ADAPTER
+from raytune_lora.models.loading import loader_of
 from raytune_lora.models.methods import fit, method_for
 from raytune_lora.models.shape import shape_of, shape_of_folder
 from raytune_lora.training.checkpoint import write_parts
@@ -77,6 +78,36 @@ def test_prompts_are_refused_by_what_is_there_and_what_is_needed() -> None:
         (problem,) = method_for(config(kind)).problems(shape_of(zoo.build(model)))
         assert reason in problem
         assert "Error" not in problem
+
+
+def test_an_image_s_places_limit_no_row() -> None:
+    """Git's table of them lies within its decoder, and text does not meet it."""
+    vision = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+    vision |= {"image_size": 28, "patch_size": 14}
+    sizes = {"num_hidden_layers": 1, "intermediate_size": 64, "max_position_embeddings": 48}
+    git = T.GitConfig(vision_config=vision, **_SMALL | sizes)
+    assert shape_of(T.AutoModelForCausalLM.from_config(git)).positions == 48
+
+
+def test_a_language_model_within_another_is_loaded_by_a_class_that_knows_its_config(tmp_path: Path) -> None:
+    """Mllama's folder has the config of all of it, and the language model that is trained that of its text alone."""
+    base = zoo.build("mllama")
+    base.save_pretrained(tmp_path)
+    zoo.mllama().save_pretrained(tmp_path)
+    cfg = ModelConfig()
+    assert loader_of(base, tmp_path, cfg) == "AutoModelForCausalLM"
+    assert loader_of(base, tmp_path, cfg, whole=True) == "MllamaForCausalLM"
+    base.save_pretrained(tmp_path / "tuned")
+    with pytest.raises(ValueError, match="Unrecognized configuration class"):
+        T.AutoModelForCausalLM.from_pretrained(tmp_path / "tuned")
+    assert loader_of(zoo.build("llama"), _saved(zoo.llama(), tmp_path / "llama"), cfg, whole=True) == (
+        "AutoModelForCausalLM"
+    )
+
+
+def _saved(made: Any, folder: Path) -> Path:
+    made.save_pretrained(folder)
+    return folder
 
 
 # ----------------------------------------------------------------------------- weights that change for the evaluation
