@@ -26,7 +26,7 @@ is cut off. An empty system turn is left out, as if it were absent.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -41,6 +41,7 @@ from raytune_lora.data.messages import (
     definitions,
     filled,
     holds_definitions,
+    is_answer,
     kind_of,
     listed,
     messages,
@@ -78,8 +79,14 @@ _VERDICTS = {"true": True, "1": True, "1.0": True, "false": False, "0": False, "
 _LABELS = ("label", "kto_tag", "preferred", "is_preferred", "desirable", "is_chosen")
 _KTO = ("prompt", "completion")  # fields beside which 0 and 1 are such a label
 _JUDGED = ("is_correct", "is_good", "accepted", "is_accepted")  # the same of data that may hold the good ones alone
-_FLAGS = ("weight", "loss_weight", "sample_weight", "train", "training", "trainable")  # of a row
-_MASKS = ("loss_mask", "train_mask", "weights", "loss_weights")  # of a row, an item a message
+_MASKS = {  # of a row, an item a message or an answer: the field of a message that says the same
+    "loss_mask": "loss_mask",
+    "train_mask": "loss_mask",
+    "loss_weights": "weight",
+    "weights": "weight",
+}
+_FLAGS = ("weight", "loss_weight", "sample_weight", "train", "training", "trainable", "loss", "loss_mask", "train_mask")
+_MEASURED = ("1.0", "0.0")  # as ``loss``, a number that was measured and no flag
 _PICTURES = ("images", "image", "videos", "video", "audios", "audio")
 
 
@@ -105,8 +112,9 @@ def parse(
         name, names = _recognize(fields, format, columns)
         if name != "text":
             _refuse_bad(fields, names, columns)
-            _refuse_otherwise(fields, names, columns)
-        unused = _unused(fields, name, names, columns, stratify) - _refuse_untrained(fields, columns)
+            _refuse_pictures(fields, columns)
+        fields, masks = _masked(fields, name, names, columns)
+        unused = _unused(fields, name, names, columns, stratify) - _refuse_untrained(fields, columns) - masks
         turns = _TURNS[name](fields, names, unused)
         if name != "text" and "reasoning" in columns:
             thought = reasoning(fields["reasoning"], "reasoning")
@@ -226,7 +234,8 @@ def _refuse_bad(fields: dict[str, Any], names: tuple[str, ...], columns: Mapping
 
 def _refuse_untrained(fields: dict[str, Any], columns: Mapping[str, str]) -> set[str]:
     """Raise for a record that a field of its own keeps out of the training; the fields that say that it is in."""
-    said = {name: _VERDICTS.get(str(fields.get(name)).strip().lower()) for name in _FLAGS if name not in columns}
+    texts = {name: str(fields.get(name)).strip().lower() for name in _FLAGS if name not in columns}
+    said = {name: _VERDICTS.get(text) for name, text in texts.items() if name != "loss" or text not in _MEASURED}
     for name, trained in said.items():
         if trained is False:
             raise FaultError(
@@ -236,16 +245,53 @@ def _refuse_untrained(fields: dict[str, Any], columns: Mapping[str, str]) -> set
     return {name for name, trained in said.items() if trained}
 
 
-def _refuse_otherwise(fields: dict[str, Any], names: tuple[str, ...], columns: Mapping[str, str]) -> None:
-    """Raise for a record that is more than text, or of which parts alone are to be trained."""
-    said = fields[names[0]]
-    for name in _MASKS:
-        mask = fields.get(name)
-        if isinstance(mask, list) and isinstance(said, list) and len(mask) == len(said):
+def _masked(
+    fields: dict[str, Any], name: str, names: tuple[str, ...], columns: Mapping[str, str]
+) -> tuple[dict[str, Any], set[str]]:
+    """The record with what lists say of its messages written into each of them, and the names of such lists."""
+    masks = {mask: fields[mask] for mask in _MASKS if mask not in columns and filled(fields.get(mask))}
+    masks = {mask: decode_json(said) if isinstance(said, str) else said for mask, said in masks.items()}
+    masks = {mask: said for mask, said in masks.items() if isinstance(said, list)}
+    if not masks:
+        return fields, set()
+    content = fields[names[0]]
+    talk = decode_json(content) if isinstance(content, str) and name in ("chat", "sharegpt") else content
+    if name not in ("chat", "sharegpt") or not isinstance(talk, list):
+        talk = [{"role": ASSISTANT}]  # one answer
+    answers = [number for number, message in enumerate(talk) if is_answer(message)]
+    used = set[str]()
+    for mask, flags in masks.items():
+        if len(flags) in (len(talk), len(answers)):
+            used.add(mask)
+            talk = _flagged(talk, range(len(talk)) if len(flags) == len(talk) else answers, flags, mask)
+        elif mask != "weights":  # a name of many things
             raise FaultError(
                 "wrong_types",
-                f"{name} says beside {names[0]} which of them are trained: write weight, 0 or 1, into each message",
+                f"{mask} has {len(flags)} items, and there are {len(talk)} messages, {len(answers)} of them answers: "
+                "give it an item a message or an answer, or write weight, 0 or 1, into each message",
             )
+    if name in ("chat", "sharegpt"):
+        return ({**fields, names[0]: talk} if used else fields), used
+    said = {flag: talk[0][flag] for flag in _MASKS.values() if flag in talk[0]}
+    if wrong_ones := [value for value in said.values() if value not in (0, 1)]:
+        raise FaultError("wrong_types", f"{', '.join(used)} must hold 0 or 1, true or false (found {wrong_ones[0]!r})")
+    return {**fields, **said}, used
+
+
+def _flagged(talk: list[Any], places: Sequence[int], flags: list[Any], mask: str) -> list[Any]:
+    """Messages with a flag in each of those places."""
+    name, flagged = _MASKS[mask], [*talk]
+    for number, flag in zip(places, flags, strict=True):
+        message = flagged[number]
+        if isinstance(message, dict):
+            if message.get(name) not in (None, flag):
+                raise FaultError("wrong_types", f"{mask} and message {number} say opposite things of its training")
+            flagged[number] = {**message, name: flag}
+    return flagged
+
+
+def _refuse_pictures(fields: dict[str, Any], columns: Mapping[str, str]) -> None:
+    """Raise for a record that is more than text."""
     if pictures := [name for name in _PICTURES if name not in columns and filled(fields.get(name))]:
         why = "and only text is trained; if the text needs none, drop the column"
         raise FaultError("wrong_types", f"{pictures[0]} beside the text, {why}")

@@ -136,6 +136,12 @@ def conversation(turns: Sequence[Turn]) -> tuple[Turn, ...]:
     return tuple(turns)
 
 
+def is_answer(message: Any) -> bool:
+    """Whether a message, as a data set spells it, is the assistant's."""
+    said = str(message.get("role") or message.get("from")) if isinstance(message, dict) else ""
+    return said in _CALLING or ROLES.get(said.strip().lower()) == ASSISTANT
+
+
 def messages(content: Any, name: str, unused: set[str]) -> list[Turn]:
     """The turns of a list of messages, which may have the form of JSON text.
 

@@ -394,7 +394,14 @@ def test_an_answer_that_is_marked_as_bad_is_a_fault_and_one_marked_as_good_is_no
     ("more", "kind", "told"),
     [
         *(({name: off}, "nothing_trained", f"{name} is ") for name in ("weight", "train") for off in (0, 0.0, False)),
-        ({"loss_mask": [0, 1]}, "wrong_types", "loss_mask says beside messages which of them are trained"),
+        *(({"loss": off}, "nothing_trained", "loss is ") for off in (False, 0, "false")),
+        ({"loss_mask": [0]}, "nothing_trained", "every answer is marked"),
+        ({"loss_mask": [0, 0]}, "nothing_trained", "every answer is marked"),
+        ({"loss_mask": [1, 1]}, "wrong_types", "messages[0].loss_mask asks to train the user's message"),
+        ({"loss_mask": [0.5]}, "wrong_types", "messages[1].loss_mask must be 0 or 1"),
+        ({"loss_mask": [0, 1, 1, 0]}, "wrong_types", "loss_mask has 4 items, and there are 2 messages, 1 of them"),
+        ({"loss_mask": "[0, 1, 1]"}, "wrong_types", "loss_mask has 3 items"),
+        ({"loss_mask": [0], "train_mask": [1]}, "wrong_types", "train_mask and message 1 say opposite things"),
         ({"images": ["a.png"]}, "wrong_types", "images beside the text"),
         ({"apis": [TIDE]}, "wrong_types", "apis defines tools: name it by data.columns.tools=apis"),
         ({"apis": json.dumps([TIDE["function"]])}, "wrong_types", "apis defines tools"),
@@ -409,15 +416,45 @@ def test_a_record_that_says_it_must_not_be_trained_as_it_stands_is_a_fault(
 
 
 def test_what_only_resembles_such_a_mark_is_none() -> None:
-    like = {"weight": 0.5, "train": "ICE 4", "loss_mask": [0, 1, 1, 0], "images": [], "apis": [{"name": "x"}]}
+    like = {
+        "weight": 0.5,
+        "train": "ICE 4",
+        "loss": 0.0,
+        "weights": [0.2, 1, 1, 0],
+        "images": [],
+        "apis": [{"name": "x"}],
+    }
     assert turns({"messages": SAID, **like}) == (ASK, ANSWER)
     assert turns({"text": "answer", "image": "a.png"}) == (ANSWER,)
+
+
+@pytest.mark.parametrize("mask", [[0, 1], [0, 0, 0, 1], [False, True], "[0, 1]"])
+@pytest.mark.parametrize("name", ["loss_mask", "train_mask", "weights", "loss_weights"])
+def test_a_list_of_flags_has_an_item_an_answer_or_a_message(name: str, mask: Any) -> None:
+    for content in (SAID * 2, json.dumps(SAID * 2)):
+        parsed = parse({"messages": content, name: mask}, Format.auto, {})
+        assert isinstance(parsed, tuple)
+        assert parsed[0].turns == (ASK, replace(ANSWER, trained=False), ASK, ANSWER)
+        assert parsed[0].unused == ()
+
+
+def test_a_list_of_flags_beside_one_answer_has_one_item() -> None:
+    record = {"instruction": "ask", "output": "answer"}
+    assert turns(record | {"loss_mask": [1]}) == (ASK, ANSWER)
+    assert fault(record | {"loss_mask": [0]})[0] == fault({"text": "a", "weights": [0]})[0] == "nothing_trained"
+    assert "must hold 0 or 1" in fault(record | {"loss_mask": [0.5]})[1]
+    assert fault(record | {"loss_mask": [0, 1]})[0] == fault({"text": "a", "loss_mask": [0, 1, 1]})[0] == "wrong_types"
 
 
 @pytest.mark.parametrize("record", [{"messages": SAID}, {"instruction": "ask", "output": "answer"}, {"text": "answer"}])
 def test_a_flag_of_a_row_is_used_in_every_format(record: dict[str, Any]) -> None:
     assert fault(record | {"train": False})[0] == "nothing_trained"
-    for flag, unused in (({"weight": 1}, ()), ({"train": True}, ()), ({"weight": 0.5}, ("weight",))):
+    for flag, unused in (
+        ({"weight": 1}, ()),
+        ({"train": True}, ()),
+        ({"loss": True}, ()),
+        ({"weight": 0.5}, ("weight",)),
+    ):
         parsed = parse(record | flag, Format.auto, {})
         assert isinstance(parsed, tuple)
         assert parsed[0].unused == unused
