@@ -28,6 +28,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from difflib import get_close_matches
 from typing import Any
 
 from raytune_lora.config.data import Format
@@ -87,6 +88,9 @@ _MASKS = {  # of a row, an item a message or an answer: the field of a message t
 }
 _FLAGS = ("weight", "loss_weight", "sample_weight", "train", "training", "trainable", "loss", "loss_mask", "train_mask")
 _MEASURED = ("1.0", "0.0")  # as ``loss``, a number that was measured and no flag
+# Names of columns, in small letters, that questions and answers have elsewhere; what is likeliest first.
+_ASKING = ("question", "prompt", "instruction", "query", "problem", "user", "input", "source", "질문", "지시문")
+_ANSWERING = ("answer", "reply", "response", "completion", "output", "solution", "assistant", "target", "답변", "응답")
 _PICTURES = ("images", "image", "videos", "video", "audios", "audio")
 
 
@@ -106,7 +110,7 @@ def parse(
         unreadable (of a list in the form of JSON text).
     """
     if not isinstance(value, dict):
-        return value if isinstance(value, Fault) else Fault("wrong_types", f"a row is an object, not {kind_of(value)}")
+        return value if isinstance(value, Fault) else Fault("wrong_types", _no_object(value))
     try:
         fields = _renamed(value, columns) if columns else value
         name, names = _recognize(fields, format, columns)
@@ -131,11 +135,26 @@ def parse(
     return row, name
 
 
+def _no_object(value: Any) -> str:
+    said = f"a row is an object, not {kind_of(value)}"
+    if isinstance(value, str) and isinstance(decode_json(value), dict):
+        return f"{said}: it is an object in JSON that was encoded twice; write it with one json.dumps"
+    if isinstance(value, list):
+        return f'{said}: write {{"messages": […]}} for a conversation, or an object of named fields'
+    return said
+
+
 def _renamed(value: dict[str, Any], columns: Mapping[str, str]) -> dict[str, Any]:
     """The record by the format's names."""
     absent = [f"{column!r} (for {field})" for field, column in columns.items() if column not in value]
     if absent:
-        raise FaultError("missing_fields", f"no column {', '.join(absent)}; there are {listed(value)}")
+        near = {
+            field: next(iter(get_close_matches(column, map(str, value), 1)), "…")
+            for field, column in columns.items()
+            if column not in value
+        }
+        there = f"there are {listed(value)}: name one of them, {_mapping(near)}"
+        raise FaultError("missing_fields", f"no column {', '.join(absent)}; {there}")
     used = set(columns.values())
     fields = {name: content for name, content in value.items() if name not in used}
     fields.update((field, value[column]) for field, column in columns.items())
@@ -154,19 +173,51 @@ def _recognize(fields: dict[str, Any], format: Format, columns: Mapping[str, str
                 break
         else:
             return form
-    raise _unrecognized(fields, forms)
+    raise _unrecognized(fields, forms, columns)
 
 
 _FORMS = {form: tuple(f for f in FIELDS if form is Format.auto or f[0] == form.value) for form in Format}
 
 
-def _unrecognized(fields: dict[str, Any], forms: tuple[tuple[str, tuple[str, ...]], ...]) -> FaultError:
+def _unrecognized(
+    fields: dict[str, Any], forms: tuple[tuple[str, tuple[str, ...]], ...], columns: Mapping[str, str]
+) -> FaultError:
     if len(forms) > 1:
         _refuse_preferences(fields)
     begun = [names for _, names in forms if any(fields.get(name) is not None for name in names)]
     absent = [[name for name in names if fields.get(name) is None] for names in begun or [names for _, names in forms]]
     wanted = " or ".join(dict.fromkeys("+".join(names) for names in absent))
-    return FaultError("missing_fields", f"no {wanted}; there are {listed(fields)}")
+    there = [columns.get(str(name), str(name)) for name in fields]
+    remedy = _proposed(fields, begun or [names for _, names in forms], columns)
+    return FaultError("missing_fields", f"no {wanted}; there are {listed(there)}{remedy}")
+
+
+def _proposed(fields: dict[str, Any], forms: Sequence[tuple[str, ...]], columns: Mapping[str, str]) -> str:
+    """What maps columns of other names to a form's fields."""
+    free = [str(name) for name, content in fields.items() if filled(content) and name not in columns]
+    by_name = {name.strip().lower(): name for name in free}
+    for names in forms:  # the same names, written otherwise
+        found = {name: by_name[name] for name in names if fields.get(name) is None and name in by_name}
+        if found and all(name in found or fields.get(name) is not None for name in names):
+            return f": {_mapping({**columns, **found})} maps them"
+    asking, answering = (next((n for w in side for n in [by_name.get(w)] if n), None) for side in (_ASKING, _ANSWERING))
+    for names in (forms[0], ("instruction", "output")):
+        if len(names) == 2:
+            sides = zip(names, (asking, answering), strict=True)
+            found = {name: side for name, side in sides if fields.get(name) is None and side}
+            if found and all(name in found or fields.get(name) is not None for name in names):
+                return f": {_mapping({**columns, **found})} maps them"
+    if columns or not free:
+        return ""
+    return ": name the columns, data.columns.instruction=… data.columns.output=…" if len(free) > 1 else ""
+
+
+def _mapping(columns: Mapping[str, str]) -> str:
+    """Overrides that can be pasted."""
+    return " ".join(
+        f"data.columns.{field}=…" if column == "…" else typed(f"data.columns.{field}", column)
+        for field, column in columns.items()
+    )
 
 
 def _unused(

@@ -55,6 +55,8 @@ _SCHEMAS = ("parameters", "input_schema", "inputSchema")  # of a tool: OpenAI's 
 _JOINED = (  # what data sets of columns make of objects of different shapes
     "this comes of a file that gives every object the fields of all; keep tools and arguments there as JSON text"
 )
+_PYTHON_WITHIN = 20  # characters of a text that show how it is spelled
+_SHOWN_KEYS = 6  # of an object that is none of what it must be
 _NAMES = {
     "dict": "an object",
     "list": "a list",
@@ -76,8 +78,31 @@ class FaultError(Exception):
 
 
 def wrong(name: str, wanted: str, content: Any) -> FaultError:
-    """A field that holds something else than it must."""
-    return FaultError("wrong_types", f"{name} must be {wanted} (found {kind_of(content)})")
+    """A field that holds something else than it must: what it must be, what it is, and what to do."""
+    value = ""
+    if isinstance(content, (bool, int, float)):
+        value = f": {content!r}"
+    elif isinstance(content, dict) and content:
+        value = f" with {listed([*content][:_SHOWN_KEYS])}"
+    remedy = _remedy(wanted, content)
+    if remedy and wanted == "text" and name.isidentifier():
+        remedy += f", or name another column (data.columns.{name}=…)"
+    return FaultError("wrong_types", f"{name} must be {wanted} (found {kind_of(content)}{value}){remedy}")
+
+
+def _remedy(wanted: str, content: Any) -> str:
+    """How to write a field of another kind as what it must be."""
+    if wanted == "text":
+        by_kind: dict[type, str] = {
+            dict: "write it as JSON text (json.dumps)",
+            list: "join its items into one text, or give each a row of its own",
+        }
+        return f": {by_kind.get(type(content), 'write it as text, in quotation marks')}"
+    if isinstance(content, dict) and content and all(isinstance(each, list) for each in content.values()):
+        return ": these are lists in an object, as datasets keeps a Sequence of objects; write a list of objects"
+    if isinstance(content, list) and content and all(isinstance(each, (list, tuple)) for each in content):
+        return ": these are pairs, as a map of Arrow or Spark is read; write an object (in Parquet, a struct)"
+    return ""
 
 
 def kind_of(content: Any) -> str:
@@ -110,7 +135,9 @@ def decoded(text: str, name: str) -> Any:
         raise FaultError("empty_fields", f"{name} is empty")
     content = decode_json(text)
     if isinstance(content, Fault):
-        raise FaultError("unreadable", f"{name} is text and must then be a list in JSON: {content.reason}")
+        python = text.lstrip()[:2] in ("[{", "{'") and "{'" in text[:_PYTHON_WITHIN]
+        remedy = "; it is spelled as Python prints it: write it with json.dumps, not with str" if python else ""
+        raise FaultError("unreadable", f"{name} is text and must then be a list in JSON: {content.reason}{remedy}")
     return content
 
 
@@ -232,7 +259,7 @@ def _joined(parts: list[Any], role: str, where: str) -> tuple[str, str]:
         kind = part.get("type") if isinstance(part, dict) else "text"
         thinks = role == ASSISTANT and kind in ("thinking", "reasoning")
         if kind != "text" and not thinks:
-            named = f"of the type {kind!r}" if kind else "without a type"
+            named = f"of the type {kind!r}" if kind else 'without a type: write "type": "text" into it'
             raise FaultError("wrong_types", f"{where}[{index}] is a part {named}; only text is supported")
         text = part if isinstance(part, str) else part.get("text") if not thinks else part.get(kind, part.get("text"))
         if not isinstance(text, str):
