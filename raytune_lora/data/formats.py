@@ -33,21 +33,18 @@ from typing import Any
 
 from raytune_lora.config.data import Format
 from raytune_lora.config.typed import typed
+from raytune_lora.data.columns import mapping, proposed
+from raytune_lora.data.faults import FaultError, filled, kind_of, listed, wrong
 from raytune_lora.data.json_stream import decode_json
 from raytune_lora.data.messages import (
-    FaultError,
     check_calls,
     checked_text,
     conversation,
     definitions,
-    filled,
     holds_definitions,
     is_answer,
-    kind_of,
-    listed,
     messages,
     reasoning,
-    wrong,
 )
 from raytune_lora.data.rows import ASSISTANT, SYSTEM, USER, Fault, Row, Turn
 
@@ -88,9 +85,6 @@ _MASKS = {  # of a row, an item a message or an answer: the field of a message t
 }
 _FLAGS = ("weight", "loss_weight", "sample_weight", "train", "training", "trainable", "loss", "loss_mask", "train_mask")
 _MEASURED = ("1.0", "0.0")  # as ``loss``, a number that was measured and no flag
-# Names of columns, in small letters, that questions and answers have elsewhere; what is likeliest first.
-_ASKING = ("question", "prompt", "instruction", "query", "problem", "user", "input", "source", "질문", "지시문")
-_ANSWERING = ("answer", "reply", "response", "completion", "output", "solution", "assistant", "target", "답변", "응답")
 _PICTURES = ("images", "image", "videos", "video", "audios", "audio")
 
 
@@ -153,7 +147,7 @@ def _renamed(value: dict[str, Any], columns: Mapping[str, str]) -> dict[str, Any
             for field, column in columns.items()
             if column not in value
         }
-        there = f"there are {listed(value)}: name one of them, {_mapping(near)}"
+        there = f"there are {listed(value)}: name one of them, {mapping(near)}"
         raise FaultError("missing_fields", f"no column {', '.join(absent)}; {there}")
     used = set(columns.values())
     fields = {name: content for name, content in value.items() if name not in used}
@@ -188,36 +182,8 @@ def _unrecognized(
     absent = [[name for name in names if fields.get(name) is None] for names in begun or [names for _, names in forms]]
     wanted = " or ".join(dict.fromkeys("+".join(names) for names in absent))
     there = [columns.get(str(name), str(name)) for name in fields]
-    remedy = _proposed(fields, begun or [names for _, names in forms], columns)
+    remedy = proposed(fields, begun or [names for _, names in forms], columns)
     return FaultError("missing_fields", f"no {wanted}; there are {listed(there)}{remedy}")
-
-
-def _proposed(fields: dict[str, Any], forms: Sequence[tuple[str, ...]], columns: Mapping[str, str]) -> str:
-    """What maps columns of other names to a form's fields."""
-    free = [str(name) for name, content in fields.items() if filled(content) and name not in columns]
-    by_name = {name.strip().lower(): name for name in free}
-    for names in forms:  # the same names, written otherwise
-        found = {name: by_name[name] for name in names if fields.get(name) is None and name in by_name}
-        if found and all(name in found or fields.get(name) is not None for name in names):
-            return f": {_mapping({**columns, **found})} maps them"
-    asking, answering = (next((n for w in side for n in [by_name.get(w)] if n), None) for side in (_ASKING, _ANSWERING))
-    for names in (forms[0], ("instruction", "output")):
-        if len(names) == 2:
-            sides = zip(names, (asking, answering), strict=True)
-            found = {name: side for name, side in sides if fields.get(name) is None and side}
-            if found and all(name in found or fields.get(name) is not None for name in names):
-                return f": {_mapping({**columns, **found})} maps them"
-    if columns or not free:
-        return ""
-    return ": name the columns, data.columns.instruction=… data.columns.output=…" if len(free) > 1 else ""
-
-
-def _mapping(columns: Mapping[str, str]) -> str:
-    """Overrides that can be pasted."""
-    return " ".join(
-        f"data.columns.{field}=…" if column == "…" else typed(f"data.columns.{field}", column)
-        for field, column in columns.items()
-    )
 
 
 def _unused(
