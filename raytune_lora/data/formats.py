@@ -271,10 +271,13 @@ def _masked(
     masks = {mask: said for mask, said in masks.items() if isinstance(said, list)}
     if not masks:
         return fields, set()
-    content = fields[names[0]]
-    talk = decode_json(content) if isinstance(content, str) and name in ("chat", "sharegpt") else content
-    if name not in ("chat", "sharegpt") or not isinstance(talk, list):
-        talk = [{"role": ASSISTANT}]  # one answer
+    is_talk = name in ("chat", "sharegpt")
+    talk: Any = [{"role": ASSISTANT, "weight": fields.get("weight")}]
+    if is_talk:
+        content = fields[names[0]]
+        talk = decode_json(content) if isinstance(content, str) else content
+        if not isinstance(talk, list):
+            return fields, set()  # which is told where it is read
     answers = [number for number, message in enumerate(talk) if is_answer(message)]
     used = set[str]()
     for mask, flags in masks.items():
@@ -287,11 +290,11 @@ def _masked(
                 f"{mask} has {len(flags)} items, and there are {len(talk)} messages, {len(answers)} of them answers: "
                 "give it an item a message or an answer, or write weight, 0 or 1, into each message",
             )
-    if name in ("chat", "sharegpt"):
+    if is_talk:
         return ({**fields, names[0]: talk} if used else fields), used
-    said = {flag: talk[0][flag] for flag in _MASKS.values() if flag in talk[0]}
-    if wrong_ones := [value for value in said.values() if value not in (0, 1)]:
-        raise FaultError("wrong_types", f"{', '.join(used)} must hold 0 or 1, true or false (found {wrong_ones[0]!r})")
+    said = {flag: talk[0][flag] for flag in {_MASKS[mask] for mask in used}}
+    if neither := [flag for flag in said.values() if flag not in (0, 1)]:
+        raise FaultError("wrong_types", f"{', '.join(used)} must hold 0 or 1, true or false (found {neither[0]!r})")
     return {**fields, **said}, used
 
 

@@ -496,6 +496,9 @@ def test_a_list_of_flags_beside_one_answer_has_one_item() -> None:
     record = {"instruction": "ask", "output": "answer"}
     assert turns(record | {"loss_mask": [1]}) == (ASK, ANSWER)
     assert fault(record | {"loss_mask": [0]})[0] == fault({"text": "a", "weights": [0]})[0] == "nothing_trained"
+    assert "opposite" in fault(record | {"weight": 0, "weights": [1]})[1]
+    assert turns(record | {"weight": 1, "loss_mask": [1]}) == (ASK, ANSWER)
+    assert fault({"messages": {}, "loss_mask": [1]})[1].startswith("messages must be a list")
     assert "must hold 0 or 1" in fault(record | {"loss_mask": [0.5]})[1]
     assert fault(record | {"loss_mask": [0, 1]})[0] == fault({"text": "a", "loss_mask": [0, 1, 1]})[0] == "wrong_types"
 
