@@ -49,6 +49,7 @@ _UNPROMPTED = (
     "an earlier answer has no thought, which the model is prompted for: data.train_on=last trains the last alone"
 )
 _THOUGHT = "the thought, for which the template has no place"
+_APART = "the template writes a thought of its own before one in the text, so that it gets the thought apart"
 _EARLIER = "the thought of an earlier answer, which the template leaves out: data.train_on=last trains the last alone"
 
 
@@ -68,9 +69,9 @@ class ChatWriter:
         if len(row.turns) == 1 and row.turns[0].role == ASSISTANT:
             return self._text_writer(row)  # plain text is no conversation
         folds = row.turns[0].role == SYSTEM and not self._template.writes_system
-        chat = self._chat(messages_of(row, folds), list(row.tools) or None)
+        chat = self._chat(self._messages(row, folds), list(row.tools) or None)
         if folds and self._template.prompts_system:
-            chat = replace(chat, unfolded=messages_of(row, False))
+            chat = replace(chat, unfolded=self._messages(row, False))
         try:
             text, spans, closed = self._written(chat)
         except RowRefused as error:
@@ -85,7 +86,18 @@ class ChatWriter:
                 raise error from None
         text, spans, notes = self._as_prompted(chat, text, spans)
         notes += _lost(chat.messages, text, spans)
+        notes += tuple(
+            Note("generation_prompt", _APART, message.turn)
+            for message in chat.messages
+            if message.thought and not row.turns[message.turn].thought
+        )
         return _split(text, spans, "" if closed else self._template.closing, closed, len(row.turns) - 1, notes)
+
+    def _messages(self, row: Row, folds: bool) -> list[Message]:
+        """The row's messages, with thoughts apart where the template would write one of its own before the text's."""
+        messages = messages_of(row, folds)
+        apart = [message.apart() for message in messages]
+        return apart if apart != messages and self._template.doubles_thoughts else messages
 
     def _chat(self, messages: Sequence[Message], tools: Tools) -> Chat:
         """The row as the template is to get it: its messages in the spelling in which it writes their calls."""

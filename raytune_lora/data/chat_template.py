@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from raytune_lora.config.data import TemplateConfig
-from raytune_lora.data.chat_messages import STYLES, TEXT, WORD, Message, Style, calls_written, word
+from raytune_lora.data.chat_messages import STYLES, TEXT, THOUGHT, WORD, Message, Style, calls_written, word
 from raytune_lora.data.endless import Endless, bounded
 from raytune_lora.data.findings import excerpt
 from raytune_lora.data.rows import ASSISTANT, SYSTEM, USER
@@ -148,6 +148,21 @@ class ChatTemplate:
             return words[0].text in self.render(Chat(words), words, prompt)[0]
         except RowRefused:
             return False
+
+    @cached_property
+    def doubles_thoughts(self) -> bool:
+        """Whether an answer that begins with a thought gets another before it, which one given apart would be."""
+        question, answer = _words(USER, ASSISTANT)
+        thought = word(THOUGHT, 1)
+        inline = replace(answer, text=f"<think>\n{thought}\n</think>\n\n{answer.text}")
+        found = []
+        for message in (inline, inline.apart()):
+            try:
+                text, _ = self.render(Chat([question, message]), [question, message])
+            except RowRefused:
+                return False
+            found.append([*text.partition(question.text)[2].partition(answer.text)[0].split("</think>")])
+        return [len(parts) for parts in found] == [3, 2] and thought in found[1][0]
 
     @cached_property
     def prompts(self) -> bool:

@@ -28,25 +28,23 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from difflib import get_close_matches
 from typing import Any
 
 from raytune_lora.config.data import Format
 from raytune_lora.config.typed import typed
+from raytune_lora.data.columns import mapping, proposed
+from raytune_lora.data.faults import FaultError, filled, kind_of, listed, wrong
 from raytune_lora.data.json_stream import decode_json
 from raytune_lora.data.messages import (
-    FaultError,
     check_calls,
     checked_text,
     conversation,
     definitions,
-    filled,
     holds_definitions,
     is_answer,
-    kind_of,
-    listed,
     messages,
     reasoning,
-    wrong,
 )
 from raytune_lora.data.rows import ASSISTANT, SYSTEM, USER, Fault, Row, Turn
 
@@ -106,7 +104,7 @@ def parse(
         unreadable (of a list in the form of JSON text).
     """
     if not isinstance(value, dict):
-        return value if isinstance(value, Fault) else Fault("wrong_types", f"a row is an object, not {kind_of(value)}")
+        return value if isinstance(value, Fault) else Fault("wrong_types", _no_object(value))
     try:
         fields = _renamed(value, columns) if columns else value
         name, names = _recognize(fields, format, columns)
@@ -131,11 +129,26 @@ def parse(
     return row, name
 
 
+def _no_object(value: Any) -> str:
+    said = f"a row is an object, not {kind_of(value)}"
+    if isinstance(value, str) and isinstance(decode_json(value), dict):
+        return f"{said}: it is an object in JSON that was encoded twice; write it with one json.dumps"
+    if isinstance(value, list):
+        return f'{said}: write {{"messages": […]}} for a conversation, or an object of named fields'
+    return said
+
+
 def _renamed(value: dict[str, Any], columns: Mapping[str, str]) -> dict[str, Any]:
     """The record by the format's names."""
     absent = [f"{column!r} (for {field})" for field, column in columns.items() if column not in value]
     if absent:
-        raise FaultError("missing_fields", f"no column {', '.join(absent)}; there are {listed(value)}")
+        near = {
+            field: next(iter(get_close_matches(column, map(str, value), 1)), "…")
+            for field, column in columns.items()
+            if column not in value
+        }
+        there = f"there are {listed(value)}: name one of them, {mapping(near)}"
+        raise FaultError("missing_fields", f"no column {', '.join(absent)}; {there}")
     used = set(columns.values())
     fields = {name: content for name, content in value.items() if name not in used}
     fields.update((field, value[column]) for field, column in columns.items())
@@ -154,19 +167,23 @@ def _recognize(fields: dict[str, Any], format: Format, columns: Mapping[str, str
                 break
         else:
             return form
-    raise _unrecognized(fields, forms)
+    raise _unrecognized(fields, forms, columns)
 
 
 _FORMS = {form: tuple(f for f in FIELDS if form is Format.auto or f[0] == form.value) for form in Format}
 
 
-def _unrecognized(fields: dict[str, Any], forms: tuple[tuple[str, tuple[str, ...]], ...]) -> FaultError:
+def _unrecognized(
+    fields: dict[str, Any], forms: tuple[tuple[str, tuple[str, ...]], ...], columns: Mapping[str, str]
+) -> FaultError:
     if len(forms) > 1:
         _refuse_preferences(fields)
     begun = [names for _, names in forms if any(fields.get(name) is not None for name in names)]
     absent = [[name for name in names if fields.get(name) is None] for names in begun or [names for _, names in forms]]
     wanted = " or ".join(dict.fromkeys("+".join(names) for names in absent))
-    return FaultError("missing_fields", f"no {wanted}; there are {listed(fields)}")
+    there = [columns.get(str(name), str(name)) for name in fields]
+    remedy = proposed(fields, begun or [names for _, names in forms], columns)
+    return FaultError("missing_fields", f"no {wanted}; there are {listed(there)}{remedy}")
 
 
 def _unused(
@@ -254,10 +271,13 @@ def _masked(
     masks = {mask: said for mask, said in masks.items() if isinstance(said, list)}
     if not masks:
         return fields, set()
-    content = fields[names[0]]
-    talk = decode_json(content) if isinstance(content, str) and name in ("chat", "sharegpt") else content
-    if name not in ("chat", "sharegpt") or not isinstance(talk, list):
-        talk = [{"role": ASSISTANT}]  # one answer
+    is_talk = name in ("chat", "sharegpt")
+    talk: Any = [{"role": ASSISTANT, "weight": fields.get("weight")}]
+    if is_talk:
+        content = fields[names[0]]
+        talk = decode_json(content) if isinstance(content, str) else content
+        if not isinstance(talk, list):
+            return fields, set()  # which is told where it is read
     answers = [number for number, message in enumerate(talk) if is_answer(message)]
     used = set[str]()
     for mask, flags in masks.items():
@@ -270,11 +290,11 @@ def _masked(
                 f"{mask} has {len(flags)} items, and there are {len(talk)} messages, {len(answers)} of them answers: "
                 "give it an item a message or an answer, or write weight, 0 or 1, into each message",
             )
-    if name in ("chat", "sharegpt"):
+    if is_talk:
         return ({**fields, names[0]: talk} if used else fields), used
-    said = {flag: talk[0][flag] for flag in _MASKS.values() if flag in talk[0]}
-    if wrong_ones := [value for value in said.values() if value not in (0, 1)]:
-        raise FaultError("wrong_types", f"{', '.join(used)} must hold 0 or 1, true or false (found {wrong_ones[0]!r})")
+    said = {flag: talk[0][flag] for flag in {_MASKS[mask] for mask in used}}
+    if neither := [flag for flag in said.values() if flag not in (0, 1)]:
+        raise FaultError("wrong_types", f"{', '.join(used)} must hold 0 or 1, true or false (found {neither[0]!r})")
     return {**fields, **said}, used
 
 

@@ -21,6 +21,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
+from raytune_lora.data.faults import FaultError, filled, listed, wrong
 from raytune_lora.data.json_stream import decode_json
 from raytune_lora.data.rows import ASSISTANT, SYSTEM, TOOL, USER, Call, Fault, Turn
 
@@ -55,44 +56,7 @@ _SCHEMAS = ("parameters", "input_schema", "inputSchema")  # of a tool: OpenAI's 
 _JOINED = (  # what data sets of columns make of objects of different shapes
     "this comes of a file that gives every object the fields of all; keep tools and arguments there as JSON text"
 )
-_NAMES = {
-    "dict": "an object",
-    "list": "a list",
-    "str": "text",
-    "bytes": "bytes",
-    "int": "a number",
-    "float": "a number",
-    "bool": "true or false",
-    "NoneType": "null",
-}
-
-
-class FaultError(Exception):
-    """A record is no row."""
-
-    def __init__(self, kind: str, reason: str) -> None:
-        super().__init__(reason)
-        self.fault = Fault(kind, reason)
-
-
-def wrong(name: str, wanted: str, content: Any) -> FaultError:
-    """A field that holds something else than it must."""
-    return FaultError("wrong_types", f"{name} must be {wanted} (found {kind_of(content)})")
-
-
-def kind_of(content: Any) -> str:
-    """What a value is, in words."""
-    return _NAMES.get(type(content).__name__, type(content).__name__)
-
-
-def listed(names: Any) -> str:
-    """Names in one line."""
-    return ", ".join(map(str, names)) or "none"
-
-
-def filled(content: Any) -> bool:
-    """Whether a field holds anything; NaN is what a column of numbers has for nothing."""
-    return content is not None and content != "" and content != [] and content != {} and content == content
+_PYTHON_WITHIN = 20  # characters of a text that show how it is spelled
 
 
 def checked_text(content: Any, name: str) -> str:
@@ -110,7 +74,9 @@ def decoded(text: str, name: str) -> Any:
         raise FaultError("empty_fields", f"{name} is empty")
     content = decode_json(text)
     if isinstance(content, Fault):
-        raise FaultError("unreadable", f"{name} is text and must then be a list in JSON: {content.reason}")
+        python = text.lstrip()[:2] in ("[{", "{'") and "{'" in text[:_PYTHON_WITHIN]
+        remedy = "; it is spelled as Python prints it: write it with json.dumps, not with str" if python else ""
+        raise FaultError("unreadable", f"{name} is text and must then be a list in JSON: {content.reason}{remedy}")
     return content
 
 
@@ -232,7 +198,7 @@ def _joined(parts: list[Any], role: str, where: str) -> tuple[str, str]:
         kind = part.get("type") if isinstance(part, dict) else "text"
         thinks = role == ASSISTANT and kind in ("thinking", "reasoning")
         if kind != "text" and not thinks:
-            named = f"of the type {kind!r}" if kind else "without a type"
+            named = f"of the type {kind!r}" if kind else 'without a type: write "type": "text" into it'
             raise FaultError("wrong_types", f"{where}[{index}] is a part {named}; only text is supported")
         text = part if isinstance(part, str) else part.get("text") if not thinks else part.get(kind, part.get("text"))
         if not isinstance(text, str):

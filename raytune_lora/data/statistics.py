@@ -203,11 +203,13 @@ def advice(rows: int, tokens: Mapping[str, int], findings: Mapping[str, int], ge
     """What the data's size and state suggest, each with the reason and the keys to type; at most five sentences.
 
     Args:
-        rows: that are trained on.
+        rows: that are trained on; where there are none, nothing is said.
         tokens: of one epoch of them; ``trained`` is named where it is there.
         findings: rows by the finding's name, as ``Findings.counts``.
         general: share of the training rows that comes from ``data.mix``.
     """
+    if not rows:
+        return []
     said = []
     if rows < FEW:
         said.append(

@@ -148,7 +148,7 @@ def test_the_terminal_and_the_page_list_the_reasons(
     shown = capsys.readouterr().out
     assert told == 0, shown
     page = (out / "data_report.html").read_text()
-    for reason in ("instruction must be text (found a number)", "output must be text (found a list)"):
+    for reason in ("instruction must be text (found a number", "output must be text (found a list)"):
         assert reason in " ".join(shown.split())
         assert reason in page
     assert "unused_fields" in shown

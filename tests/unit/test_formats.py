@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from raytune_lora.config.data import Format
+from raytune_lora.config.typed import typed
 from raytune_lora.data.formats import parse
 from raytune_lora.data.rows import ASSISTANT, SYSTEM, TOOL, USER, Call, Fault, Row, Turn
 
@@ -134,8 +135,61 @@ def test_a_column_may_take_another_fields_name() -> None:
 
 
 def test_a_column_that_is_not_there_is_named() -> None:
-    reason = "no column 'question' (for instruction); there are q, answer"
+    reason = "no column 'question' (for instruction); there are q, answer: name one of them, data.columns.instruction=…"
     assert fault({"q": "a", "answer": "b"}, instruction="question", output="answer") == ("missing_fields", reason)
+    assert "data.columns.output=answer" in fault({"q": "a", "answer": "b"}, instruction="q", output="answr")[1]
+
+
+@pytest.mark.parametrize(
+    ("record", "mapped", "proposed"),
+    [
+        ({"Question": "ask", "Answer": "answer"}, {}, {"question": "Question", "answer": "Answer"}),
+        ({"question": "ask", "reply": "answer"}, {}, {"answer": "reply"}),
+        ({"Query": "ask", "Target ": "answer"}, {}, {"instruction": "Query", "output": "Target "}),
+        ({"instruction": "ask", "output": None, "reply": "answer"}, {}, {"output": "reply"}),
+        ({"question": "ask", "reply": "answer"}, {"instruction": "question"}, {"output": "reply"}),
+        ({"Messages": SAID}, {}, {"messages": "Messages"}),
+    ],
+)
+def test_what_maps_columns_of_other_names_is_named_and_does(
+    record: dict[str, Any], mapped: dict[str, str], proposed: dict[str, str]
+) -> None:
+    kind, reason = fault(record, **mapped)
+    columns = mapped | proposed
+    assert kind == "missing_fields"
+    assert reason.endswith(" ".join(typed(f"data.columns.{name}", of) for name, of in columns.items()) + " maps them")
+    assert turns(record, **columns) == (ASK, ANSWER)
+
+
+def test_columns_of_which_nothing_is_known_are_to_be_named() -> None:
+    assert fault({"a": 1, "b": "x"})[1].endswith("name the columns, data.columns.instruction=… data.columns.output=…")
+
+
+@pytest.mark.parametrize(
+    ("value", "told"),
+    [
+        (
+            {"instruction": "i", "output": 3},
+            "(found a number: 3): write it as text, in quotation marks, or name another",
+        ),
+        (
+            {"instruction": "i", "output": ["a", "b"]},
+            "(found a list): join its items into one text, or give each a row",
+        ),
+        ({"instruction": "i", "output": {"a": 1}}, "(found an object with a): write it as JSON text (json.dumps)"),
+        (json.dumps({"messages": SAID}), "not text: it is an object in JSON that was encoded twice; write it with one"),
+        (SAID, 'not a list: write {"messages": […]}'),
+        ({"conversations": str(SHARED)}, "it is spelled as Python prints it: write it with json.dumps, not with str"),
+        (
+            {"messages": {"role": ["user"], "content": ["q"]}},
+            "(found an object with role, content): these are lists in",
+        ),
+        ({"messages": [list(said.items()) for said in SAID]}, "(found a list): these are pairs, as a map of Arrow"),
+        (chat(("user", [{"text": "q", "type": None}])), """without a type: write "type": "text" into it"""),
+    ],
+)
+def test_a_value_of_another_kind_is_refused_with_the_remedy(value: Any, told: str) -> None:
+    assert told in fault(value)[1]
 
 
 def test_a_stratum_is_a_columns_value() -> None:
@@ -178,11 +232,11 @@ def test_what_could_not_be_read_stays_as_it_is() -> None:
         ({"instruction": "i", "output": " \n\u3000"}, "empty_fields", "output is empty"),
         ({"prompt": "", "completion": "o"}, "empty_fields", "prompt is empty"),
         ({"text": "\t"}, "empty_fields", "text is empty"),
-        ({"instruction": ["i"], "output": "o"}, "wrong_types", "instruction must be text (found a list)"),
-        ({"instruction": "i", "input": 3, "output": "o"}, "wrong_types", "input must be text (found a number)"),
-        ({"instruction": "i", "output": {}}, "wrong_types", "output must be text (found an object)"),
-        ({"instruction": "i", "output": True}, "wrong_types", "output must be text (found true or false)"),
-        ({"instruction": "i", "output": "o", "system": 1}, "wrong_types", "system must be text (found a number)"),
+        ({"instruction": ["i"], "output": "o"}, "wrong_types", "instruction must be text (found a list"),
+        ({"instruction": "i", "input": 3, "output": "o"}, "wrong_types", "input must be text (found a number"),
+        ({"instruction": "i", "output": {}}, "wrong_types", "output must be text (found an object"),
+        ({"instruction": "i", "output": True}, "wrong_types", "output must be text (found true or false"),
+        ({"instruction": "i", "output": "o", "system": 1}, "wrong_types", "system must be text (found a number"),
         ({"text": b"t"}, "wrong_types", "text must be text (found bytes)"),
     ],
 )
@@ -201,18 +255,18 @@ def test_a_field_that_is_not_as_it_must_be_is_named(value: Any, kind: str, reaso
         ("[{'role': 'user'}]", "unreadable", "messages is text and must then be a list in JSON: not JSON: "),
         ('[{"role": "user", "content": "\\ud83d"}]', "unreadable", "holds half a character"),
         ('"text"', "wrong_types", "messages must be a list of messages (found text)"),
-        ({"chosen": SAID}, "wrong_types", "messages must be a list of messages (found an object)"),
-        ([SAID], "wrong_types", "messages[0] must be a message (an object with role and content) (found a list)"),
+        ({"chosen": SAID}, "wrong_types", "messages must be a list of messages (found an object"),
+        ([SAID], "wrong_types", "messages[0] must be a message (an object with role and content) (found a list"),
         (["hello"], "wrong_types", "messages[0] must be a message (an object with role and content) (found text)"),
         ([{"role": "user"}], "missing_fields", "messages[0] has no content; there are role"),
         ([{"text": "x"}], "missing_fields", "messages[0] has no role and no content; there are text"),
         ([{"from": "gpt"}], "missing_fields", "messages[0] has no value; there are from"),
         ([{"role": "user", "content": None}], "missing_fields", "messages[0] has no content"),
-        ([{"role": 1, "content": "x"}], "wrong_types", "messages[0].role must be text (found a number)"),
+        ([{"role": 1, "content": "x"}], "wrong_types", "messages[0].role must be text (found a number"),
         ([{"role": "bard", "content": "x"}], "wrong_types", "messages[0].role is 'bard'; known are system, developer"),
         ([{"role": "user", "content": " "}], "empty_fields", "messages[0].content is empty"),
         ([*SAID, {"role": "assistant", "content": ""}], "empty_fields", "messages[2].content is empty"),
-        ([{"role": "user", "content": 5}], "wrong_types", "messages[0].content must be text (found a number)"),
+        ([{"role": "user", "content": 5}], "wrong_types", "messages[0].content must be text (found a number"),
         ([{"role": "user", "content": []}], "empty_fields", "messages[0].content is empty"),
         (
             [{"role": "user", "content": [{"type": "image_url", "image_url": "x"}]}],
@@ -246,7 +300,7 @@ def test_a_field_that_is_not_as_it_must_be_is_named(value: Any, kind: str, reaso
         (
             [SAID[0], {**SAID[1], "reasoning": ["x"]}],
             "wrong_types",
-            "messages[1].reasoning must be text (found a list)",
+            "messages[1].reasoning must be text (found a list",
         ),
         (SAID[:1], "missing_fields", "no turn of the assistant"),
         (SAID[1:], "wrong_types", "turn 1 of 1 is the assistant's where the user's was expected"),
@@ -442,6 +496,9 @@ def test_a_list_of_flags_beside_one_answer_has_one_item() -> None:
     record = {"instruction": "ask", "output": "answer"}
     assert turns(record | {"loss_mask": [1]}) == (ASK, ANSWER)
     assert fault(record | {"loss_mask": [0]})[0] == fault({"text": "a", "weights": [0]})[0] == "nothing_trained"
+    assert "opposite" in fault(record | {"weight": 0, "weights": [1]})[1]
+    assert turns(record | {"weight": 1, "loss_mask": [1]}) == (ASK, ANSWER)
+    assert fault({"messages": {}, "loss_mask": [1]})[1].startswith("messages must be a list")
     assert "must hold 0 or 1" in fault(record | {"loss_mask": [0.5]})[1]
     assert fault(record | {"loss_mask": [0, 1]})[0] == fault({"text": "a", "loss_mask": [0, 1, 1]})[0] == "wrong_types"
 

@@ -366,6 +366,10 @@ def test_few_rows_are_told_how_not_to_overfit() -> None:
     assert "21,000 trained tokens start at method.r=8 method.alpha=16" in said[-1]
 
 
+def test_where_no_row_is_left_there_is_nothing_to_advise() -> None:
+    assert advice(0, {"trained": 0}, {"encoding": 40}) == []
+
+
 def test_enough_good_rows_are_told_only_what_applies() -> None:
     (said,) = advice(5_000, {}, {"near_duplicates": 3}, general=0.15)
     assert "method.r=16" in said
@@ -377,7 +381,7 @@ def test_many_poor_rows_are_told_that_fewer_good_ones_do_more() -> None:
     assert "method.r=32" in said[-1]
 
 
-@pytest.mark.parametrize("rows", [0, 1, 999, 1_000, 10_000, 10_001, 10**7])
+@pytest.mark.parametrize("rows", [1, 999, 1_000, 10_000, 10_001, 10**7])
 def test_no_more_than_five_sentences(rows: int) -> None:
     said = advice(rows, {"trained": 5}, {"encoding": rows, "outliers": 2})
     assert 1 <= len(said) <= 5

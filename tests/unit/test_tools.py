@@ -352,6 +352,28 @@ def test_a_row_is_trained_as_the_model_is_prompted_where_the_prompt_opens_a_thou
     assert [note.turn for note in plain.notes] == [3, 1]
 
 
+@pytest.mark.parametrize("marked", [False, True])
+def test_a_thought_in_the_text_is_given_apart_where_the_template_writes_one_of_its_own(marked: bool) -> None:
+    """As Qwen3.8's does, which looks into no text."""
+    start, end = ("{% generation %}", "{% endgeneration %}") if marked else ("", "")
+    template = (
+        "{% for m in messages %}<|im_start|>{{ m.role }}{{ '\\n' }}{% if m.role == 'assistant' %}" + start + "<think>"
+        "{{ '\\n' + (m.reasoning_content or '') + '\\n</think>\\n\\n' }}{{ m.content }}<|im_end|>" + end + "{% else %}"
+        "{{ m.content }}<|im_end|>{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant{{ '\\n<think>\\n' }}{% endif %}"
+    )
+    inline = [THOUGHTFUL[0], said("assistant", "<think>\nsix times seven\n</think>\n\n42")]
+    found = encoded(template, inline)
+    assert trained(template, found) == ["six times seven\n</think>\n\n42<|im_end|>"]
+    assert found.input_ids == encoded(template, THOUGHTFUL).input_ids
+    (note,) = found.notes
+    assert (note.finding, "a thought of its own" in note.detail) == ("generation_prompt", True)
+    assert encoded(template, THOUGHTFUL).notes == ()
+    two = encoded(template, [*inline, *inline])
+    assert [note.turn for note in two.notes] == [1, 3]
+    assert tokenizer(template).decode(two.input_ids).count("<think>") == 2
+
+
 @pytest.mark.parametrize("split", [False, True])
 def test_a_header_within_the_mark_is_not_trained_again_after_a_prompt_that_opens_a_thought(split: bool) -> None:
     """As TRL marks DeepSeek's templates; or with two marks, of which the second has the end."""
