@@ -32,7 +32,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
         key = json.dumps([name, changes])
         if key not in made:
             made[key] = root / f"{name}-{len(made)}"
-            zoo.build(name, **changes).save_pretrained(made[key])
+            config, model = zoo.ZOO[name](**changes), zoo.build(name, **changes)
+            model.save_pretrained(made[key])
+            if type(config) is not type(model.config):  # a language model within another: its folder is the other's
+                config.save_pretrained(made[key])
         return made[key]
 
     return saved

@@ -24,10 +24,9 @@ from raytune_lora.training.leaks import check_causal, packed_leak, sees_ahead
 from tests.unit import zoo
 from tests.unit.zoo import VOCAB, ZOO
 
-# of the zoo, those whose packed rows see each other
 JOIN = {  # of the zoo, those whose packed rows see each other
     *("opt", "bloom", "falcon", "bert", "tied_bert", "mamba", "rwkv", "bamba", "zamba2", "nemotron_h", "minimax"),
-    *("lfm2", "gpt_oss"),
+    *("lfm2", "gpt_oss", "roberta", "deepseek_v4", "qwen4_exp_text"),
 }
 TOKENS = range(3, VOCAB - 3)
 

@@ -322,7 +322,6 @@ ZOO: dict[str, Callable[..., Any]] = {
         minimax,
         lfm2,
         llava,
-        idefics,
         mllama,
     )
 }
