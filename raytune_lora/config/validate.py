@@ -38,7 +38,7 @@ _NOT_NEGATIVE: _Rule = (lambda v: v >= 0, ">= 0")
 _RANGES: dict[str, _Rule] = {
     "workers": _COUNT,
     "cpus_per_worker": _COUNT,
-    "gpus_per_worker": _NOT_NEGATIVE,
+    "gpus_per_worker": (lambda v: v in (0, 1), "0 or 1: a worker trains on one GPU (workers=<GPUs>)"),
     "training.learning_rate": _POSITIVE,
     "training.global_batch": _COUNT,
     "training.micro_batch": _COUNT,

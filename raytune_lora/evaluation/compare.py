@@ -49,7 +49,8 @@ def measure(cfg: RunConfig, store: TokenStore, place: Place, *, adapter: str | N
     began = time.perf_counter()
     folder = materialize(cfg.model, Cache.of(cfg.cache, cfg.cluster.node_cache))
     tokenizer = load_tokenizer(folder, cfg.model)
-    model = load_model(folder, cfg.model, cfg.quantization)
+    on_gpu = cfg.gpus_per_worker > 0
+    model = load_model(folder, cfg.model, cfg.quantization, on_gpu=on_gpu)
     parameters, loader = model.num_parameters(), loader_of(model, folder, cfg.model, whole=cfg.method.kind == "full")
     if adapter is not None:
         method = method_for(cfg.method)
@@ -57,7 +58,7 @@ def measure(cfg: RunConfig, store: TokenStore, place: Place, *, adapter: str | N
         # merged it answers faster; 16 bits or fewer would round the update away
         if method.mergeable and cfg.quantization.kind is Quantization.none and model.dtype is torch.float32:
             model = method.merge(model)
-    if cfg.gpus_per_worker:
+    if on_gpu:
         model = model.to(torch.device("cuda", torch.cuda.current_device()))
     if adapter is None:  # which is before the first trial
         check_causal(model, store, tokenizer.pad_token_id)
@@ -81,7 +82,10 @@ def measure(cfg: RunConfig, store: TokenStore, place: Place, *, adapter: str | N
         "exact_match_interval": None if match is None else wilson(round(match * len(answers)), len(answers)),
     }
     seconds = time.perf_counter() - began
-    facts |= {"parameters": parameters, "dtype": str(precision(cfg.model.precision)).removeprefix("torch.")}
+    facts |= {
+        "parameters": parameters,
+        "dtype": str(precision(cfg.model.precision, on_gpu=on_gpu)).removeprefix("torch."),
+    }
     place.report(facts | {"loader": loader, "measuring_seconds": seconds})
 
 
@@ -121,7 +125,8 @@ def _arithmetic(cfg: RunConfig) -> str:
         return "int8"
     if kind is not Quantization.none and cfg.quantization.compute is not Precision.auto:
         formats.append(cfg.quantization.compute)
-    return str(max(map(precision, formats), key=lambda dtype: torch.finfo(dtype).eps)).removeprefix("torch.")
+    dtypes = [precision(asked, on_gpu=cfg.gpus_per_worker > 0) for asked in formats]
+    return str(max(dtypes, key=lambda dtype: torch.finfo(dtype).eps)).removeprefix("torch.")
 
 
 def _here(cfg: RunConfig, adapter: str) -> Path:

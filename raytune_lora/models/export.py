@@ -78,6 +78,8 @@ def load(folder: str | Path, *, trust_remote_code: bool = False) -> Any:
     Raises:
         UserError: the base model comes with code of its own, and that was not said.
     """
+    import torch
+
     from raytune_lora.cache import Cache
     from raytune_lora.config.compose import from_plain
     from raytune_lora.config.schema import (
@@ -106,7 +108,8 @@ def load(folder: str | Path, *, trust_remote_code: bool = False) -> Any:
         trust_remote_code=base["trust_remote_code"],
     )
     weights = materialize(cfg, Cache.of(RunConfig().cache, ClusterConfig().node_cache))
-    model = load_model(weights, cfg, from_plain(QuantizationConfig, record["quantization"]))
+    stored = from_plain(QuantizationConfig, record["quantization"])
+    model = load_model(weights, cfg, stored, on_gpu=torch.cuda.is_available())
     return method_for(from_plain(variant("method", method["kind"]), method)).load(model, Path(folder), weights)
 
 

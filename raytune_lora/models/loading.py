@@ -47,7 +47,12 @@ def take_back_rescaling(model: Any) -> None:
 
 
 def load_model(
-    folder: Path, cfg: ModelConfig, quantization: QuantizationConfig, *, where_it_computes: bool = False
+    folder: Path,
+    cfg: ModelConfig,
+    quantization: QuantizationConfig,
+    *,
+    on_gpu: bool = False,
+    where_it_computes: bool = False,
 ) -> Any:
     """The base model in evaluation mode, all its weights frozen, in the precision and number format asked for.
 
@@ -55,24 +60,26 @@ def load_model(
         folder: of the model.
         cfg: its precision and attention.
         quantization: its number format; a checkpoint that is quantized already keeps its own.
-        where_it_computes: load each weight onto the GPU, if there is one; a quantized model always is.
+        on_gpu: whether it will compute on this process's GPU; a machine may have some that the run does not use.
+        where_it_computes: load each weight onto that GPU, if it will; a quantized model always is.
 
     Raises:
         UserError: the checkpoint is quantized already, in another format or in one that is not supported.
     """
-    config, own = _as_it_is(folder, cfg, quantization)
+    dtype = precision(cfg.precision, on_gpu=on_gpu)
+    config, own = _as_it_is(folder, cfg, quantization, dtype)
     quantization = resolved(own, quantization)
     settings: dict[str, Any] = {"config": config}
     if cfg.attention is not Attention.auto:
         settings["attn_implementation"] = cfg.attention.value
     quantized = quantization.kind is not Quantization.none
     if quantized and own is None:
-        settings["quantization_config"] = _bitsandbytes(quantization, precision(cfg.precision))
-    if (quantized or where_it_computes) and torch.cuda.is_available():  # weights are quantized where they go
+        settings["quantization_config"] = _bitsandbytes(quantization, dtype)
+    if on_gpu and (quantized or where_it_computes):  # weights are quantized where they go
         settings["device_map"] = {"": torch.cuda.current_device()}
     with _quantizing_in_slices() if quantized and own is None else contextlib.nullcontext():
         model = auto_class(config).from_pretrained(
-            folder, dtype=precision(cfg.precision), trust_remote_code=trusted(cfg), use_safetensors=True, **settings
+            folder, dtype=dtype, trust_remote_code=trusted(cfg), use_safetensors=True, **settings
         )
     if quantized:
         _unpack_what_is_read(model)
@@ -105,7 +112,7 @@ def loader_of(model: Any, folder: Path, cfg: ModelConfig, *, whole: bool = False
 
 
 def _as_it_is(
-    folder: Path, cfg: ModelConfig, quantization: QuantizationConfig
+    folder: Path, cfg: ModelConfig, quantization: QuantizationConfig, dtype: torch.dtype
 ) -> tuple[Any, QuantizationConfig | None]:
     """The config of the model in a folder, and the format its weights are stored in; None where not quantized.
 
@@ -116,15 +123,15 @@ def _as_it_is(
         config = AutoConfig.from_pretrained(folder, trust_remote_code=trusted(cfg))
     said = getattr(config, "quantization_config", None)
     if own is not None and isinstance(said, dict):
-        meant = _bitsandbytes(resolved(own, quantization), precision(cfg.precision)).to_dict()
+        meant = _bitsandbytes(resolved(own, quantization), dtype).to_dict()
         config.quantization_config = said | {key: meant[key] for key in _OF_THE_RUN}
     return config, own
 
 
-def precision(asked: Precision) -> torch.dtype:
-    """The dtype of weights and arithmetic on this machine."""
+def precision(asked: Precision, *, on_gpu: bool) -> torch.dtype:
+    """The dtype of weights and arithmetic, on the CPU or on this process's GPU."""
     if asked is Precision.auto:
-        return torch.bfloat16 if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else torch.float32
+        return torch.bfloat16 if on_gpu and torch.cuda.is_bf16_supported() else torch.float32
     return {Precision.fp32: torch.float32, Precision.bf16: torch.bfloat16}[asked]
 
 
@@ -183,6 +190,6 @@ def _bitsandbytes(cfg: QuantizationConfig, dtype: torch.dtype) -> BitsAndBytesCo
         load_in_4bit=True,
         bnb_4bit_quant_type=cfg.kind.value,
         bnb_4bit_use_double_quant=cfg.double,
-        bnb_4bit_compute_dtype=dtype if cfg.compute is Precision.auto else precision(cfg.compute),
+        bnb_4bit_compute_dtype=dtype if cfg.compute is Precision.auto else precision(cfg.compute, on_gpu=True),
         bnb_4bit_quant_storage=dtype,  # ZeRO-3 gathers the weights as the model's dtype
     )

@@ -15,6 +15,7 @@ import ray.train
 
 from raytune_lora.artifacts import remove_folder
 from raytune_lora.cache import Cache
+from raytune_lora.config.schema import Optimizer
 from raytune_lora.errors import StorageError
 from raytune_lora.training.board import Report
 from raytune_lora.training.deepspeed import without_mlflow
@@ -42,6 +43,8 @@ def be_worker(config: dict[str, Any]) -> None:
         if config["once"]:
             return
         held = _keep_memory_free(board, group, held)
+        if task.steps and task.cfg.training.optimizer is Optimizer.paged_adamw_8bit:
+            ray.get(board.leave.remote(group, "is replaced: bitsandbytes keeps the pages of its optimizer for ever"))
 
 
 def _do(task: Task, board: Any, group: str, rank: int, workers: int, slot: int) -> None:

@@ -47,7 +47,13 @@ def disagreement(node: str, there: dict[str, str], here: dict[str, str]) -> str 
 
 
 def join(address: str, port: int, rank: int, workers: int, backend: str) -> None:
-    """Join torch's process group, as with Ray Train's own ``TorchConfig``."""
+    """Join torch's process group, as with Ray Train's own ``TorchConfig``.
+
+    Over gloo train workers without a GPU. The machine may have some all the same: they are hidden, as torch, accelerate
+    and DeepSpeed would each take one by themselves.
+    """
+    if backend == "gloo":
+        os.environ.update(CUDA_VISIBLE_DEVICES="", DS_ACCELERATOR="cpu")
     from ray.train.torch import config
 
     os.environ.update(MASTER_ADDR=address, MASTER_PORT=str(port))

@@ -18,6 +18,9 @@ _OUT_OF_MEMORY = (
     "can't allocate memory",
     "not enough memory",
     "CUBLAS_STATUS_ALLOC_FAILED",
+    "CUBLAS_STATUS_NOT_INITIALIZED",  # its workspace did not fit
+    "CUDNN_STATUS_ALLOC_FAILED",
+    "Failed to CUDA calloc",  # NCCL, of its buffers
 )
 # what the others of a group see when one of its workers is gone
 _CUT_OFF = (

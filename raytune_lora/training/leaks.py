@@ -61,7 +61,7 @@ def probe_packing(cfg: RunConfig, store: TokenStore, place: Place) -> None:
         return
     folder = materialize(cfg.model, Cache.of(cfg.cache, cfg.cluster.node_cache))
     tokenizer = load_tokenizer(folder, cfg.model)
-    model = load_model(folder, cfg.model, cfg.quantization)
+    model = load_model(folder, cfg.model, cfg.quantization, on_gpu=cfg.gpus_per_worker > 0)
     if cfg.gpus_per_worker:
         model = model.to(torch.device("cuda", torch.cuda.current_device()))
     longest = min(cfg.training.micro_batch * cfg.data.max_length, int(store.lengths("train").sum()))

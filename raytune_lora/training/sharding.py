@@ -13,6 +13,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from raytune_lora.training.deepspeed import without_mlflow
 
 _DONTNEED = 4  # of madvise(2)
@@ -54,7 +56,8 @@ def divided_loading(hf_config: Any) -> Iterator[None]:
     core_model_loading.set_param_for_module = set_and_divide  # type: ignore[assignment]
     unset_hf_deepspeed_config()  # or transformers would divide the parameters before they have values
     try:
-        yield
+        with without_warmup():
+            yield
     finally:
         set_hf_deepspeed_config(hf_config)
         core_model_loading.set_param_for_module = original
@@ -63,6 +66,22 @@ def divided_loading(hf_config: Any) -> Iterator[None]:
         else:
             os.environ["HF_DEACTIVATE_ASYNC_LOAD"] = one_by_one
         _give_memory_back()
+        if torch.cuda.is_initialized():
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()  # what training takes is told, and planned, apart
+
+
+@contextlib.contextmanager
+def without_warmup() -> Iterator[None]:
+    """Keep transformers from taking memory for the whole model on the GPU before it loads what is to be a part."""
+    from transformers import modeling_utils
+
+    original = modeling_utils.caching_allocator_warmup
+    modeling_utils.caching_allocator_warmup = lambda *_: None
+    try:
+        yield
+    finally:
+        modeling_utils.caching_allocator_warmup = original
 
 
 def _give_memory_back() -> None:

@@ -281,7 +281,7 @@ class Reporter(TrainerCallback):
         if self._place.rank == 0:
             asked = _OVER_QUOTA if saves and self._over_quota() else int(self._place.stopped())
         if self._place.workers > 1:
-            flag = torch.tensor([asked], device="cuda" if torch.cuda.is_available() else "cpu")
+            flag = torch.tensor([asked], device="cuda" if torch.distributed.get_backend() == "nccl" else "cpu")
             torch.distributed.broadcast(flag, src=0)
             asked = int(flag.item())
         if asked == _OVER_QUOTA:
@@ -297,7 +297,7 @@ class Reporter(TrainerCallback):
 
 
 def peak_memory() -> int:
-    """Bytes of GPU memory this process has allocated at most; of resident memory where there is no GPU."""
-    if torch.cuda.is_available():
+    """Bytes of GPU memory this process has allocated at most; of resident memory where it uses no GPU."""
+    if torch.cuda.is_initialized():
         return int(torch.cuda.max_memory_allocated())
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

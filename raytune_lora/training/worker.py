@@ -109,11 +109,14 @@ def _trainer(
     args = _arguments(cfg, plan, place.folder / SAVING)
     divides = cfg.deepspeed.enabled and cfg.deepspeed.stage == 3
     with divided_loading(args.hf_deepspeed_config) if divides else contextlib.nullcontext():
-        base = load_model(folder, cfg.model, cfg.quantization, where_it_computes=divides)
+        on_gpu = cfg.gpus_per_worker > 0
+        base = load_model(folder, cfg.model, cfg.quantization, on_gpu=on_gpu, where_it_computes=divides)
     method = method_for(cfg.method)
     torch.manual_seed(stream(cfg.training.seed, "weights"))
     start = _start(cfg, plan, store, folder, tokenizer.pad_token_id, checkpoint)
     model = method.apply(base, start)
+    if not cfg.deepspeed.enabled:
+        _train_in_full_precision(model)
     if checkpoint is not None:
         put_weights(model, checkpoint.weights)
     if cfg.quantization.kind is not Quantization.none:
@@ -184,6 +187,16 @@ def _start(
     return Start(plan.steps, folder, samples, checkpoint.extra() if checkpoint else None)
 
 
+def _train_in_full_precision(model: Any) -> None:
+    """Have what trains in fp32: a step at a usual rate is smaller than bf16 can tell from none.
+
+    DeepSpeed keeps an fp32 original of it by itself. The arithmetic stays in bf16, by autocast.
+    """
+    for _, parameter in trained(model):
+        if parameter.dtype in (torch.bfloat16, torch.float16):
+            parameter.data = parameter.data.float()
+
+
 def _release(trainer: PlannedTrainer) -> None:
     """Let go of the model in a worker that lives on."""
     if trainer.is_deepspeed_enabled:
@@ -201,14 +214,14 @@ def clean_up() -> None:
     """Leave nothing of a task behind in a worker that lives on."""
     AcceleratorState._reset_state(True)
     unset_hf_deepspeed_config()
-    if torch.cuda.is_available():
+    if torch.cuda.is_initialized():
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
 
 
 def held_bytes() -> tuple[int, bool]:
-    """What this process holds, and whether that is GPU memory; resident memory where there is no GPU."""
-    if torch.cuda.is_available():
+    """What this process holds, and whether that is GPU memory; resident memory where it uses no GPU."""
+    if torch.cuda.is_initialized():
         return torch.cuda.memory_allocated(), True
     return psutil.Process().memory_info().rss, False
 
@@ -231,12 +244,12 @@ def _join_group(cfg: RunConfig) -> None:
 
 def _arguments(cfg: RunConfig, plan: Plan, saving: Path) -> TrainingArguments:
     training = cfg.training
-    bf16 = precision(cfg.model.precision) is torch.bfloat16
+    bf16 = precision(cfg.model.precision, on_gpu=cfg.gpus_per_worker > 0) is torch.bfloat16
     return TrainingArguments(
         output_dir=str(saving),
         deepspeed=deepspeed_config(cfg, plan, bf16=bf16),
         accelerator_config={"use_configured_state": True},
-        bf16=bf16 and cfg.gpus_per_worker > 0,
+        bf16=bf16,
         use_cpu=cfg.gpus_per_worker == 0 and not cfg.deepspeed.enabled,
         per_device_train_batch_size=plan.micro_batch,
         gradient_accumulation_steps=plan.accumulation,

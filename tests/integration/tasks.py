@@ -28,6 +28,13 @@ def nothing(cfg: Any, store: Any, place: Any) -> None:
     """Do nothing, well."""
 
 
+def report_accelerator(cfg: Any, store: Any, place: Any) -> None:
+    """Report what a worker sees of the machine's GPUs, and what DeepSpeed computes on."""
+    from deepspeed.accelerator import get_accelerator
+
+    place.report({"visible": os.environ.get("CUDA_VISIBLE_DEVICES"), "accelerator": get_accelerator()._name})
+
+
 def train_and_note_positions(cfg: Any, store: Any, place: Any) -> None:
     """Train, and write down which samples this worker read, in order."""
     from raytune_lora.training import batches

@@ -37,6 +37,12 @@ def one_process(
     return losses(folder), reports[-1]["eval_loss"]
 
 
+def test_workers_without_gpus_see_none(pair: Pool, store: TokenStore, configure: Configure, tmp_path: Path) -> None:
+    """A machine that has some may run trials on its CPU all the same."""
+    (seen,) = run(pair, store, tmp_path / "trial", configure("workers=2"), tasks.report_accelerator)
+    assert seen == {"visible": "", "accelerator": "cpu"}
+
+
 def test_equal_to_a_plain_loop_of_torch_and_peft(
     one_process: tuple[list[float], float], store: TokenStore, configure: Configure, tiny_folder: Path
 ) -> None:

@@ -54,6 +54,8 @@ def group(*failures: Exception) -> WorkerGroupError:
         (group(GLOO, ValueError("a bug")), FAILED),
         (group(DIED, ValueError("a bug")), FAILED),
         (group(GLOO, MemoryError("out of memory")), OOM),
+        (group(RuntimeError("CUDA error: CUBLAS_STATUS_NOT_INITIALIZED when calling `cublasCreate(handle)`")), OOM),
+        (group(RuntimeError("NCCL error … ncclUnhandledCudaError: Failed to CUDA calloc async 608 bytes")), OOM),
         (group(ValueError("a bug"), FULL), DISK),
         (group(RuntimeError("Error while serializing: I/O error: No space left on device (os error 28)")), DISK),
         (DivergedError(3, float("nan")), DIVERGED),

@@ -31,7 +31,7 @@ from raytune_lora.config.search import DimensionConfig
 EDGES: dict[str, tuple[float, float]] = {
     "workers": (0, 1),
     "cpus_per_worker": (0, 1),
-    "gpus_per_worker": (-1, 0),
+    "gpus_per_worker": (2, 1),
     "training.learning_rate": (0.0, 1e-9),
     "training.global_batch": (0, 1),
     "training.micro_batch": (0, 1),

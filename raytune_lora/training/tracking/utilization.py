@@ -84,8 +84,8 @@ def peak_flops(device: str) -> float | None:
 
 
 def worker_peak(dtype: torch.dtype) -> float | None:
-    """Peak FLOPs a second of this worker's device; None on CPU, on an unknown GPU and for arithmetic in fp32."""
-    if not torch.cuda.is_available() or dtype is torch.float32:
+    """Peak FLOPs a second of this worker's GPU; None where it is not known, and for arithmetic in fp32."""
+    if dtype is torch.float32:
         return None
     return peak_flops(torch.cuda.get_device_name())
 

@@ -43,7 +43,7 @@ def watchers(cfg: RunConfig, plan: Plan, place: Place, split: Any, model: Any) -
     """
     if place.rank != 0:
         return []
-    peak = worker_peak(precision(cfg.model.precision))
+    peak = worker_peak(precision(cfg.model.precision, on_gpu=True)) if cfg.gpus_per_worker else None
     share = flops_per_token(model) / (peak * plan.workers) if peak else None
     trackers: list[Tracker] = [StepLog(cfg.tracking), *(tracker_class(k)(cfg.tracking) for k in cfg.tracking.trackers)]
     return [Watcher(plan, StepTokens(split, plan), share, trackers, TrackedTrial.of(cfg, place.folder, place.slot))]
@@ -160,7 +160,7 @@ class StepTokens:
 
 
 def _memory() -> int:
-    if torch.cuda.is_available():
+    if torch.cuda.is_initialized():
         return int(torch.cuda.memory_reserved())
     pages = Path("/proc/self/statm").read_text().split()[1]
     return int(pages) * resource.getpagesize()
