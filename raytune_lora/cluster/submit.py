@@ -165,14 +165,19 @@ class Cluster:
 
     def find(self, name: str) -> list[SweepJob]:
         """The jobs of a sweep, the newest first."""
-        jobs = [_sweep_job(job) for job in self.patiently(self._client.list_jobs) if _name(job) == name]
-        return sorted(jobs, key=lambda job: job.began, reverse=True)
+        return [job for job in self._jobs() if job.name == name]
 
     def sweeps(self) -> list[SweepJob]:
         """The newest job of each sweep, the newest first."""
-        jobs = sorted(map(_sweep_job, filter(_name, self.patiently(self._client.list_jobs))), key=lambda job: job.began)
-        newest = {job.name: job for job in jobs}
-        return sorted(newest.values(), key=lambda job: job.began, reverse=True)
+        found: dict[str, SweepJob] = {}
+        for job in self._jobs():
+            found.setdefault(job.name, job)
+        return list(found.values())
+
+    def _jobs(self) -> list[SweepJob]:
+        """The jobs of all sweeps, the newest first."""
+        jobs = map(_sweep_job, filter(_name, self.patiently(self._client.list_jobs)))
+        return sorted(jobs, key=lambda job: job.began, reverse=True)
 
     def get(self, name: str) -> SweepJob:
         """The newest job of a sweep.

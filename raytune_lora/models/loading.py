@@ -103,9 +103,10 @@ def loader_of(model: Any, folder: Path, cfg: ModelConfig, *, whole: bool = False
         cfg: of the model.
         whole: whether it is to load what ``model`` itself is saved as, of some architectures the text's part alone.
     """
-    skeleton = skeleton_of(model)
-    if getattr(model, "is_quantized", False) and given_to_bitsandbytes(skeleton) & read_past(skeleton):
-        return None
+    if getattr(model, "is_quantized", False):  # else no skeleton need be made
+        skeleton = skeleton_of(model)
+        if given_to_bitsandbytes(skeleton) & read_past(skeleton):
+            return None
     auto = auto_class(AutoConfig.from_pretrained(folder, trust_remote_code=trusted(cfg)))
     known = type(model.config) in auto._model_mapping or trusted(cfg)
     return type(model).__name__ if whole and not known else str(auto.__name__)

@@ -149,9 +149,9 @@ def formats_of(cfg: RunConfig, added: Added) -> Formats:
     compute = _BF16 if bf16 else _FP32
     engine = cfg.deepspeed.enabled  # its engine casts all that it finds
     autocast = bf16 and on_gpu and not engine
-    # PEFT keeps what is not quantized in fp32 below a quantized model, and adapters in any case
+    # PEFT keeps what is not quantized in fp32 below a quantized model; what trains is in fp32 without an engine
     rest = compute if not quantized or engine else _FP32
-    trained = compute if engine else rest if added.own else _FP32
+    trained = compute if engine else _FP32
     return Formats(
         compute=compute,
         stream=rest,
@@ -178,8 +178,8 @@ def _working(cfg: RunConfig, layers: list[Linear], formats: Formats, stage: int,
         total += _largest(linear for linear in layers if linear.quantized) * formats.compute  # unpacked for its product
         if formats.autocast:  # the head and others are in fp32, and cast for theirs
             total += _largest(linear for linear in shape.linears if not linear.quantized) * _BF16
-    if formats.autocast and not added.own:
-        total += added.trained * _BF16  # the adapter is in fp32, and cast for its products
+    if formats.autocast:
+        total += added.trained * _BF16  # what trains is in fp32, and cast for its products
     if stage >= 1 and added.trained:
         total += ZERO_BUCKET * formats.trained * (2 if formats.on_gpu and stage < 3 else 1)
     if stage == 3:

@@ -164,6 +164,13 @@ def test_zero_divides_what_it_divides() -> None:
     assert alone.optimizer == 12 * (alone.adapter // 2)  # fp32 weights and two states of bf16 parameters
 
 
+def test_what_trains_without_an_engine_is_planned_in_fp32() -> None:
+    """Weights, gradients and two states of four bytes each; under an engine the weights and gradients are of two."""
+    alone, zero = (planned(None, "method=full", deepspeed) for deepspeed in ("deepspeed=off", "deepspeed=zero2"))
+    assert alone.adapter == alone.gradients == 2 * zero.adapter
+    assert alone.optimizer == 2 * alone.adapter
+
+
 def test_offloading_moves_what_it_moves() -> None:
     plain, offloaded = planned(None, "deepspeed=zero3"), planned(None, "deepspeed=zero3_offload")
     assert offloaded.host == plain.optimizer + plain.gradients + plain.weights + plain.embeddings

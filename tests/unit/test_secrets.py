@@ -79,7 +79,7 @@ def test_what_an_ordinary_variable_holds_is_none(monkeypatch: pytest.MonkeyPatch
 @pytest.mark.parametrize(
     "text",
     [
-        "//registry.npmjs.org/:_authToken=npm_" + "a1B2" * 9,
+        "//npm.example.org/:_authToken=npm_" + "a1B2" * 9,
         "password = pypi-AgE" + "IcHlwaS5vcmc" * 7,
         "SG." + "a1B2c3D4e5_" * 2 + "." + "a" * 43,
         "sq0csp-" + "a1B2" * 10 + "xyz",
