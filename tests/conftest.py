@@ -21,6 +21,11 @@ class _OneRay(LoadScopeScheduling):
         return nodeid.partition("::")[0] if nodeid.startswith("tests/unit/") else "ray"
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The quickstart is timed: it comes last, when the units' tests have left a core to it."""
+    items.sort(key=lambda item: item.nodeid.startswith("tests/e2e/"))
+
+
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> _OneRay:
     return _OneRay(config, log)
 

@@ -136,7 +136,8 @@ def test_ten_thousand_trials_are_no_more_series_than_four(
     values = dict.fromkeys([*NUMBERS, *MEASURED], 1.0)
     config = to_plain(configure())
     journal = Journal(tmp_path / "journal.jsonl")
-    told = compose(["experiment=tiny", "tracking=ray", "budget.hours=1", "budget.gpu_hours=1"])
+    budgets = ["budget.hours=1", "budget.wall_hours=1", "budget.gpu_hours=1"]
+    told = compose(["experiment=tiny", "tracking=ray", *budgets])
     folder = SweepFolder(tmp_path / sweep)
     folder.trials.mkdir(parents=True)
     journal.record.add({"event": "phase", "name": "baseline", "eval_loss": 9.0})
