@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -65,15 +66,18 @@ def collate(rows: Sequence[dict[str, list[int]]], pad_id: int) -> dict[str, torc
     return {"input_ids": padded("input_ids", pad_id), "attention_mask": mask_BT, "labels": padded("labels", IGNORED)}
 
 
-def pack(rows: Sequence[dict[str, list[int]]]) -> dict[str, torch.Tensor]:
+def pack(rows: Sequence[dict[str, list[int]]]) -> dict[str, Any]:
     """One row after the other instead of padding: input_ids, position_ids and labels, each (1, sum of T).
 
-    Positions begin anew with each row; by that, models keep the rows apart in attention. A row's first token follows
-    from nothing, as where rows lie side by side.
+    Beside them stand ``starts`` and ``lengths``, as ``Rows`` has them. Positions begin anew with each row. A row's
+    first token follows from nothing, as where rows lie side by side.
     """
+    lengths = [len(row["input_ids"]) for row in rows]
     labels = [label for row in rows for label in [IGNORED, *row["labels"][1:]]]
     return {
         "input_ids": torch.tensor([[token for row in rows for token in row["input_ids"]]]),
-        "position_ids": torch.tensor([[position for row in rows for position in range(len(row["input_ids"]))]]),
+        "position_ids": torch.tensor([[position for length in lengths for position in range(length)]]),
         "labels": torch.tensor([labels]),
+        "starts": torch.tensor([0, *accumulate(lengths)], dtype=torch.int32),
+        "lengths": lengths,
     }

@@ -6,9 +6,12 @@ accuracy over the whole vocabulary to every step.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import resource
 import time
+from collections.abc import Iterator
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +25,7 @@ from raytune_lora.artifacts import folder_bytes
 from raytune_lora.config.schema import RunConfig
 from raytune_lora.errors import DivergedError, QuotaError
 from raytune_lora.models.methods import Method
+from raytune_lora.models.packed import PackedAttention, Rows
 from raytune_lora.models.shape_parts import source_of
 from raytune_lora.training.batches import training_loader
 from raytune_lora.training.checkpoint import Checkpoint, commit, write_parts
@@ -138,10 +142,26 @@ class PlannedTrainer(Trainer):
         self._micro += 1
         if self._gradients is None:
             self._gradients = FirstGradients(self.model)
-        loss = super().training_step(model, inputs, *args, **kwargs)
+        with self._kept_apart(inputs) as given:
+            loss = super().training_step(model, inputs | given, *args, **kwargs)
         if self._micro == (self._first + 1) * self._plan.accumulation:
             self._gradients.check(self._cfg.method.kind)
         return loss
+
+    @contextlib.contextmanager
+    def _kept_apart(self, inputs: dict[str, Any]) -> Iterator[dict[str, Any]]:
+        """What else the model is given of packed rows, and of no others."""
+        if "starts" not in inputs:
+            yield {}
+            return
+        rows = Rows(inputs.pop("starts").to(self.args.device), inputs.pop("lengths"))
+        with self._packed.of(rows) as given:
+            yield given
+
+    @cached_property
+    def _packed(self) -> PackedAttention:
+        model: Any = self.model
+        return PackedAttention(model)
 
     def _init_training_state(self, *args: Any, **kwargs: Any) -> tuple[int, int]:
         super()._init_training_state(*args, **kwargs)
