@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from raytune_lora.models.packed import PackedAttention, Rows
+from raytune_lora.models.packed import PackedAttention
 from raytune_lora.training.batches import pack
 
 WAYS = ("mask of all", "rows apart", "side by side")
@@ -31,9 +31,9 @@ def passes(model: Any, rows: int, length: int) -> dict[str, Callable[[], Any]]:
     """By way, the logits of so many rows."""
     device = next(model.parameters()).device
     ids = torch.randint(VOCABULARY, (rows, length))
-    batch = pack([{"input_ids": row, "labels": row} for row in ids.tolist()])
+    batch, where = pack([{"input_ids": row, "labels": row} for row in ids.tolist()])
     tensors = {name: batch[name].to(device) for name in ("input_ids", "position_ids")}
-    attention, where = PackedAttention(model), Rows(batch["starts"].to(device), batch["lengths"])
+    attention, where = PackedAttention(model), where.on(device)
 
     def apart() -> Any:
         with attention.of(where) as given:

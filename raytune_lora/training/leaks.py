@@ -20,7 +20,7 @@ from raytune_lora.config.schema import RunConfig
 from raytune_lora.data.store import TokenStore
 from raytune_lora.errors import UserError
 from raytune_lora.models.loading import load_model
-from raytune_lora.models.packed import PackedAttention, Rows
+from raytune_lora.models.packed import PackedAttention
 from raytune_lora.models.sources import materialize
 from raytune_lora.models.tokenizer import load_tokenizer
 from raytune_lora.training.batches import collate, pack
@@ -133,9 +133,8 @@ def _rows(draw: random.Random, tokens: Sequence[int], *lengths: int) -> list[lis
 
 def _packed(model: Any, rows: Sequence[list[int]]) -> torch.Tensor:
     """Logits of packed rows, (sum of T, V)."""
-    inputs = pack([{"input_ids": row, "labels": row} for row in rows])
-    packed = Rows(inputs.pop("starts").to(next(model.parameters()).device), inputs.pop("lengths"))
-    with PackedAttention(model).of(packed) as given:
+    inputs, packed = pack([{"input_ids": row, "labels": row} for row in rows])
+    with PackedAttention(model).of(packed.on(next(model.parameters()).device)) as given:
         return _logits(model, inputs | given)[0]
 
 

@@ -20,7 +20,7 @@ from transformers import (
 
 from raytune_lora.errors import UserError
 from raytune_lora.models.loading import keep_cache
-from raytune_lora.models.packed import PackedAttention, Rows
+from raytune_lora.models.packed import PackedAttention
 from raytune_lora.training.batches import pack
 from raytune_lora.training.leaks import check_causal, packed_leak, sees_ahead
 from tests.unit import zoo
@@ -43,9 +43,8 @@ def build(name: str, **changes: Any) -> Any:
 
 def losses(model: torch.nn.Module, rows: list[torch.Tensor]) -> tuple[float, float]:
     """The mean loss of rows one at a time, and of the same rows end to end; both a row's own tokens alone."""
-    inputs = pack([{"input_ids": row.tolist(), "labels": row.tolist()} for row in rows])
+    inputs, apart = pack([{"input_ids": row, "labels": row} for row in rows])
     inputs.pop("labels")
-    apart = Rows(inputs.pop("starts"), inputs.pop("lengths"))
     with torch.no_grad():
         alone = [model(input_ids=row[None]).logits[0] for row in rows]
         with PackedAttention(model).of(apart) as given:

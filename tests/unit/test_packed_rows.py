@@ -63,8 +63,7 @@ def alone(model: Any) -> torch.Tensor:
 
 def together(model: Any) -> torch.Tensor:
     """The same, packed."""
-    inputs = pack(rows())
-    kept = Rows(inputs.pop("starts"), inputs.pop("lengths"))
+    inputs, kept = pack(rows())
     labels = inputs.pop("labels")
     with PackedAttention(model).of(kept) as given:
         loss = nats(model(**inputs, **given).logits, labels)
@@ -105,7 +104,7 @@ def test_losses_and_gradients_are_those_of_rows_alone(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["llama", "gemma2", "gpt_oss"])
 def test_the_search_for_large_tensors_finds_transformers_own_mask(name: str) -> None:
-    inputs = pack(rows())
+    inputs, _ = pack(rows())
     with Largest(sum(LENGTHS)) as seen, torch.no_grad():
         built(name)(input_ids=inputs["input_ids"], position_ids=inputs["position_ids"])
     assert seen.found
