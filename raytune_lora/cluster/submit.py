@@ -21,7 +21,7 @@ import requests
 from ray.exceptions import AuthenticationError
 from ray.job_submission import JobStatus, JobSubmissionClient
 
-from raytune_lora.cluster.addresses import VARIABLES, dashboard
+from raytune_lora.cluster.addresses import VARIABLES, dashboard, token_refused
 from raytune_lora.errors import UserError
 from raytune_lora.names import plain
 
@@ -254,7 +254,8 @@ class Cluster:
         try:
             return ask()
         except AuthenticationError as error:
-            raise UserError(_refused(self.address, str(error))) from None
+            sent = "invalid" in str(error).lower()
+            raise UserError(token_refused(f"--address {self.address}", sent=sent)) from None
         except (ConnectionError, requests.RequestException) as error:
             raise Unreachable(type(error).__name__) from None
         except RuntimeError as error:
@@ -302,16 +303,4 @@ def _twice(name: str, state: str) -> str:
     return (
         f"--name {name}: a sweep of that name is {state}; follow it with --logs {name}, stop it with --stop {name}, or "
         "take another --name"
-    )
-
-
-def _refused(address: str, said: str) -> str:
-    """Why the dashboard refused, without what was sent to it."""
-    if "invalid" in said.lower():
-        what = "refuses the token in RAY_AUTH_TOKEN, RAY_AUTH_TOKEN_PATH or ~/.ray/auth_token, which is not its own"
-    else:
-        what = "wants a token, and none was sent"
-    return (
-        f"--address {address}: the cluster {what}; set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN_PATH=<file> or "
-        "RAY_AUTH_TOKEN (KubeRay: kubectl get secret <cluster> -o jsonpath='{.data.auth_token}' | base64 -d)"
     )
