@@ -445,7 +445,7 @@ def test_submitted_left_alone_stopped_and_resumed(
     follower.wait_for("trial 0000 started")
     way.open = False
     assert "mine: asked to stop" in submit(*near, "--stop", "mine").end()
-    assert "mine: stopped, " in submit(*near, "--logs", "mine").end(1)
+    assert "mine: stopped, " in submit(*near, "--logs", "mine").end(130)
     assert "mine: stopped, " in submit(*near, "--list").end()
     assert len(events(sweep, "phase")) == 2  # prepare, baseline
     forget("raytune-lora-mine.1", cluster)  # as a head does that is started again
