@@ -39,7 +39,7 @@ from raytune_lora.training.signs import Signs
 from raytune_lora.training.state import put_weights, trained
 from raytune_lora.training.tracking.watch import AfterSave, watchers
 from raytune_lora.training.trainer import PlannedTrainer, Reporter
-from raytune_lora.training.warmup import build_shared_memory_op
+from raytune_lora.training.warmup import build_shared_memory_op, prepare_builds
 
 _OPTIMIZERS = {  # as transformers calls them
     Optimizer.adamw: "adamw_torch",
@@ -236,6 +236,7 @@ def _join_group(cfg: RunConfig) -> None:
     AcceleratorState._reset_state(True)
     os.environ["ACCELERATE_USE_DEEPSPEED"] = str(cfg.deepspeed.enabled).lower()
     if cfg.gpus_per_worker:
+        prepare_builds()  # what is on disk is read and written by an op
         PartialState()
     elif cfg.deepspeed.enabled:
         build_shared_memory_op()
