@@ -12,7 +12,6 @@ from typing import Any
 
 import psutil
 import torch
-from accelerate import PartialState
 from accelerate.state import AcceleratorState
 from transformers import PrinterCallback, TrainingArguments
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
@@ -34,12 +33,11 @@ from raytune_lora.training.deepspeed import deepspeed_config, release
 from raytune_lora.training.place import SAVING, Place
 from raytune_lora.training.plan import Plan, plan_run, stream
 from raytune_lora.training.schedule import warmup_steps
-from raytune_lora.training.sharding import divided_loading
+from raytune_lora.training.sharding import divided_loading, divides, join_group
 from raytune_lora.training.signs import Signs
 from raytune_lora.training.state import put_weights, trained
 from raytune_lora.training.tracking.watch import AfterSave, watchers
 from raytune_lora.training.trainer import PlannedTrainer, Reporter
-from raytune_lora.training.warmup import build_shared_memory_op
 
 _OPTIMIZERS = {  # as transformers calls them
     Optimizer.adamw: "adamw_torch",
@@ -90,7 +88,7 @@ def _prepared(
     cfg: RunConfig, plan: Plan, store: TokenStore, place: Place
 ) -> tuple[PlannedTrainer, list[Any], Reporter] | None:
     """All that is needed to train on; None where that was done before."""
-    _join_group(cfg)
+    join_group(cfg)
     _same_everywhere(cfg, place)
     checkpoint = _agreed_checkpoint(place)
     for known in reports(place.copy, checkpoint) if checkpoint is not None and place.rank == 0 else ():
@@ -107,10 +105,8 @@ def _trainer(
     folder = materialize(cfg.model, Cache.of(cfg.cache, cfg.cluster.node_cache))
     tokenizer = load_tokenizer(folder, cfg.model)
     args = _arguments(cfg, plan, place.folder / SAVING)
-    divides = cfg.deepspeed.enabled and cfg.deepspeed.stage == 3
-    with divided_loading(args.hf_deepspeed_config) if divides else contextlib.nullcontext():
-        on_gpu = cfg.gpus_per_worker > 0
-        base = load_model(folder, cfg.model, cfg.quantization, on_gpu=on_gpu, where_it_computes=divides)
+    with divided_loading(args.hf_deepspeed_config) if divides(cfg) else contextlib.nullcontext():
+        base = load_model(folder, cfg.model, cfg.quantization, on_gpu=cfg.gpus_per_worker > 0)
     method = method_for(cfg.method)
     torch.manual_seed(stream(cfg.training.seed, "weights"))
     start = _start(cfg, plan, store, folder, tokenizer.pad_token_id, checkpoint)
@@ -224,22 +220,6 @@ def held_bytes() -> tuple[int, bool]:
     if torch.cuda.is_initialized():
         return torch.cuda.memory_allocated(), True
     return psutil.Process().memory_info().rss, False
-
-
-def _join_group(cfg: RunConfig) -> None:
-    """Tell accelerate of the process group that is there already.
-
-    Left to itself, on CPU it sees one process wherever it is told of DeepSpeed, and each worker trains on all the data.
-    """
-    AcceleratorState._reset_state(True)
-    os.environ["ACCELERATE_USE_DEEPSPEED"] = str(cfg.deepspeed.enabled).lower()
-    if cfg.gpus_per_worker:
-        PartialState()
-    elif cfg.deepspeed.enabled:
-        build_shared_memory_op()
-        PartialState(backend="gloo")
-    else:
-        PartialState(cpu=True)
 
 
 def _arguments(cfg: RunConfig, plan: Plan, saving: Path) -> TrainingArguments:
