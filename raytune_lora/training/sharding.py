@@ -22,6 +22,7 @@ from transformers.integrations.deepspeed import HfDeepSpeedConfig
 from raytune_lora.config.schema import RunConfig
 from raytune_lora.models.loading import load_model, precision
 from raytune_lora.training.deepspeed import inference_config, release, without_mlflow
+from raytune_lora.training.resident import base_model, let_go
 from raytune_lora.training.warmup import build_shared_memory_op
 
 _DONTNEED = 4  # of madvise(2)
@@ -66,14 +67,13 @@ def measured_model(
     """
     on_gpu = cfg.gpus_per_worker > 0
     if not divides(cfg):
-        model = adapt(load_model(folder, cfg.model, cfg.quantization, on_gpu=on_gpu))
+        model = adapt(base_model(cfg, folder))
         yield model.to(torch.device("cuda", torch.cuda.current_device())) if on_gpu else model, None
         return
     join_group(cfg)
     dtype = precision(cfg.model.precision, on_gpu=on_gpu)
     hf_config = HfDeepSpeedConfig(inference_config(cfg, bf16=dtype is torch.bfloat16))  # known while it is held
-    with divided_loading(hf_config):
-        base = load_model(folder, cfg.model, cfg.quantization, on_gpu=on_gpu)
+    base = divided_base(cfg, folder, hf_config)
     with divided_loading(hf_config) if cfg.method.kind == "full" else contextlib.nullcontext():  # a model of its own
         model = adapt(base)
     with without_mlflow():
@@ -86,6 +86,19 @@ def measured_model(
         yield model, partial(_start_afresh, engine)
     finally:
         release(engine)
+
+
+def divided_base(cfg: RunConfig, folder: Path, hf_config: Any) -> Any:
+    """The base model of a run under ZeRO-3, a part of it on each worker.
+
+    Args:
+        cfg: of the run.
+        folder: of the model.
+        hf_config: as for ``divided_loading``.
+    """
+    let_go()
+    with divided_loading(hf_config):
+        return load_model(folder, cfg.model, cfg.quantization, on_gpu=cfg.gpus_per_worker > 0)
 
 
 def _start_afresh(engine: Any) -> None:
