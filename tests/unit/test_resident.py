@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import types
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -85,8 +86,13 @@ def seen(model: Any) -> dict[str, Any]:
     return found | {"tied": sorted(owners.values())}
 
 
-@pytest.mark.parametrize("model", ["llama", "tied_llama", "gpt2", "gemma2", "mixtral", "opt"])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    ("model", "kind"),
+    [
+        *itertools.product(("llama", "gpt2"), KINDS),
+        *itertools.product(("tied_llama", "gemma2", "mixtral", "opt"), ("lora", "pissa", "prompt_tuning", "adapter")),
+    ],
+)
 def test_the_next_task_has_the_base_model_as_it_was_loaded(
     kind: str, model: str, folder: Callable[[str], Path], composed: RunConfig
 ) -> None:
