@@ -20,7 +20,7 @@ from transformers.utils import logging as transformers_logging
 
 from raytune_lora.artifacts import fingerprint
 from raytune_lora.cache import Cache
-from raytune_lora.config.compose import to_plain
+from raytune_lora.config.plain import to_plain
 from raytune_lora.config.schema import Optimizer, Quantization, RunConfig
 from raytune_lora.data.store import TokenStore
 from raytune_lora.errors import MovedError

@@ -6,8 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from raytune_lora.config.compose import to_plain
 from raytune_lora.config.methods import MethodConfig
+from raytune_lora.config.plain import to_plain
 from raytune_lora.models.methods.base import C, Method, Start
 
 METHOD, WEIGHTS = "method.json", "weights.safetensors"
