@@ -143,7 +143,7 @@ class PlannedTrainer(Trainer):
         inputs, rows = batch.on(self.args.device)
         apart: Any = self._packed.of(rows) if rows is not None else contextlib.nullcontext({})
         with apart as given:
-            return self.training_step(model, inputs | given, num_items)
+            return self.training_step(model, inputs | given | {"trained": batch.trained}, num_items)
 
     def _run_epoch(self, model: Any, epoch: Any, train_dataloader: Batches, *_: Any, **__: Any) -> None:
         """All steps of the sitting. Transformers' own does much at each forward pass, and waits for the GPU often."""
