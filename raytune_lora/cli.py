@@ -103,9 +103,11 @@ def _said(run: Callable[[], int]) -> int:
 
 def _tell(event: str, words: str, *, well: bool = False) -> None:
     """Print what a job says before and after its ``Progress``: for machines, where that is asked."""
+    from raytune_lora.names import printable
+
     if _as_json.get():
         words = json.dumps({"time": time.time(), "event": event, "message": words}, ensure_ascii=False)
-    print(words, file=sys.stdout if well else sys.stderr, flush=True)
+    print(printable(words), file=sys.stdout if well else sys.stderr, flush=True)
 
 
 def _useful(words: str, record: logging.LogRecord) -> bool:
