@@ -14,7 +14,8 @@ from pathlib import Path
 
 from surrogates import QUICKSTART
 
-from raytune_lora.config.compose import compose, to_plain
+from raytune_lora.config.compose import compose
+from raytune_lora.config.plain import to_plain
 from raytune_lora.tuning.sweep import run_sweep
 from raytune_lora.tuning.trials import Journal
 

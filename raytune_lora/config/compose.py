@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import fields, is_dataclass
-from enum import Enum
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -19,6 +17,7 @@ from omegaconf.errors import OmegaConfBaseException
 from raytune_lora.config import schema
 from raytune_lora.config.composition import REFUSAL, composed, register, to_object
 from raytune_lora.config.explain import explain
+from raytune_lora.config.plain import to_plain
 from raytune_lora.config.yaml_text import read_yaml
 from raytune_lora.errors import UserError
 
@@ -87,17 +86,6 @@ def _as_text(value: Any) -> Any:
     if isinstance(value, list):
         return [_as_text(item) for item in value]
     return re.sub(r"(\\*)\$\{", r"\1\1\\${", value) if isinstance(value, str) else value
-
-
-def to_plain(value: Any) -> Any:
-    """Dataclasses and enums as dicts and strings."""
-    if is_dataclass(value) and not isinstance(value, type):
-        return {f.name: to_plain(getattr(value, f.name)) for f in fields(value)}
-    if isinstance(value, dict):
-        return {key: to_plain(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [to_plain(item) for item in value]
-    return value.value if isinstance(value, Enum) else value
 
 
 def from_plain(cls: type[T], plain: dict[str, Any]) -> T:

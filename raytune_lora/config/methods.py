@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from enum import Enum
 
-from omegaconf import MISSING
+from raytune_lora.config.plain import MISSING
 
 ALL_LINEAR = "all-linear"  # PEFT's word for every linear layer but the head
 

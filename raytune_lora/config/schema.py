@@ -9,10 +9,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field, fields
 from enum import Enum
 
-from omegaconf import MISSING
-
 from raytune_lora.config.data import SOURCES, DataConfig
 from raytune_lora.config.methods import METHODS, MethodConfig
+from raytune_lora.config.plain import MISSING
 from raytune_lora.config.search import BudgetConfig, ConfirmConfig, DimensionConfig, SchedulerConfig, SearchConfig
 
 

@@ -6,9 +6,8 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
 
-from omegaconf import MISSING
-
 from raytune_lora.config.lists import text_of
+from raytune_lora.config.plain import MISSING
 
 
 class Sampler(Enum):

@@ -79,7 +79,7 @@ def prepare(cfg: DataConfig, tokenizer: Callable[[], Any], tokenizer_id: str, ca
 
 def settings(cfg: DataConfig) -> dict[str, Any]:
     """All of a data set's config that its rows' contents do not stand for; of files that it names, the content."""
-    from raytune_lora.config.compose import to_plain
+    from raytune_lora.config.plain import to_plain
 
     plain: dict[str, Any] = to_plain(cfg)
     mix = {name: {key: value for key, value in one.items() if key != "path"} for name, one in plain["mix"].items()}

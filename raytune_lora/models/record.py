@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from raytune_lora import __version__
-from raytune_lora.config.compose import to_plain
+from raytune_lora.config.plain import to_plain
 from raytune_lora.config.schema import HubModelConfig, RunConfig
 from raytune_lora.models.stored import read_config, stored_as
 from raytune_lora.models.tokenizer import trusted

@@ -17,7 +17,8 @@ from raytune_lora import storage
 from raytune_lora.artifacts import MANIFEST, remove_folder, write_json
 from raytune_lora.cache import Cache
 from raytune_lora.cluster.connect import connected
-from raytune_lora.config.compose import dump, to_plain
+from raytune_lora.config.compose import dump
+from raytune_lora.config.plain import to_plain
 from raytune_lora.config.schema import LogFormat, RunConfig, SweepConfig
 from raytune_lora.config.typed import typed
 from raytune_lora.data.build import REPORT, in_short

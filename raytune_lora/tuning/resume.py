@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from raytune_lora.config.compose import to_plain
+from raytune_lora.config.plain import to_plain
 from raytune_lora.config.schema import SweepConfig
 from raytune_lora.config.typed import typed as as_typed
 from raytune_lora.errors import UserError

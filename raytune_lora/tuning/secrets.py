@@ -13,7 +13,7 @@ from typing import Any
 from sqlalchemy.engine import make_url
 from sqlalchemy.exc import ArgumentError
 
-from raytune_lora.config.compose import to_plain
+from raytune_lora.config.plain import to_plain
 from raytune_lora.config.schema import RunConfig
 from raytune_lora.data.pii_secrets import assigned_secrets, query_secrets, secrets
 

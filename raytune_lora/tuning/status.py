@@ -32,7 +32,7 @@ from pathlib import Path
 from typing import Any
 
 from raytune_lora import storage
-from raytune_lora.config.compose import to_plain
+from raytune_lora.config.plain import to_plain
 from raytune_lora.config.schema import SweepConfig
 from raytune_lora.config.typed import typed
 from raytune_lora.errors import StorageError, UserError

@@ -14,7 +14,8 @@ from pathlib import Path
 import pytest
 import ray
 
-from raytune_lora.config.compose import compose, to_plain
+from raytune_lora.config.compose import compose
+from raytune_lora.config.plain import to_plain
 from raytune_lora.config.schema import TrackingConfig
 from raytune_lora.data.store import TokenStore
 from raytune_lora.training.driver import Pool

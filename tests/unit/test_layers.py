@@ -67,6 +67,8 @@ NO_RAY = (
     "tuning.show",
 )
 LIGHT = (*NO_RAY, "tuning.space", "tuning.study", "tuning.search", "tuning.scheduler", "tuning.trials")
+# A run trains, and is measured, where there is nothing but what training itself needs.
+BARE = ("training.worker", "evaluation.compare")
 LOADS_TORCH = {"torch", "transformers", "peft", "trl", "accelerate", "deepspeed", "bitsandbytes"}
 
 
@@ -122,3 +124,8 @@ def test_light_modules_load_neither_torch_nor_ray(module: str) -> None:
     forbidden = LOADS_TORCH | ({"ray"} if within(module, NO_RAY) else set())
     named = {target.split(".")[0] for target in imports(module)}
     assert not (loaded(module) | named) & forbidden
+
+
+@pytest.mark.parametrize("module", [name for name in MODULES if within(name, BARE)])
+def test_a_run_needs_neither_ray_nor_hydra(module: str) -> None:
+    assert not loaded(module) & {"ray", "hydra", "omegaconf", "optuna", "datasets", "trl"}

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
-from raytune_lora.config.compose import to_plain
+from raytune_lora.config.plain import to_plain
 from raytune_lora.config.schema import RunConfig, TrackingConfig
 
 Values = Mapping[str, float | None]  # None: not measured, or not a finite number
