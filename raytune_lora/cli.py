@@ -103,9 +103,11 @@ def _said(run: Callable[[], int]) -> int:
 
 def _tell(event: str, words: str, *, well: bool = False) -> None:
     """Print what a job says before and after its ``Progress``: for machines, where that is asked."""
+    from raytune_lora.names import printable
+
     if _as_json.get():
         words = json.dumps({"time": time.time(), "event": event, "message": words}, ensure_ascii=False)
-    print(words, file=sys.stdout if well else sys.stderr, flush=True)
+    print(printable(words), file=sys.stdout if well else sys.stderr, flush=True)
 
 
 def _useful(words: str, record: logging.LogRecord) -> bool:
@@ -137,22 +139,25 @@ def _run(verb: str, arguments: list[str]) -> int:
     for logger, words in _OF_NO_USE.items():
         logging.getLogger(logger).addFilter(partial(_useful, words))
     os.environ.setdefault("DEEPSPEED_LOG_LEVEL", "error")
-    if verb == "prepare":
-        from raytune_lora.tuning.inspect import show_data
-
-        show_data(cfg)
-        return 0
-    from raytune_lora.tuning.run import run_once
-    from raytune_lora.tuning.sweep import run_sweep
-
-    jobs: dict[str, Callable[..., dict[str, object]]] = {"sweep": run_sweep, "train": run_once}
     try:
+        if verb == "prepare":
+            from raytune_lora.tuning.inspect import show_data
+
+            show_data(cfg)
+            return 0
+        from raytune_lora.tuning.run import run_once
+        from raytune_lora.tuning.sweep import run_sweep
+
+        jobs: dict[str, Callable[..., dict[str, object]]] = {"sweep": run_sweep, "train": run_once}
         results = jobs[verb](cfg, moved)
     except JobFailed as error:
         _tell("error", f"error: {error}")
         return 1
     except KeyboardInterrupt:
-        _tell("interrupted", f"interrupted; go on with {typed('resume', str(cfg.resume or cfg.output))}")
+        again = (
+            "start it again" if verb == "prepare" else f"go on with {typed('resume', str(cfg.resume or cfg.output))}"
+        )
+        _tell("interrupted", f"interrupted; {again}")
         return 130
     return _summary(results, str(cfg.resume or cfg.output))
 

@@ -1,6 +1,7 @@
 """File names that come from outside: keys of a store, names in manifests, archives and journals.
 
-Whoever may write to a bucket or a shared folder chooses such a name. None is made part of a path but by ``inside``.
+Whoever may write to a bucket or a shared folder chooses such a name. None is made part of a path but by ``inside``. Of
+texts from there, such as logs, none is shown on a terminal but by ``printable``.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from pathlib import Path, PurePosixPath
 from raytune_lora.errors import UserError
 
 _DRIVE = re.compile(r"[A-Za-z]:")
+_COMMANDS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 _NEVER = re.compile(r"[\x00-\x1f\x7f\\]")  # a backslash parts folders on other systems
 
 
@@ -62,3 +64,8 @@ def inside(folder: Path, name: str, where: str) -> Path:
         if at.is_symlink():
             raise Outside(f"{where}: {name} would be written through the link {at}, out of {folder}; remove the link")
     return path
+
+
+def printable(text: str) -> str:
+    """A text from outside for a terminal, to which a control character is a command: to set the clipboard, for one."""
+    return _COMMANDS.sub("\ufffd", text.replace("\r\n", "\n").replace("\r", "\n"))

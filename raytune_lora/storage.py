@@ -26,7 +26,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from raytune_lora.artifacts import DIGESTS, MANIFEST, build_once, named, read_manifest
-from raytune_lora.errors import Passing
+from raytune_lora.errors import Passing, UserError
 from raytune_lora.names import Outside, checked, inside
 
 S3, GCS, AZURE = ("s3", "s3a"), ("gs", "gcs"), ("abfs", "abfss", "az")
@@ -46,6 +46,9 @@ class Patience:
 
 PATIENT = Patience()
 QUICK = Patience(attempts=3, silence=5.0, seconds=10.0)  # to look whether it is there
+
+
+_URI = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*):(/+)([^/?#]*)")
 
 
 class StorageError(Passing):
@@ -68,7 +71,14 @@ class Damaged(NotWhole):
 
 
 def local_path(path: str) -> Path | None:
-    """The absolute path of what lies in the file system here; None of a URI of a store."""
+    """The absolute path of what lies in the file system here; None of a URI of a store.
+
+    Raises:
+        UserError: it looks like a URI and names no bucket: it would be a folder called ``s3:``.
+    """
+    found = _URI.match(path)
+    if found and found[1] != "file" and not (found[2] == "//" and found[3]):
+        raise UserError(f"{path} names no bucket; write {found[1]}://<bucket>/<path>, or ./{path} for a folder here")
     if "://" in path and not path.startswith("file://"):
         return None
     return Path(path.removeprefix("file://")).expanduser().absolute()

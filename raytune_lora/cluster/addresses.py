@@ -31,10 +31,8 @@ def dashboard(asked: str | None) -> str:
     """
     if asked is None:
         named = next((os.environ[n] for n in VARIABLES if "http" in os.environ.get(n, "")), DASHBOARD)
-    elif _NAME.fullmatch(asked) and asked != "localhost":
-        named = _by_name(asked)
     else:
-        named = asked
+        named = asked if "://" in asked else _by_name(asked)
     url = named if "://" in named else f"http://{named}"
     if not url.startswith(("http://", "https://")):
         raise UserError(
@@ -63,9 +61,12 @@ def token_refused(named: str, *, sent: bool) -> str:
 
 
 def _by_name(name: str) -> str:
+    """The address of a cluster that the file names so; what can be a host's is one where the file does not."""
     file = _file()
     known = _read(file)
     if name not in known:
+        if not _NAME.fullmatch(name) or name == "localhost":
+            return name
         there = f"there are: {', '.join(known)}" if known else "there is none"
         raise UserError(
             f"--address {name}: no cluster of that name is in {file} ({there}); add the line `{name}: "

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import os
 import threading
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -165,7 +166,8 @@ class Pool:
                 self._tell(note)
             waiting = [seconds for _, seconds in ray.get(self.board.unplaced.remote()).values()]
             if waiting and max(waiting) > said and _wait_for_room():
-                self._tell(f"waiting for {self._needs()} since {max(waiting):.0f} s, {len(waiting)} times: {_offer()}")
+                offer = _offer(ray.get(self.board.left_out.remote()))
+                self._tell(f"waiting for {self._needs()} since {max(waiting):.0f} s, {len(waiting)} times: {offer}")
                 said *= 2
             elif not waiting:
                 said = _PATIENCE
@@ -226,8 +228,15 @@ def _wait_for_room() -> bool:
     return any(group["state"] in ("PENDING", "RESCHEDULING") for group in placement_group_table().values())
 
 
-def _offer() -> str:
-    """What the machines have, and how much of it is free."""
-    there, free = ray.cluster_resources(), ray.available_resources()
-    parts = [f"{free.get(key, 0):g} of {there[key]:g} {key}s free" for key in ("CPU", "GPU") if key in there]
-    return f"the cluster has {' and '.join(parts) or 'no CPU'}"
+def _offer(left_out: Sequence[str]) -> str:
+    """What the machines have, and how much of it is free, but for those that groups are not placed on."""
+    whole, free = Counter[str](), Counter[str]()
+    for sums, by_node in (
+        (whole, ray_state.total_resources_per_node()),
+        (free, ray_state.available_resources_per_node()),
+    ):
+        for node, resources in by_node.items():
+            sums.update(resources if node not in left_out else {})
+    parts = [f"{free[key]:g} of {whole[key]:g} {key}s free" for key in ("CPU", "GPU") if whole[key]]
+    but = f" (without {len(left_out)} that are left out)" if left_out else ""
+    return f"the cluster{but} has {' and '.join(parts) or 'no CPU'}"

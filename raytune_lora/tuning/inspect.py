@@ -24,11 +24,13 @@ from raytune_lora.data.store import TokenStore
 from raytune_lora.models.tokenizer import load_tokenizer
 from raytune_lora.report.data import render_data
 from raytune_lora.training.plan import plan_run, remarks
+from raytune_lora.tuning.disk import explained
 from raytune_lora.tuning.folder import SweepFolder
 from raytune_lora.tuning.job import prepare_inputs
 from raytune_lora.tuning.preflight import check_inputs
 
 OPEN, CLOSE = "⟦", "⟧"  # around what is trained, where there is no colour
+_AGAIN = "start it again"  # once there is room
 PAGE = "data_report.html"
 
 
@@ -45,6 +47,7 @@ def show_data(cfg: SweepConfig, console: Console | None = None) -> dict[str, Any
 
     Raises:
         UserError: the config cannot work, or the data is not fit to be trained on (the reports are written first).
+        JobFailed: storage is full or cannot be written.
     """
     check_inputs(cfg)
     console = console or Console(highlight=False, soft_wrap=True)
@@ -52,10 +55,11 @@ def show_data(cfg: SweepConfig, console: Console | None = None) -> dict[str, Any
     store: TokenStore | None = None
     try:
         if isinstance(cfg.model, HubModelConfig) and cfg.model.path is None:
-            with tempfile.TemporaryDirectory() as work:
+            with tempfile.TemporaryDirectory() as work, explained(Path(work), _AGAIN):
                 report = survey(cfg.data, sources(cfg.data), None, Path(work))
         else:
-            inputs = prepare_inputs(cfg)
+            with explained(Path(cfg.cache).expanduser().absolute(), _AGAIN):
+                inputs = prepare_inputs(cfg)
             store = inputs.store
             report = json.loads((store.folder / REPORT).read_text())
             tokenizer = load_tokenizer(inputs.model, cfg.model)
@@ -68,7 +72,8 @@ def show_data(cfg: SweepConfig, console: Console | None = None) -> dict[str, Any
     _print(console, report, store)
     if cfg.output is not None:
         folder = SweepFolder.of(cfg).path
-        _write(folder, report)
+        with explained(folder, _AGAIN):
+            _write(folder, report)
         console.print(f"report     {folder / PAGE}")
     if refused is not None:
         raise refused

@@ -21,6 +21,7 @@ from rich.spinner import Spinner
 from rich.table import Table
 from rich.text import Text
 
+from raytune_lora.names import printable
 from raytune_lora.tuning.trials import PAUSED, Record, Trial
 
 _COLOURS = {"completed": "green", "stopped": "yellow", "running": "cyan"}
@@ -83,7 +84,7 @@ class Progress:
             entry = {"time": time.time(), **event, "clock": seconds, "sweep": self._title, "message": words}
             print(json.dumps(entry, ensure_ascii=False), file=sys.stderr, flush=True)
         elif words:
-            self._console.print(f"{self._clock()} {words}", soft_wrap=True)
+            self._console.print(printable(f"{self._clock()} {words}"), soft_wrap=True)
 
     @contextlib.contextmanager
     def shown(self) -> Iterator[Progress]:
@@ -133,7 +134,7 @@ def table(record: Record, title: str, goal: int | None) -> Table:
         style = "bold" if trial is best else ""
         shown.add_row(
             trial.trial_id,
-            Text(trial.status, style=_COLOURS.get(trial.status, "red")),
+            Text(printable(trial.status), style=_COLOURS.get(trial.status, "red")),
             *(_short(trial.params.get(key)) for key in keys),
             f"{trial.samples_seen}/{goal}" if goal else str(trial.samples_seen),
             "" if trial.eval_loss is None else f"{trial.eval_loss:.4f}",
@@ -230,4 +231,4 @@ class Tally:
 
 
 def _short(value: Any) -> str:
-    return f"{value:.3g}" if isinstance(value, float) else str(value)
+    return f"{value:.3g}" if isinstance(value, float) else printable(str(value))

@@ -23,6 +23,7 @@ from raytune_lora.cluster.submit import Cluster, Forgotten, Submission, SweepJob
 from raytune_lora.config.compose import compose
 from raytune_lora.config.groups import OWN, own_dir
 from raytune_lora.errors import UserError
+from raytune_lora.names import printable
 from raytune_lora.tuning import secrets
 from raytune_lora.tuning.elsewhere import check_elsewhere
 from raytune_lora.tuning.interrupt import INTERRUPTED
@@ -245,7 +246,7 @@ def _until_ended(
         whole = log if job.ended else log[: log.rfind("\n") + 1]
         for words in whole[told:].splitlines():
             tally.add(words)
-            console.print(words, soft_wrap=True)
+            console.print(printable(words), soft_wrap=True)
         told = len(whole)
         if job.ended:
             return job
@@ -256,7 +257,7 @@ def _until_ended(
 def _in_short(job: SweepJob, tally: Tally) -> str:
     seconds = (job.finished or time.time()) - job.began
     why = f"; {job.message.strip().splitlines()[0]}" if job.status.value == "FAILED" and job.message.strip() else ""
-    return f"{job.name}: {job.status.value.lower()}, {clock(max(0.0, seconds))}; {tally}{why}"
+    return printable(f"{job.name}: {job.status.value.lower()}, {clock(max(0.0, seconds))}; {tally}{why}")
 
 
 def _again(cluster: Cluster, job: SweepJob, program: str) -> str:

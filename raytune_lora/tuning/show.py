@@ -14,6 +14,7 @@ from rich.console import Console, Group
 from rich.live import Live
 from rich.text import Text
 
+from raytune_lora.names import printable
 from raytune_lora.tuning.progress import clock, line, table
 from raytune_lora.tuning.status import RUNNING, Status, budget, detail, hints, look, refresh, summary
 from raytune_lora.tuning.trials import Record
@@ -92,7 +93,7 @@ def _print_news(status: Status, trial_id: str | None, told: int) -> None:
             for number, event in enumerate(now.events):
                 record.add(event)
                 if number >= told and (words := line(event, record)):
-                    print(f"{clock(event['clock'])} {words}", flush=True)
+                    print(printable(f"{clock(event['clock'])} {words}"), flush=True)
             told = len(now.events)
         else:
             told = _print_log(now, trial_id, told)
@@ -112,7 +113,7 @@ def _print_log(status: Status, trial_id: str, told: int) -> int:
         with log.open("rb") as file:
             file.seek(told)
             data = file.read()
-        sys.stdout.write(data.decode(errors="replace"))
+        sys.stdout.write(printable(data.decode(errors="replace")))
         sys.stdout.flush()
         told += len(data)
     return told
@@ -124,7 +125,7 @@ def _print_log(status: Status, trial_id: str, told: int) -> int:
 def _view(status: Status, trial_id: str | None) -> Group:
     if trial_id is not None:
         return _trial_view(status, trial_id)
-    parts: list[Any] = [Text(words) for words in _head(status)]
+    parts: list[Any] = [Text(printable(words)) for words in _head(status)]
     if status.record.trials:
         parts.append(table(status.record, "", status.goal))
     return Group(*parts, *(Text(f"hint: {hint}", style="yellow") for hint in hints(status)))
@@ -166,4 +167,6 @@ def _trial_view(status: Status, trial_id: str) -> Group:
         ", ".join(f"{key} {value:.4g}" for key, value in step.items() if isinstance(value, (int, float)))
         for step in facts["steps"][-5:]
     ]
-    return Group(*(Text(words) for words in [*head, *curve, *steps, f"log: {status.log(trial_id)}", *facts["lines"]]))
+    return Group(
+        *(Text(printable(words)) for words in [*head, *curve, *steps, f"log: {status.log(trial_id)}", *facts["lines"]])
+    )

@@ -41,7 +41,7 @@ from raytune_lora.tuning import parts
 from raytune_lora.tuning.budget import remedy
 from raytune_lora.tuning.claim import lives
 from raytune_lora.tuning.folder import JOURNAL, SweepFolder, address, read
-from raytune_lora.tuning.trials import BASELINE, BEST, CONFIRM, PHASES, TRIALS, Record, Trial, read_events
+from raytune_lora.tuning.trials import BASELINE, BEST, CONFIRM, PHASES, TRIALS, Record, Trial, replay
 
 SCHEMA_VERSION = 2
 RUNNING, INTERRUPTED, FINISHED, UNKNOWN = "running", "interrupted", "finished", "unknown"
@@ -164,10 +164,7 @@ def look(output: str | Path, scratch: Path | None = None) -> Status:
             raise UserError(str(error)) from error
         busy = lives(where)
     size = folder.journal.stat().st_size if folder.journal.is_file() else 0
-    events = read_events(folder.journal)[0] if size else []
-    record = Record()
-    for event in events:
-        record.add(event)
+    record, events, _ = replay(folder.journal) if size else (Record(), [], 0)
     return Status(folder, kind, cfg, events, record, busy, time.time(), size)
 
 

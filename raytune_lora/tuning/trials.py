@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from raytune_lora.errors import UserError
 from raytune_lora.names import checked
 from raytune_lora.training.failures import DIVERGED, FAILED, LOST, OOM, QUOTA, STOPPED
 from raytune_lora.tuning.parts import Parts
@@ -240,9 +241,7 @@ class Journal:
         if parts is not None:
             path.write_bytes(parts.open())
         if path.exists():
-            events, whole = read_events(path)
-            for event in events:
-                self.record.add(event)
+            self.record, _, whole = replay(path)
             os.truncate(path, whole)
         self._before = self.record.clock
 
@@ -303,11 +302,25 @@ class Journal:
                 raise
 
 
-def read_events(path: Path) -> tuple[list[dict[str, Any]], int]:
-    """The events of a journal, and how many bytes they take: a line cut short by a kill was never acted on."""
+def replay(path: Path) -> tuple[Record, list[dict[str, Any]], int]:
+    """What a journal tells, its events, and how many bytes they take: a line cut short by a kill was never acted on.
+
+    Raises:
+        UserError: a line is damaged, or names a trial that leads out of the folder.
+    """
     data = path.read_bytes()
     whole = data.rfind(b"\n") + 1
-    return [json.loads(line) for line in data[:whole].splitlines()], whole
+    record, events = Record(), list[dict[str, Any]]()
+    for number, line in enumerate(data[:whole].split(b"\n")[:-1]):
+        try:
+            events.append(json.loads(line))
+            record.add(events[-1])
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise UserError(
+                f"{path}, line {number + 1}: it is damaged, as after a loss of power; bring back a copy of the file, "
+                f"or keep the lines before it alone (head -n {number}): what those do not tell is done again"
+            ) from error
+    return record, events, whole
 
 
 def trial_name(number: int) -> str:

@@ -15,6 +15,7 @@ from typing import Any
 
 import psutil
 import pytest
+import ray
 from ray import cloudpickle
 
 from raytune_lora.artifacts import folder_bytes
@@ -334,6 +335,8 @@ def test_a_group_waits_for_room_says_for_what_and_is_sent_home(
     with Pool(configure("workers=2", "cpus_per_worker=9"), tmp_path / "groups", groups=1, tell=notes.append):
         wait_for(lambda: notes, 60)
     assert re.fullmatch(r"waiting for 2 x \{CPU: 9\} since \d+ s, 1 times: the cluster has \d of 8 CPUs free", notes[0])
+    here = ray.get_runtime_context().get_node_id()
+    assert driver._offer([here]) == "the cluster (without 1 that are left out) has no CPU"
 
 
 def test_a_driver_that_is_killed_again_and_again_loses_no_trial(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from raytune_lora.artifacts import MANIFEST, folder_bytes, remove_folder, write_json
+from raytune_lora.cli import job
 from raytune_lora.config.compose import compose
 from raytune_lora.config.schema import DiskConfig
 from raytune_lora.errors import JobFailed
@@ -157,3 +158,22 @@ def test_a_folder_is_removed_once(tmp_path: Path) -> None:
     remove_folder(folder)
     remove_folder(folder)
     assert list((tmp_path / "0000").iterdir()) == []
+
+
+@pytest.mark.parametrize("limit", [100, 5000])
+def test_prepare_on_a_full_disk_fails_in_a_sentence(limit: int, tmp_path: Path, cache: Path) -> None:
+    """A limit on the size of files stands in for the disk, of the cache or of the reports."""
+    code = (
+        "import resource, sys\n"
+        "from raytune_lora.cli import job\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[1]), resource.RLIM_INFINITY))\n"
+        "sys.exit(job('prepare', sys.argv[2:]))\n"
+    )
+    where = [f"cache={tmp_path / 'cache'}" if limit == 100 else f"cache={cache}", f"output={tmp_path / 'report'}"]
+    command = [sys.executable, "-c", code, str(limit), "model=tiny", "data=fake", *where]
+    if limit > 100:
+        assert job("prepare", ["model=tiny", "data=fake", where[0]]) == 0
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
+    assert done.returncode == 1, done.stderr
+    assert done.stderr.startswith("error: storage cannot be written (File too large")
+    assert done.stderr.endswith("make room or repair it, then start it again\n")

@@ -19,7 +19,7 @@ from raytune_lora.artifacts import DIGESTS, MANIFEST, build_once, read_manifest
 from raytune_lora.cluster.bring import unpack
 from raytune_lora.errors import StorageError, UserError
 from raytune_lora.names import Outside, inside, plain
-from raytune_lora.tuning.trials import Journal, read_events
+from raytune_lora.tuning.trials import Journal
 from raytune_lora.working_copy import WorkingCopy
 
 PARTS = [
@@ -211,6 +211,5 @@ def test_links_in_archives_are_left_out(tmp_path: Path) -> None:
 def test_trials_of_a_journal(name: str, tmp_path: Path) -> None:
     path = tmp_path / "journal.jsonl"
     path.write_text(json.dumps({"event": "trial_started", "trial_id": name, "params": {}}) + "\n")
-    assert len(read_events(path)[0]) == 1
     with pytest.raises(UserError, match=r"the journal: '.*' is no name of a file"):
         Journal(path)

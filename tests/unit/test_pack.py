@@ -213,6 +213,17 @@ def test_names_that_a_submit_refuses_are_those_that_the_list_leaves_out(where: s
     refused = [".env", ".envrc", "x.env", "s.pem", "id_dsa", "id_ecdsa_sk", "_netrc", ".s3cfg", "rclone.conf", "x.ovpn"]
     refused += ["a-credentials.csv", "secret.toml", "secrets.ini", "serviceaccount.json", "client_secret_1.json"]
     refused += ["kubeconfig-prod", "kaggle.json", "wandb.key", "pgpass.conf", "a.tfstate", "dockerconfigjson"]
+    refused += [
+        "token",
+        "hf_token",
+        "auth_token",
+        "hub-token.txt",
+        "stored_tokens",
+        "deploy_key",
+        "my-ssh-key",
+        "a.kdb",
+    ]
+    refused += ["id_rsa.bak", "server.pem.old", "x.key~"]
     assert all(secret_files.problem(tmp_path, Path(name), within=False) for name in refused)
     write(tmp_path / "work", "a.py", *(f"{where}{name}" for name in refused))
     shutil.copy(ROOT / ".rayignore", tmp_path / "work")

@@ -118,6 +118,31 @@ def test_a_line_cut_short_by_a_kill(folder: SweepFolder) -> None:
     assert folder.journal.read_bytes() == before + b'{"time": 1, "event": "trial_en'
 
 
+@pytest.mark.parametrize(
+    "line", [b"not json", b"\0" * 40, b"\xff\xfe", b"[]", b'{"event": "trial_result"}', b'{"time": 1}', b""]
+)
+def test_a_damaged_line_is_told(line: bytes, running: SweepFolder, capsys: pytest.CaptureFixture[str]) -> None:
+    lines = running.journal.read_bytes().splitlines()
+    running.journal.write_bytes(b"\n".join([*lines[:2], line, *lines[2:], b""]))
+    assert main(["status", str(running.path)]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith(f"error: {running.journal}, line 3: it is damaged")
+    assert "(head -n 2)" in said
+    running.journal.write_bytes(b"\n".join([*lines[:2], b""]))
+    assert main(["status", str(running.path)]) == 0
+
+
+def test_a_log_commands_no_terminal(running: SweepFolder, capsys: pytest.CaptureFixture[str]) -> None:
+    """Whoever may write to a shared folder writes what is shown on the terminal of who looks."""
+    log = running.trials / "0001" / "logs" / "worker-0.log"
+    log.parent.mkdir(parents=True, exist_ok=True)
+    log.write_bytes(b"fine\r 50%\x1b]52;c;cm0gLXJmIC8K\x07\n\xc2\x9b31mred \xeb\x91\x98\n")
+    assert main(["status", str(running.path), "--trial", "0001"]) == 0
+    shown = capsys.readouterr().out
+    assert "red 둘" in shown
+    assert not {"\x1b", "\x07", "\x9b", "\r"} & set(shown)
+
+
 def test_before_the_first_event(tmp_path: Path) -> None:
     made = create(tmp_path / "new", compose(["experiment=tiny"]), "run")
     said = facts(made)

@@ -11,6 +11,8 @@ import pytest
 from raytune_lora import storage
 from raytune_lora.artifacts import build_once, read_manifest
 from raytune_lora.cache import Cache
+from raytune_lora.errors import UserError
+from raytune_lora.tuning.folder import address
 
 
 @pytest.fixture(params=["path", "file", "memory"])
@@ -118,3 +120,17 @@ def test_a_cache_is_a_folder_or_a_store_with_a_folder_on_each_node(monkeypatch: 
 def test_what_google_s_client_says_is_cut_to_its_words() -> None:
     said = "google::cloud::Status(UNAVAILABLE: no token error_info={reason=, domain=, metadata={gcloud-cpp.retry=1}})"
     assert storage.reason(OSError(said)) == "UNAVAILABLE: no token"
+
+
+@pytest.mark.parametrize("path", ["s3://", "s3:///x/y", "s3:/bucket/x", "gs:////x", "az://"])
+def test_an_address_without_a_bucket_is_no_folder(path: str) -> None:
+    """``address`` would take ``s3://`` for a folder ``s3:`` of this machine."""
+    with pytest.raises(UserError, match="names no bucket; write "):
+        address(path)
+    with pytest.raises(UserError, match="names no bucket; write "):
+        Cache.of(path, "cache")
+
+
+@pytest.mark.parametrize("path", ["a:b", "./s3:/x", "/x/s3:/y", "file:///x", "1:/x"])
+def test_a_folder_with_a_colon_is_one(path: str) -> None:
+    assert storage.local_path(path) is not None

@@ -129,9 +129,9 @@ def test_a_cluster_by_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         dashboard("lab")
     (tmp_path / "raytune-lora").mkdir()
     clusters = tmp_path / "raytune-lora" / "clusters.yaml"
-    clusters.write_text("lab: http://lab:8265\nprod: https://ray.example.org\n")
-    assert dashboard("prod") == "https://ray.example.org"
-    with pytest.raises(UserError, match=r"there are: lab, prod"):
+    clusters.write_text("lab: http://lab:8265\nprod.eu: https://ray.example.org\n")
+    assert [dashboard(a) for a in ("prod.eu", "h:1")] == ["https://ray.example.org", "http://h:1"]
+    with pytest.raises(UserError, match=r"there are: lab, prod.eu"):
         dashboard("dev")
     for wrong in ("- lab", "lab: 5", "lab: {", "lab"):
         clusters.write_text(wrong)
