@@ -20,13 +20,14 @@ from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.trainer_utils import unwrap_peft_model
 
 from raytune_lora.artifacts import folder_bytes
-from raytune_lora.config.schema import RunConfig
+from raytune_lora.config.schema import Offload, Optimizer, RunConfig
 from raytune_lora.errors import DivergedError, QuotaError
 from raytune_lora.models.methods import Method
 from raytune_lora.models.packed import PackedAttention
 from raytune_lora.models.shape_parts import source_of
 from raytune_lora.training.batches import Batches, MicroBatch, StepBatches
 from raytune_lora.training.checkpoint import Checkpoint, commit, write_parts
+from raytune_lora.training.deepspeed import offloaded_adamw
 from raytune_lora.training.delivery import Delivery
 from raytune_lora.training.gradients import FirstGradients
 from raytune_lora.training.metrics import validation_loss
@@ -100,6 +101,8 @@ class PlannedTrainer(Trainer):
         self._pad_id = pad_id
         self._checkpoint = checkpoint
         self._reporter = reporter
+        offloads = cfg.deepspeed.offload_optimizer is not Offload.none and cfg.training.optimizer is Optimizer.adamw
+        self._offloaded = offloaded_adamw() if offloads else None  # here, where it may take a minute
         self._first = checkpoint.step if checkpoint else 0  # steps done before
         rank, packing = self.args.process_index, cfg.training.packing
         settings: Any = {"first": self._first, "packing": packing, "device": self.args.device}
@@ -115,10 +118,13 @@ class PlannedTrainer(Trainer):
     def create_optimizer(self, model: Any = None) -> Any:
         """The method's own learning rates where it has some; weight decay is the same for all of them."""
         trained: Any = self.model
+        cls, settings = self.get_optimizer_cls_and_kwargs(self.args, trained)
+        if self._offloaded is not None:
+            cls, settings = self._offloaded, {name: settings[name] for name in ("lr", "betas", "eps")}
+        self.optimizer_cls_and_kwargs = cls, settings
         groups = self._method.parameter_groups(trained, self.args.learning_rate)
         if groups is None or self.optimizer is not None:
             return super().create_optimizer(model)
-        cls, settings = self.get_optimizer_cls_and_kwargs(self.args, trained)
         self.optimizer = cls([group | {"weight_decay": self.args.weight_decay} for group in groups], **settings)
         return self.optimizer
 
