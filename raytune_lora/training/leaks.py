@@ -19,12 +19,12 @@ from raytune_lora.cache import Cache
 from raytune_lora.config.schema import RunConfig
 from raytune_lora.data.store import TokenStore
 from raytune_lora.errors import UserError
-from raytune_lora.models.loading import load_model
 from raytune_lora.models.packed import PackedAttention
 from raytune_lora.models.sources import materialize
 from raytune_lora.models.tokenizer import load_tokenizer
 from raytune_lora.training.batches import collate, pack
 from raytune_lora.training.place import Place
+from raytune_lora.training.sharding import divides, measured_model
 
 _LENGTHS = (9, 14, 6)  # tokens of the rows that are packed
 _SEEN_PART, _END = 8, 8  # tokens of a row that stay, and of its ends
@@ -55,16 +55,16 @@ def check_causal(model: Any, store: TokenStore, pad_id: int) -> None:
 def probe_packing(cfg: RunConfig, store: TokenStore, place: Place) -> None:
     """Report ``leak``: why packed rows of the data do not train on this model as they do alone; None where they do.
 
-    The first worker asks, on the whole base model; no method that can pack adds anything that joins tokens.
+    The first worker asks, or all of them where the model is divided among them. It is asked of the base model: no
+    method that can pack adds anything that joins tokens.
     """
-    if place.rank:
+    if place.rank and not divides(cfg):
         return
     folder = materialize(cfg.model, Cache.of(cfg.cache, cfg.cluster.node_cache))
     tokenizer = load_tokenizer(folder, cfg.model)
-    model = load_model(folder, cfg.model, cfg.quantization, on_gpu=cfg.gpus_per_worker > 0)
-    if cfg.gpus_per_worker:
-        model = model.to(torch.device("cuda", torch.cuda.current_device()))
-    place.report({"leak": packed_leak(model, _tokens(store), tokenizer.pad_token_id)})
+    with measured_model(cfg, folder) as (model, _):
+        leak = packed_leak(model, _tokens(store), tokenizer.pad_token_id)
+    place.report({"leak": leak})
 
 
 def _tokens(store: TokenStore) -> list[int]:

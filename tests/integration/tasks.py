@@ -199,11 +199,12 @@ def fail(cfg: Any, store: Any, place: Any) -> None:
 
 
 def count_models(cfg: Any, store: Any, place: Any) -> None:
-    """Report how many base models the process still holds; skeletons, which are kept, have no weights."""
+    """Report how many base models the process holds; skeletons, which are kept, have no weights."""
     import gc
 
     from transformers import PreTrainedModel
 
+    gc.unfreeze()  # what is left out of collections is not listed
     gc.collect()
     models = [o for o in gc.get_objects() if isinstance(o, PreTrainedModel)]
     place.report({"models": sum(any(not p.is_meta for p in model.parameters()) for model in models)})

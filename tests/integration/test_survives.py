@@ -311,7 +311,7 @@ def hold_memory(cfg: Any, store: Any, place: Any) -> None:
     from raytune_lora.training import duty, worker
 
     duty._GROWTH = 0
-    builtins.held = b"x" * worker.held_bytes()[0]  # type: ignore[attr-defined]
+    builtins.held = b"x" * worker.held().own  # type: ignore[attr-defined]
 
 
 def test_a_group_that_does_not_let_go_of_memory_is_replaced(
