@@ -89,6 +89,16 @@ def _zero(cfg: RunConfig) -> dict[str, Any]:
     return zero
 
 
+def forget_steps(optimizer: Any, *_: Any) -> None:
+    """Before a step of DeepSpeed's AdamW for the CPU: have it take the bias correction from the number of the step.
+
+    Left to itself it multiplies that of the step before, and one that goes on from a checkpoint rounds otherwise.
+    """
+    one, group = torch.zeros(1), optimizer.param_groups[0]
+    betas, settings = group["betas"], (group["eps"], group["weight_decay"], group["bias_correction"])
+    optimizer.ds_opt_adam.adam_update(optimizer.opt_id, 0, 0.0, *betas, *settings, one, one, one, one)
+
+
 def offloaded_adamw() -> Any:
     """The class of AdamW that steps on the CPU: DeepSpeed's, or torch's where that one cannot be built.
 

@@ -27,7 +27,7 @@ from raytune_lora.models.packed import PackedAttention
 from raytune_lora.models.shape_parts import source_of
 from raytune_lora.training.batches import Batches, MicroBatch, StepBatches
 from raytune_lora.training.checkpoint import Checkpoint, commit, write_parts
-from raytune_lora.training.deepspeed import offloaded_adamw
+from raytune_lora.training.deepspeed import forget_steps, offloaded_adamw
 from raytune_lora.training.delivery import Delivery
 from raytune_lora.training.gradients import FirstGradients
 from raytune_lora.training.metrics import validation_loss
@@ -123,10 +123,12 @@ class PlannedTrainer(Trainer):
             cls, settings = self._offloaded, {name: settings[name] for name in ("lr", "betas", "eps")}
         self.optimizer_cls_and_kwargs = cls, settings
         groups = self._method.parameter_groups(trained, self.args.learning_rate)
-        if groups is None or self.optimizer is not None:
-            return super().create_optimizer(model)
-        self.optimizer = cls([group | {"weight_decay": self.args.weight_decay} for group in groups], **settings)
-        return self.optimizer
+        if self.optimizer is None and groups is not None:
+            self.optimizer = cls([group | {"weight_decay": self.args.weight_decay} for group in groups], **settings)
+        optimizer = super().create_optimizer(model)
+        if hasattr(optimizer, "ds_opt_adam"):
+            optimizer.register_step_pre_hook(forget_steps)
+        return optimizer
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
         """Ours: no step is trained at a rate of zero."""
