@@ -29,13 +29,21 @@ RUN --mount=type=cache,target=/root/.cache/pip \
     && make setup
 
 # The optimizer for offloaded states uses the widest instructions of the CPU that builds it: build on the type of the GPU nodes.
+# flash-attn has no wheels on PyPI. Its setup.py takes the one for this torch, CUDA and Python from the releases of
+# github.com/Dao-AILab/flash-attention; where there is none, it compiles: an hour on eight cores, and MAX_JOBS compilers take
+# some 5 GB of memory each. Change: a wheel of one's own, or of a mirror, by --build-arg FLASH_ATTN=https://….whl
 FROM build AS build-cuda
+ARG FLASH_ATTN=flash-attn==2.8.3.post2
+ARG MAX_JOBS=4
 COPY --from=toolkit /usr/local/cuda-13.0 /usr/local/cuda
-ENV CUDA_HOME=/usr/local/cuda DS_ACCELERATOR=cuda TORCH_CUDA_ARCH_LIST="8.0;8.6;8.9;9.0;10.0"
+ENV CUDA_HOME=/usr/local/cuda DS_ACCELERATOR=cuda TORCH_CUDA_ARCH_LIST="8.0;8.6;8.9;9.0;10.0" FLASH_ATTN_CUDA_ARCHS="80;90;100"
+ENV EXTRAS=quickstart,search,tracking,gpu
 RUN --mount=type=cache,target=/root/.cache/pip \
     grep -E '^(torch|setuptools|ninja|py-cpuinfo)==' constraints.txt > /tmp/first.txt \
     && "$VENV/bin/pip" install --requirement /tmp/first.txt \
     && DS_BUILD_CPU_ADAM=1 DS_BUILD_AIO=1 "$VENV/bin/pip" install --constraint constraints.txt --no-build-isolation deepspeed \
+    && "$VENV/bin/pip" install --constraint constraints.txt packaging wheel \
+    && "$VENV/bin/pip" install --constraint constraints.txt --no-build-isolation "$FLASH_ATTN" \
     && make setup
 
 # g++ stays: Triton compiles the launchers of its kernels at first use, into $HOME.

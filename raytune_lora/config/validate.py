@@ -154,15 +154,16 @@ def _choice_problems(cfg: RunConfig, here: bool) -> list[str]:
             f"training.optimizer={cfg.training.optimizer.value} needs a GPU (gpus_per_worker >= 1); "
             "on the CPU take training.optimizer=adamw"
         )
+    flash = cfg.model.attention is Attention.flash_attention_2
     needed = {
-        "model.attention=flash_attention_2": (cfg.model.attention is Attention.flash_attention_2, "flash_attn"),
-        "training.liger=true": (cfg.training.liger, "liger_kernel"),
+        "model.attention=flash_attention_2": (flash, "flash_attn", "pip install --no-build-isolation flash-attn"),
+        "training.liger=true": (cfg.training.liger, "liger_kernel", "pip install liger-kernel"),
     }
-    for setting, (asked, package) in needed.items():
+    for setting, (asked, package, remedy) in needed.items():
         if asked and not cfg.gpus_per_worker:
             found.append(f"{setting} needs a GPU (gpus_per_worker >= 1)")
         elif asked and here and importlib.util.find_spec(package) is None:
-            found.append(f"{setting} needs the package {package}: pip install {package.replace('_', '-')}")
+            found.append(f"{setting} needs the package {package}: {remedy}")
     return found + _tracking_problems(cfg.tracking)
 
 

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import sys
 from collections.abc import Iterator
 from typing import Any
 
+import torch
+
 from raytune_lora.config.schema import Offload, RunConfig
 from raytune_lora.training.plan import Plan
+from raytune_lora.training.warmup import build_cpu_optimizer
 
+_logger = logging.getLogger(__name__)
 _NEVER = 10**9  # steps between DeepSpeed's own progress lines
 _BUCKET = 50_000_000  # elements sent at once: a tenth of DeepSpeed's default, which takes 2 GB of the GPU by itself
 _LIVE = 1_000_000_000  # elements kept whole for a second use
@@ -37,8 +42,8 @@ def deepspeed_config(cfg: RunConfig, plan: Plan) -> dict[str, Any] | None:
         "data_types": {"grad_accum_dtype": "fp32"},
         "communication_data_type": "fp32",  # of gradients
         "zero_optimization": _zero(cfg),
-        "zero_allow_untested_optimizer": True,  # the optimizer is torch's AdamW, as without DeepSpeed,
-        "zero_force_ds_cpu_optimizer": False,  # and stays so where it is offloaded
+        "zero_allow_untested_optimizer": True,  # the optimizer is torch's AdamW, as without DeepSpeed, or bitsandbytes'
+        "zero_force_ds_cpu_optimizer": False,  # nor need it be DeepSpeed's where it is offloaded
         "steps_per_print": _NEVER,
     }
 
@@ -85,6 +90,34 @@ def _zero(cfg: RunConfig) -> dict[str, Any]:
         if where is Offload.nvme:
             zero[key]["nvme_path"] = asked.nvme_path
     return zero
+
+
+def forget_steps(optimizer: Any, *_: Any) -> None:
+    """Before a step of DeepSpeed's AdamW for the CPU: have it take the bias correction from the number of the step.
+
+    Left to itself it multiplies that of the step before, and one that goes on from a checkpoint rounds otherwise.
+    """
+    one, group = torch.zeros(1), optimizer.param_groups[0]
+    betas, settings = group["betas"], (group["eps"], group["weight_decay"], group["bias_correction"])
+    optimizer.ds_opt_adam.adam_update(optimizer.opt_id, 0, 0.0, *betas, *settings, one, one, one, one)
+
+
+def offloaded_adamw() -> Any:
+    """The class of AdamW that steps on the CPU: DeepSpeed's, or torch's where that one cannot be built.
+
+    DeepSpeed's uses the widest instructions of the CPU and all its threads. All workers of the group call this.
+    """
+    reason = build_cpu_optimizer()
+    if reason is not None:
+        _logger.warning(
+            "deepspeed.offload_optimizer: DeepSpeed's AdamW for the CPU cannot be built here (%s); torch's takes its "
+            "place, with the same numbers and several times slower",
+            reason,
+        )
+        return torch.optim.AdamW
+    from deepspeed.ops.adam import DeepSpeedCPUAdam
+
+    return DeepSpeedCPUAdam  # its default is AdamW's decay, and fp32 states
 
 
 @contextlib.contextmanager

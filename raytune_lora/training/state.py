@@ -94,7 +94,7 @@ def _put_own(inner: Any, p: Any, states: dict[str, torch.Tensor], step: int) -> 
     """The states of a parameter that an optimizer keeps whole."""
     if not hasattr(inner, "init_state"):
         own = {key: value.to(p.device, p.dtype) for key, value in states.items()}
-        inner.state[p] = {"step": torch.tensor(float(step))} | own
+        inner.state[p] = {"step": _steps_made(inner, p, step)} | own
         return
     # bitsandbytes: in its own buffers, which may be paged, and with steps counted as a plain number
     groups = enumerate(inner.param_groups)
@@ -139,8 +139,16 @@ def _make_states(zero: Any, keys: list[str], step: int) -> None:
     if flat is None:
         flat = [p for group in inner.param_groups for p in group["params"]]
     for p in flat:
-        inner.state[p] = {"step": torch.tensor(float(step))} | {key: torch.zeros_like(p.data) for key in keys}
+        inner.state[p] = {"step": _steps_made(inner, p, step)} | {key: torch.zeros_like(p.data) for key in keys}
     _link_states(zero)
+
+
+def _steps_made(inner: Any, p: Any, step: int) -> Any:
+    """As an optimizer counts them: torch's fused one where the parameter is, DeepSpeed's for the CPU as a number."""
+    if type(inner).__name__ == "DeepSpeedCPUAdam":
+        return step
+    fused = any(group.get("fused") for group in inner.param_groups)
+    return torch.tensor(float(step), device=p.device if fused else "cpu")
 
 
 def _link_states(zero: Any) -> None:

@@ -19,13 +19,14 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import unwrap_peft_model
 
 from raytune_lora.artifacts import folder_bytes
-from raytune_lora.config.schema import RunConfig
+from raytune_lora.config.schema import Offload, Optimizer, RunConfig
 from raytune_lora.errors import DivergedError, QuotaError
 from raytune_lora.models.methods import Method
 from raytune_lora.models.packed import PackedAttention
 from raytune_lora.models.shape_parts import source_of
 from raytune_lora.training.batches import Batches, MicroBatch, StepBatches
 from raytune_lora.training.checkpoint import Checkpoint, commit, write_parts
+from raytune_lora.training.deepspeed import forget_steps, offloaded_adamw
 from raytune_lora.training.delivery import Delivery
 from raytune_lora.training.gradients import FirstGradients
 from raytune_lora.training.metrics import fit_by_rows, validation_loss
@@ -89,6 +90,8 @@ class PlannedTrainer(Trainer):
         self._pad_id = pad_id
         self._checkpoint = checkpoint
         self._reporter = reporter
+        offloads = cfg.deepspeed.offload_optimizer is not Offload.none and cfg.training.optimizer is Optimizer.adamw
+        self._offloaded = offloaded_adamw() if offloads else None  # here, where it may take a minute
         self._first = checkpoint.step if checkpoint else 0  # steps done before
         rank, packing = self.args.process_index, cfg.training.packing
         settings: Any = {"first": self._first, "packing": packing, "device": self.args.device}
@@ -104,12 +107,17 @@ class PlannedTrainer(Trainer):
     def create_optimizer(self, model: Any = None) -> Any:
         """The method's own learning rates where it has some; weight decay is the same for all of them."""
         trained: Any = self.model
-        groups = self._method.parameter_groups(trained, self.args.learning_rate)
-        if groups is None or self.optimizer is not None:
-            return super().create_optimizer(model)
         cls, settings = self.get_optimizer_cls_and_kwargs(self.args, trained)
-        self.optimizer = cls([group | {"weight_decay": self.args.weight_decay} for group in groups], **settings)
-        return self.optimizer
+        if self._offloaded is not None:
+            cls, settings = self._offloaded, {name: settings[name] for name in ("lr", "betas", "eps")}
+        self.optimizer_cls_and_kwargs = cls, settings
+        groups = self._method.parameter_groups(trained, self.args.learning_rate)
+        if self.optimizer is None and groups is not None:
+            self.optimizer = cls([group | {"weight_decay": self.args.weight_decay} for group in groups], **settings)
+        optimizer = super().create_optimizer(model)
+        if hasattr(optimizer, "ds_opt_adam"):
+            optimizer.register_step_pre_hook(forget_steps)
+        return optimizer
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
         """Ours: no step is trained at a rate of zero."""

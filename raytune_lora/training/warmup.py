@@ -111,7 +111,7 @@ def build_shared_memory_op() -> str:
     try:
         op = build_shm_op()
     except (ImportError, OSError, RuntimeError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0].partition(": [")[0]
+        reason = _first_words(error)
     if not _all_have_it(reason is None):
         deepspeed.ops.__compatible_ops__[_OP] = False
         reason = reason or "another worker has none"
@@ -119,6 +119,27 @@ def build_shared_memory_op() -> str:
     if op is None:
         return "DeepSpeed uses no shared-memory op on this accelerator: nothing to build"
     return f"DeepSpeed's shared-memory op is ready ({time.monotonic() - start:.0f} s)"
+
+
+def build_cpu_optimizer() -> str | None:
+    """Build DeepSpeed's AdamW for the CPU (a minute), unless it was built when DeepSpeed was installed.
+
+    Returns:
+        why not all workers of the group have it; None where they do.
+    """
+    prepare_builds()
+    from deepspeed.ops.op_builder import CPUAdamBuilder
+
+    reason = None
+    try:
+        CPUAdamBuilder().load()
+    except Exception as error:  # a compiler's, or whatever the builder finds wrong with the machine
+        reason = _first_words(error)
+    return None if _all_have_it(reason is None) else reason or "another worker has none"
+
+
+def _first_words(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0].partition(": [")[0]
 
 
 def take_away(op: Path) -> None:
@@ -145,7 +166,8 @@ def _all_have_it(mine: bool) -> bool:
     """Whether all workers of the group have built the op: one that uses it waits for ever for one that does not."""
     if not torch.distributed.is_initialized() or torch.distributed.get_world_size() == 1:
         return mine
-    have = torch.tensor([mine], dtype=torch.int32)
+    device = "cuda" if torch.distributed.get_backend() == "nccl" else "cpu"
+    have = torch.tensor([mine], dtype=torch.int32, device=device)
     torch.distributed.all_reduce(have, torch.distributed.ReduceOp.MIN)
     return bool(have.item())
 

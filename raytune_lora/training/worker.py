@@ -20,7 +20,7 @@ from transformers.utils import logging as transformers_logging
 from raytune_lora.artifacts import fingerprint
 from raytune_lora.cache import Cache
 from raytune_lora.config.plain import to_plain
-from raytune_lora.config.schema import Optimizer, Quantization, RunConfig
+from raytune_lora.config.schema import Offload, Optimizer, Quantization, RunConfig
 from raytune_lora.data.store import TokenStore
 from raytune_lora.errors import MovedError
 from raytune_lora.models.loading import precision
@@ -252,7 +252,7 @@ def _arguments(cfg: RunConfig, plan: Plan, saving: Path) -> TrainingArguments:
         per_device_train_batch_size=plan.micro_batch,
         gradient_accumulation_steps=plan.accumulation,
         max_steps=plan.steps,
-        optim=_OPTIMIZERS[training.optimizer],
+        optim=_optimizer(cfg),
         learning_rate=training.learning_rate,
         lr_scheduler_type=training.lr_scheduler,
         warmup_steps=warmup_steps(training.warmup, plan.steps),
@@ -272,6 +272,13 @@ def _arguments(cfg: RunConfig, plan: Plan, saving: Path) -> TrainingArguments:
         remove_unused_columns=False,
         ddp_find_unused_parameters=False,  # there are none, and looking for them takes a pass over the graph a step
     )
+
+
+def _optimizer(cfg: RunConfig) -> str:
+    """As transformers calls it; on a GPU, AdamW steps all parameters by one kernel."""
+    on_gpu = cfg.gpus_per_worker > 0 and cfg.deepspeed.offload_optimizer is Offload.none
+    name = _OPTIMIZERS[cfg.training.optimizer]
+    return f"{name}_fused" if on_gpu and cfg.training.optimizer is Optimizer.adamw else name
 
 
 def _facts(model: Any, plan: Plan) -> dict[str, int]:

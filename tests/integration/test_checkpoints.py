@@ -58,7 +58,10 @@ def gone_on(
     return losses(to)
 
 
-@pytest.mark.parametrize(("workers", "deepspeed"), [(1, "zero2"), (1, "off"), (1, "zero0"), (2, "zero2"), (2, "zero3")])
+@pytest.mark.parametrize(
+    ("workers", "deepspeed"),
+    [(1, "zero2"), (1, "off"), (1, "zero0"), (2, "zero2"), (2, "zero3"), (1, "zero2_offload"), (2, "zero3_offload")],
+)
 def test_goes_on_as_if_never_stopped_to_the_last_bit(
     workers: int,
     deepspeed: str,
@@ -83,6 +86,7 @@ def test_goes_on_as_if_never_stopped_to_the_last_bit(
         ((2, "zero2"), (1, "zero3")),
         ((1, "zero2"), (2, "zero0")),
         ((2, "zero3"), (2, "zero1")),
+        ((2, "zero3_offload"), (1, "off")),  # DeepSpeed's AdamW for the CPU, and torch's
     ],
 )
 def test_goes_on_with_other_workers_under_another_stage(

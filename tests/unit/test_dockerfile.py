@@ -150,16 +150,32 @@ def test_its_versions_are_those_of_the_project() -> None:
 
 def test_it_installs_by_the_lines_that_ci_runs() -> None:
     """`make setup` in the image is CI's in a plain virtual environment, but for the folder and the extra dev."""
-    for stage in ("build-cpu", "build-cuda"):
+    for stage, extras in (
+        ("build-cpu", "quickstart,search,tracking"),
+        ("build-cuda", "quickstart,search,tracking,gpu"),
+    ):
         whole = stages(DOCKERFILE)[stage]
         environment = " ".join(rest for verb, rest in whole if verb == "ENV")
-        assert "VENV=/opt/venv EXTRAS=quickstart,search,tracking" in environment
+        assert "VENV=/opt/venv " in environment
+        assert re.findall(r"EXTRAS=(\S+)", environment)[-1] == extras
         assert whole[-1][1].endswith("&& make setup")
         assert ("COPY", ". .") in whole
     image = setup("VENV=/opt/venv", "EXTRAS=quickstart,search,tracking")
     assert len(image) >= 5
     assert [line.replace("/opt/venv", ".venv").replace("tracking]", "tracking,dev]") for line in image] == setup()
     assert "make" in (ROOT / ".ci" / "run").read_text()
+
+
+def test_kernels_for_gpus_are_at_the_pins_of_the_extra() -> None:
+    """flash-attn is built before the rest, with what is there, by a compiler that later stages have not."""
+    (listed,) = re.findall(r"^gpu = \[(.+)\]$", (ROOT / "pyproject.toml").read_text(), re.MULTILINE)
+    extra = [kernel.strip(' "') for kernel in listed.split(",")]
+    assert len(extra) == 2
+    assert all(re.fullmatch(r"[\w-]+==[\w.]+", kernel) for kernel in extra)
+    arguments = dict(rest.split("=", 1) for verb, rest in stages(DOCKERFILE)["build-cuda"] if verb == "ARG")
+    assert arguments["FLASH_ATTN"] in extra
+    (command,) = [rest for verb, rest in stages(DOCKERFILE)["build-cuda"] if verb == "RUN" and "FLASH_ATTN" in rest]
+    assert command.index("first.txt") < command.index("$FLASH_ATTN") < command.index("make setup")
 
 
 def setup(*variables: str) -> list[str]:
