@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from contextlib import closing
+from functools import partial
 from pathlib import Path
 from socket import socket
 from typing import Any
@@ -25,6 +26,7 @@ from raytune_lora.models.methods.peft_method import WEIGHTS
 from raytune_lora.training.checkpoint import latest
 from raytune_lora.training.plan import permutation, plan_run, stream
 from raytune_lora.tuning.job import plain_run, prepare_inputs
+from tests.unit.test_exported import heard
 
 pytestmark = pytest.mark.timeout(300)
 
@@ -59,7 +61,7 @@ def work(rank: int, cache: Path, folder: Path, port: int) -> None:
         (folder / name).mkdir(exist_ok=True)
         cfg, store = composed(cache, *overrides)
         reports: list[Any] = []
-        place = Place(rank, 2, folder / name, lambda report: reports.append(report) or True, lambda: 0)
+        place = Place(rank, 2, folder / name, partial(heard, reports), lambda: 0)
         train(cfg, store, place, until)
         clean_up()
         if rank == 0:
