@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +17,15 @@ from raytune_lora.data.store import TokenStore
 from raytune_lora.errors import UserError
 from raytune_lora.evaluation import ANSWERS
 from raytune_lora.evaluation.figures import loss_interval, wilson
-from raytune_lora.evaluation.generate import answer, exact_match, stops
-from raytune_lora.models.loading import load_model, loader_of, precision
+from raytune_lora.evaluation.generate import Group, answer, exact_match, stops
+from raytune_lora.models.loading import loader_of, parameter_count, precision
 from raytune_lora.models.methods import method_for
 from raytune_lora.models.sources import materialize
 from raytune_lora.models.tokenizer import load_tokenizer
 from raytune_lora.training.leaks import check_causal
 from raytune_lora.training.metrics import mean_loss, row_losses, rows_measured
 from raytune_lora.training.place import Place
+from raytune_lora.training.sharding import divides, measured_model
 from raytune_lora.working_copy import WorkingCopy
 
 
@@ -34,8 +36,8 @@ def measure(cfg: RunConfig, store: TokenStore, place: Place, *, adapter: str | N
     over the rows that a trial is measured on, and in which ``arithmetic``; and ``exact_match`` over
     ``exact_match_rows`` rows, with its ``exact_match_interval``, all None where no rows are to be answered;
     ``unanswered``, why none could be of an adapter; and the base model's ``parameters``, ``dtype`` and ``loader``, the
-    class of transformers that loads it, or None where none does alone. The workers share the rows; each holds the whole
-    model.
+    class of transformers that loads it, or None where none does alone. The workers share the rows; each holds of the
+    model what it holds in training.
 
     Args:
         cfg: the run.
@@ -49,28 +51,26 @@ def measure(cfg: RunConfig, store: TokenStore, place: Place, *, adapter: str | N
     began = time.perf_counter()
     folder = materialize(cfg.model, Cache.of(cfg.cache, cfg.cluster.node_cache))
     tokenizer = load_tokenizer(folder, cfg.model)
-    on_gpu = cfg.gpus_per_worker > 0
-    model = load_model(folder, cfg.model, cfg.quantization, on_gpu=on_gpu)
-    parameters, loader = model.num_parameters(), loader_of(model, folder, cfg.model, whole=cfg.method.kind == "full")
-    if adapter is not None:
-        method = method_for(cfg.method)
-        model = method.load(model, _here(cfg, adapter), folder)
-        # merged it answers faster; 16 bits or fewer would round the update away
-        if method.mergeable and cfg.quantization.kind is Quantization.none and model.dtype is torch.float32:
-            model = method.merge(model)
-    if on_gpu:
-        model = model.to(torch.device("cuda", torch.cuda.current_device()))
-    if adapter is None:  # which is before the first trial
-        check_causal(model, store, tokenizer.pad_token_id)
-    facts = _losses(cfg, store, place, model, tokenizer.pad_token_id)
+    facts: dict[str, Any] = {"dtype": _name(precision(cfg.model.precision, on_gpu=cfg.gpus_per_worker > 0))}
+
+    def adapted(base: Any) -> Any:
+        whole = cfg.method.kind == "full"
+        facts["parameters"] = parameter_count(base)
+        facts["loader"] = loader_of(base, folder, cfg.model, whole=whole)
+        return base if adapter is None else _with_adapter(cfg, base, _here(cfg, adapter), folder)
+
     answers: list[dict[str, str]] = []
     unanswered = None
-    try:
-        answers = _answers(cfg, store, place, model, tokenizer)
-    except UserError as error:  # on every worker
-        if adapter is None:
-            raise
-        unanswered = str(error)  # what was trained is still worth its loss
+    with measured_model(cfg, folder, adapted) as (model, start_afresh):
+        if adapter is None:  # which is before the first trial
+            check_causal(model, store, tokenizer.pad_token_id)
+        facts |= _losses(cfg, store, place, model, tokenizer.pad_token_id)
+        try:
+            answers = _answers(cfg, store, place, model, tokenizer, start_afresh)
+        except UserError as error:  # on every worker
+            if adapter is None:
+                raise
+            unanswered = str(error)  # what was trained is still worth its loss
     match = exact_match([a["answer"] for a in answers], [a["expected"] for a in answers]) if answers else None
     if place.rank == 0:
         lines = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in answers)
@@ -81,12 +81,15 @@ def measure(cfg: RunConfig, store: TokenStore, place: Place, *, adapter: str | N
         "exact_match_rows": len(answers),
         "exact_match_interval": None if match is None else wilson(round(match * len(answers)), len(answers)),
     }
-    seconds = time.perf_counter() - began
-    facts |= {
-        "parameters": parameters,
-        "dtype": str(precision(cfg.model.precision, on_gpu=on_gpu)).removeprefix("torch."),
-    }
-    place.report(facts | {"loader": loader, "measuring_seconds": seconds})
+    place.report(facts | {"measuring_seconds": time.perf_counter() - began})
+
+
+def _with_adapter(cfg: RunConfig, base: Any, adapter: Path, folder: Path) -> Any:
+    method = method_for(cfg.method)
+    model = method.load(base, adapter, folder)
+    # merged it answers faster; 16 bits or fewer would round the update away, and parts of weights cannot be merged
+    exact = cfg.quantization.kind is Quantization.none and model.dtype is torch.float32
+    return method.merge(model) if method.mergeable and exact and not divides(cfg) else model
 
 
 def _losses(cfg: RunConfig, store: TokenStore, place: Place, model: Any, pad_id: int) -> dict[str, Any]:
@@ -126,7 +129,11 @@ def _arithmetic(cfg: RunConfig) -> str:
     if kind is not Quantization.none and cfg.quantization.compute is not Precision.auto:
         formats.append(cfg.quantization.compute)
     dtypes = [precision(asked, on_gpu=cfg.gpus_per_worker > 0) for asked in formats]
-    return str(max(dtypes, key=lambda dtype: torch.finfo(dtype).eps)).removeprefix("torch.")
+    return _name(max(dtypes, key=lambda dtype: torch.finfo(dtype).eps))
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _here(cfg: RunConfig, adapter: str) -> Path:
@@ -136,32 +143,32 @@ def _here(cfg: RunConfig, adapter: str) -> Path:
     return WorkingCopy.of(str(cfg.output), cfg.cluster.node_cache).here(checkpoint) / name
 
 
-def _answers(cfg: RunConfig, store: TokenStore, place: Place, model: Any, tokenizer: Any) -> list[dict[str, str]]:
+def _answers(
+    cfg: RunConfig,
+    store: TokenStore,
+    place: Place,
+    model: Any,
+    tokenizer: Any,
+    start_afresh: Callable[[], None] | None,
+) -> list[dict[str, str]]:
     """Prompt, expected and given answer of test rows, a sample of those that have one to compare, on every worker."""
     rows = store.answered(cfg.evaluation.generate_rows)
-    count = len(rows)
-    if count == 0:
+    if not rows:
         return []
-    mine = range(place.rank, count, place.workers)
     prompts = [row["input_ids"][: row["prompt_length"]] for row in rows]
     expected = [row["input_ids"][row["prompt_length"] :][: row["answer_length"]] for row in rows]
     stop_ids = stops(model, tokenizer, store.stop_ids, expected)
     given = answer(
         model,
         tokenizer,
-        [prompts[i] for i in mine],
+        prompts,
         stop_ids=stop_ids,
         batch=cfg.evaluation.generate_batch,
         max_new_tokens=cfg.evaluation.max_new_tokens,
-        within=[sum(token in stop_ids for token in expected[i]) for i in mine],
-        among=prompts,
+        within=[sum(token in stop_ids for token in ids) for ids in expected],
+        group=Group(place.rank, place.workers, start_afresh),
     )
-    parts: list[Any] = [dict(zip(mine, given, strict=True))]
-    if place.workers > 1:
-        parts = [None] * place.workers
-        torch.distributed.all_gather_object(parts, dict(zip(mine, given, strict=True)))
-    together = {i: text for part in parts for i, text in part.items()}
     return [
-        {"prompt": tokenizer.decode(prompts[i]), "expected": rows[i]["answer"], "answer": together[i]}
-        for i in range(count)
+        {"prompt": tokenizer.decode(prompt), "expected": row["answer"], "answer": text}
+        for prompt, row, text in zip(prompts, rows, given, strict=True)
     ]

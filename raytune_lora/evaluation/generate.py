@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import logging
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain, groupby
 from typing import Any
@@ -39,6 +39,33 @@ _ROUNDING = {True: 0.1, False: 1e-3}
 _WRONG = {True: 1.0, False: 1e-2}
 
 
+@dataclass(frozen=True)
+class Group:
+    """The workers that share the prompts.
+
+    Of a model that is divided among them all make each forward pass, also those that have no prompt left.
+    """
+
+    rank: int = 0
+    workers: int = 1
+    start_afresh: Callable[[], None] | None = None  # after a failed forward pass of a divided model; None: it is whole
+
+    @property
+    def divided(self) -> bool:
+        return self.start_afresh is not None and self.workers > 1
+
+    def gather(self, own: Any) -> list[Any]:
+        """What each worker has, on all of them."""
+        if self.workers == 1:
+            return [own]
+        found: list[Any] = [None] * self.workers
+        torch.distributed.all_gather_object(found, own)
+        return found
+
+
+_ALONE = Group()
+
+
 @torch.no_grad()
 def answer(
     model: Any,
@@ -49,7 +76,7 @@ def answer(
     batch: int,
     max_new_tokens: int,
     within: Sequence[int] | None = None,
-    among: Sequence[Sequence[int]] | None = None,
+    group: Group = _ALONE,
 ) -> list[str]:
     """Greedy answers, each as plain forward passes over its whole text give it, whatever ``batch`` is.
 
@@ -63,7 +90,7 @@ def answer(
         batch: prompts answered at once, at most.
         max_new_tokens: tokens after which an answer is cut off.
         within: how many tokens of ``stop_ids`` stand in each answer before the one that ends it; None: none in any.
-        among: the prompts of all workers, by which all of them choose one way to answer; None: ``prompts``.
+        group: the workers that call this with the same arguments, each of which answers a part.
 
     Returns:
         The text of each answer up to the token that ends it, in the order of the prompts.
@@ -78,20 +105,31 @@ def answer(
         "pad_token_id": tokenizer.pad_token_id,
         "tokenizer": tokenizer,  # for stop_strings, where the model's own settings have some
     }
+    if group.divided:
+        greedy["synced_gpus"] = True  # who is done goes on with forward passes until all are
     by_length = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-    way = _way(model, sorted(among or prompts, key=len), greedy, batch)
+    way = _way(model, [prompts[i] for i in by_length], greedy, batch, group)
     greedy["use_cache"], batch = way.cached, way.batch
     alike = [by_length] if way.padded else [list(g) for _, g in groupby(by_length, key=lambda i: len(prompts[i]))]
     # What ends one answer may stand within another, as between its thought and its text: that one is cut afterwards.
-    alike = [[i for i in group if bool(within[i]) is several] for group in alike for several in (False, True)]
+    # What ends one answer may stand within another, as between its thought and its text: that one is cut afterwards.
+    alike = [[i for i in members if bool(within[i]) is several] for members in alike for several in (False, True)]
+    batches = list(chain.from_iterable(_batches(members, batch) for members in alike))
     given: dict[int, list[int]] = {}
-    for chosen in chain.from_iterable(_batches(group, batch) for group in alike):
+    for turn in range(math.ceil(len(batches) / group.workers)):
+        number = turn * group.workers + group.rank
+        if number >= len(batches):
+            if group.divided:  # it has its part in those of the others
+                _generate(model, [prompts[i] for i in batches[0]], greedy | {"max_new_tokens": 1})
+            continue
+        chosen = batches[number]
         settings = greedy | ({"eos_token_id": None} if within[chosen[0]] else {})
         output_BT = _generate(model, [prompts[i] for i in chosen], settings).tolist()
         for i, ids in zip(chosen, output_BT, strict=True):
             found = [at for at, token in enumerate(ids) if token in stop_ids]
             given[i] = ids[: found[within[i]]] if len(found) > within[i] else ids
-    return spell([given[i] for i in range(len(prompts))], tokenizer)
+    together = {i: ids for part in group.gather(given) for i, ids in part.items()}
+    return spell([together[i] for i in range(len(prompts))], tokenizer)
 
 
 def stops(model: Any, tokenizer: Any, trained: Sequence[int], expected: Sequence[Sequence[int]]) -> list[int]:
@@ -134,7 +172,7 @@ class _Way:
     padded: bool = False  # whether prompts of several lengths may be among them
 
 
-def _way(model: Any, prompts: Sequence[Sequence[int]], greedy: dict[str, Any], batch: int) -> _Way:
+def _way(model: Any, prompts: Sequence[Sequence[int]], greedy: dict[str, Any], batch: int, group: Group) -> _Way:
     """The fastest way that gives what the model itself computes of the shortest and the longest prompt.
 
     Padding stands between learned vectors and the prompt that they belong before, and some architectures see it; some
@@ -146,9 +184,10 @@ def _way(model: Any, prompts: Sequence[Sequence[int]], greedy: dict[str, Any], b
         prompts: the shortest first.
         greedy: settings of ``generate``.
         batch: prompts at once, at most.
+        group: the workers, which all try the same and choose the same.
 
     Raises:
-        UserError: no way does.
+        UserError: no way does; on all workers.
     """
     if not prompts:
         return _Way(cached=True, batch=batch)
@@ -167,15 +206,13 @@ def _way(model: Any, prompts: Sequence[Sequence[int]], greedy: dict[str, Any], b
     changes: dict[_Way, float] = {}
     trouble: Exception | None = None
     for way, probes in ways:
-        try:
-            changes[way] = max(_change(model, probe, greedy | {"use_cache": way.cached}) for probe in probes)
-        except torch.cuda.OutOfMemoryError:
-            raise
-        except Exception as error:  # some models' code fails with caches, or behind learned vectors
-            trouble = error
-        else:
-            if changes[way] < _ROUNDING[coarse]:
-                break
+        found, failed = _tried(model, probes, greedy | {"use_cache": way.cached}, group)
+        if found is None:
+            trouble = failed or trouble
+            continue
+        changes[way] = found
+        if found < _ROUNDING[coarse]:
+            break
     else:
         way = min(changes, key=lambda way: changes[way], default=ways[0][0])
         if not changes.get(way, math.inf) < _WRONG[coarse]:
@@ -187,6 +224,28 @@ def _way(model: Any, prompts: Sequence[Sequence[int]], greedy: dict[str, Any], b
     if not way.cached:
         _logger.warning("the model computes other tokens with a cache than without: it answers without, and slowly")
     return way
+
+
+def _tried(
+    model: Any, probes: Sequence[Sequence[Sequence[int]]], greedy: dict[str, Any], group: Group
+) -> tuple[float | None, Exception | None]:
+    """What a way changes at most on any worker, None where it fails on one; and how it failed here."""
+    found, failed = None, None
+    try:
+        found = _largest([_change(model, probe, greedy) for probe in probes])
+    except torch.cuda.OutOfMemoryError:
+        raise
+    except Exception as error:  # some models' code fails with caches, or behind learned vectors
+        failed = error
+        if group.start_afresh is not None:
+            group.start_afresh()
+    everywhere = group.gather(found)
+    return (None if None in everywhere else _largest(everywhere)), failed
+
+
+def _largest(values: Sequence[float]) -> float:
+    """Not a number, if one is."""
+    return float(torch.tensor(values, dtype=torch.float64).max())
 
 
 @torch.no_grad()

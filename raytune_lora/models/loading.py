@@ -53,7 +53,6 @@ def load_model(
     quantization: QuantizationConfig,
     *,
     on_gpu: bool = False,
-    where_it_computes: bool = False,
 ) -> Any:
     """The base model in evaluation mode, all its weights frozen, in the precision and number format asked for.
 
@@ -61,8 +60,7 @@ def load_model(
         folder: of the model.
         cfg: its precision and attention.
         quantization: its number format; a checkpoint that is quantized already keeps its own.
-        on_gpu: whether it will compute on this process's GPU; a machine may have some that the run does not use.
-        where_it_computes: load each weight onto that GPU, if it will; a quantized model always is.
+        on_gpu: whether it is loaded onto this process's GPU; a machine may have some that the run does not use.
 
     Raises:
         UserError: the checkpoint is quantized already, in another format or in one that is not supported.
@@ -76,7 +74,7 @@ def load_model(
     quantized = quantization.kind is not Quantization.none
     if quantized and own is None:
         settings["quantization_config"] = _bitsandbytes(quantization, dtype)
-    if on_gpu and (quantized or where_it_computes):  # weights are quantized where they go
+    if on_gpu:  # weights are quantized where they go, and no process holds a model in the machine's memory
         settings["device_map"] = {"": torch.cuda.current_device()}
     with _quantizing_in_slices() if quantized and own is None else contextlib.nullcontext():
         model = auto_class(config).from_pretrained(
@@ -87,6 +85,13 @@ def load_model(
         _stay_trainable(model)
     keep_cache(model, False)
     return model.requires_grad_(False).eval()
+
+
+def parameter_count(model: Any) -> int:
+    """How many parameters a base model has, whatever quantization or ZeRO made of them."""
+    if any(hasattr(p, "ds_id") for p in model.parameters()):
+        return sum(p.numel() for p in skeleton_of(model).model.parameters())
+    return int(model.num_parameters())
 
 
 def loader_of(model: Any, folder: Path, cfg: ModelConfig, *, whole: bool = False) -> str | None:

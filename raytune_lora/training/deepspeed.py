@@ -43,6 +43,23 @@ def deepspeed_config(cfg: RunConfig, plan: Plan) -> dict[str, Any] | None:
     }
 
 
+def inference_config(cfg: RunConfig, *, bf16: bool) -> dict[str, Any]:
+    """The same of a run that is measured: ZeRO-3 without an optimizer, with the weights where training keeps them.
+
+    Args:
+        cfg: the run.
+        bf16: as for ``deepspeed_config``.
+    """
+    zero = _zero(cfg)
+    zero.pop("offload_optimizer", None)
+    return {
+        "train_micro_batch_size_per_gpu": 1,  # it has to be named, and means nothing
+        "bf16": {"enabled": bf16},
+        "zero_optimization": zero,
+        "steps_per_print": _NEVER,
+    }
+
+
 def _zero(cfg: RunConfig) -> dict[str, Any]:
     on_gpu, asked = cfg.gpus_per_worker > 0, cfg.deepspeed
     zero: dict[str, Any] = {"stage": asked.stage}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import gc
 import logging
 import os
 from functools import partial
@@ -26,7 +25,7 @@ from raytune_lora.training.task import Task
 from raytune_lora.working_copy import WorkingCopy
 
 _LEFT_ON_GPU = 2**28  # bytes that a worker may hold between two tasks: cuBLAS keeps its workspaces
-_GROWTH = 2**30  # bytes of resident memory beyond twice those after the first task, without a GPU
+_GROWTH = 2**30  # bytes beyond what there was after the first task: of the GPU's, or without one twice of its own
 _QUIET = {"TQDM_DISABLE": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1", "TRANSFORMERS_VERBOSITY": "error"}
 
 
@@ -36,13 +35,13 @@ def be_worker(config: dict[str, Any]) -> None:
     logging.getLogger("ray.train").setLevel(logging.ERROR)
     board, group = config["board"], config["group"]
     context = ray.train.get_context()
-    number, held = 0, None
+    number, first = 0, None
     while (task := ray.get(board.take.remote(group, number))) is not None:
         _do(task, board, group, context.get_world_rank(), context.get_world_size(), config["slot"])
         number += 1
         if config["once"]:
             return
-        held = _keep_memory_free(board, group, held)
+        first = _keep_memory_free(board, group, first)
         if task.steps and task.cfg.training.optimizer is Optimizer.paged_adamw_8bit:
             ray.get(board.leave.remote(group, "is replaced: bitsandbytes keeps the pages of its optimizer for ever"))
 
@@ -80,8 +79,7 @@ def _do(task: Task, board: Any, group: str, rank: int, workers: int, slot: int) 
             if not ended.everywhere and not (ended.status == OOM and workers == 1):
                 raise
         finally:
-            _collect_garbage()
-            clean_up()
+            clean_up(failed=ended != Ended())
     if rank == 0:
         ray.get(board.done.remote(task.key, group, ended))
 
@@ -115,34 +113,30 @@ def _leave(copy: WorkingCopy, rank: int, log: Path) -> None:
         remove_folder(path)
 
 
-def _collect_garbage() -> None:
-    """Collect, and after the first task leave what stays (libraries, above all) out of later collections.
-
-    With transformers, PEFT and DeepSpeed loaded a full collection takes half a second, and a trial asks for three.
-    """
-    gc.collect()
-    if not gc.get_freeze_count():
-        gc.freeze()
-
-
-def _keep_memory_free(board: Any, group: str, first: int | None) -> int:
+def _keep_memory_free(board: Any, group: str, first: Any) -> Any:
     """Have a group replaced whose worker does not let go of memory when a task is over.
 
     Args:
         board: of the pool.
         group: that has done a task.
-        first: bytes that this worker held after its first task; None after that one.
+        first: what this worker held after its first task; None after that one.
 
     Returns:
         The same, known from now on.
     """
-    from raytune_lora.training.worker import held_bytes  # here: it brings torch
+    from raytune_lora.training.worker import held  # here: it brings torch
 
-    held, on_gpu = held_bytes()
-    first = held if first is None else first
-    if held > (_LEFT_ON_GPU if on_gpu else 2 * first + _GROWTH):
-        where = "of GPU memory" if on_gpu else f"of memory, and {first / 1e9:.2f} GB after its first task"
-        ray.get(board.leave.remote(group, f"is replaced: a worker holds {held / 1e9:.2f} GB {where}"))
+    now = held()
+    first = now if first is None else first
+    found = None
+    if now.on_gpu and now.own > _LEFT_ON_GPU:
+        found = f"{now.own / 1e9:.2f} GB of GPU memory"
+    elif now.on_gpu and now.beside > first.beside + _GROWTH:  # such as a paged optimizer's, which torch does not count
+        found = f"{now.beside / 1e9:.2f} GB of GPU memory outside of torch, and {first.beside / 1e9:.2f} GB at first"
+    elif not now.on_gpu and now.own > 2 * first.own + _GROWTH:
+        found = f"{now.own / 1e9:.2f} GB of memory, and {first.own / 1e9:.2f} GB after its first task"
+    if found is not None:
+        ray.get(board.leave.remote(group, f"is replaced: a worker holds {found}"))
     return first
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from raytune_lora.training.batches import collate
+from raytune_lora.training.batches import Tokens, collate
 from raytune_lora.training.scoring import scoring_of
 
 _PROBED = 16  # tokens of a row by which it is found out how a model is scored
@@ -79,8 +79,8 @@ def row_losses(
         rank: of this worker.
         workers: how many share the rows.
     """
-    chosen = split.select_columns(["input_ids", "labels"]).select(rows)
-    lengths = [len(ids) for ids in chosen["input_ids"]]
+    tokens = Tokens(split)
+    lengths = [len(tokens[row]["input_ids"]) for row in rows]
     by_length = sorted(range(len(rows)), key=lengths.__getitem__)
     batches = [by_length[i : i + batch] for i in range(0, len(rows), batch)]
     device = next(model.parameters()).device
@@ -94,8 +94,8 @@ def row_losses(
         number = turn * workers + rank
         mine = number < len(batches)  # a worker without a batch of its own computes one that does not count
         members = batches[number if mine else 0]
-        inputs = {name: tensor.to(device) for name, tensor in collate([chosen[i] for i in members], pad_id).items()}
-        rows_B2 = model(**inputs)["rows"]
+        padded = collate([tokens[rows[i]] for i in members], pad_id)
+        rows_B2 = model(**{name: tensor.to(device) for name, tensor in padded.items()})["rows"]
         if mine:
             found_N2[members] = rows_B2
     model.train(was_training)

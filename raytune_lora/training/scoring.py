@@ -109,14 +109,22 @@ class Scoring:
             torch.distributed.all_reduce(votes, torch.distributed.ReduceOp.MIN)
             self.fits, self.own_loss = bool(votes[0]), not votes[1]
 
-    def _scored(self, *inputs: Any, labels: Any = None, num_items_in_batch: Any = None, **settings: Any) -> Any:
-        """The model's forward pass."""
+    def _scored(
+        self,
+        *inputs: Any,
+        labels: Any = None,
+        num_items_in_batch: Any = None,
+        trained: int | None = None,
+        **settings: Any,
+    ) -> Any:
+        """The model's forward pass; whoever knows how many tokens ``labels`` train spares the host to wait for it."""
         if labels is None:
             return self._forward(*inputs, **settings)
         if self.own_loss and (torch.is_grad_enabled() or self._own_now):
             return self._forward(*inputs, labels=labels, num_items_in_batch=num_items_in_batch, **settings)
         targets_BT = pad(labels[:, 1:], (0, 1), value=IGNORED)
-        picked_N = (targets_BT != IGNORED).flatten().nonzero()[:, 0]
+        is_trained = (targets_BT != IGNORED).flatten()
+        picked_N = (is_trained.nonzero() if trained is None else is_trained.nonzero_static(size=trained))[:, 0]
         targets_N = targets_BT.flatten()[picked_N]
         score = self._by_chunks if self.fits else self._at_once
         nats_N = score(functools.partial(self._forward, *inputs, **settings), labels.shape, picked_N, targets_N)

@@ -1,4 +1,4 @@
-"""Loading a base model under ZeRO-3 so that no worker ever holds the whole of it, quantized or not.
+"""A base model under ZeRO-3, of which no worker ever holds the whole: loaded, and measured without being trained.
 
 Left to themselves, transformers loads a quantized model whole on every worker and DeepSpeed divides it when its engine
 starts; of one that is not quantized, it reads all weights into each worker before it hands them out.
@@ -9,16 +9,109 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState
+from accelerate.state import AcceleratorState
+from transformers.integrations.deepspeed import HfDeepSpeedConfig
 
-from raytune_lora.training.deepspeed import without_mlflow
+from raytune_lora.config.schema import RunConfig
+from raytune_lora.models.loading import load_model, precision
+from raytune_lora.training.deepspeed import inference_config, release, without_mlflow
+from raytune_lora.training.resident import base_model, let_go
+from raytune_lora.training.warmup import build_shared_memory_op, prepare_builds
 
 _DONTNEED = 4  # of madvise(2)
 _LARGE = 2**20  # bytes of a parameter after which memory is given back
+
+
+def divides(cfg: RunConfig) -> bool:
+    """Whether the base model lies in parts on the workers: under ZeRO-3."""
+    return cfg.deepspeed.enabled and cfg.deepspeed.stage == 3
+
+
+def join_group(cfg: RunConfig) -> None:
+    """Tell accelerate of the process group that is there already.
+
+    Left to itself, on CPU it sees one process wherever it is told of DeepSpeed, and each worker trains on all the data.
+    """
+    AcceleratorState._reset_state(True)
+    os.environ["ACCELERATE_USE_DEEPSPEED"] = str(cfg.deepspeed.enabled).lower()
+    if cfg.gpus_per_worker:
+        prepare_builds()  # what is on disk is read and written by an op
+        PartialState()
+    elif cfg.deepspeed.enabled:
+        build_shared_memory_op()
+        PartialState(backend="gloo")
+    else:
+        PartialState(cpu=True)
+
+
+@contextlib.contextmanager
+def measured_model(
+    cfg: RunConfig, folder: Path, adapt: Callable[[Any], Any] = lambda base: base
+) -> Iterator[tuple[Any, Callable[[], None] | None]]:
+    """A base model as training has it, divided or whole, to be measured and not trained.
+
+    Args:
+        cfg: the run.
+        folder: of the model.
+        adapt: gives the base model an adapter; of one that is divided, on all workers at once.
+
+    Yields:
+        The model, and of a divided one what all workers call after a forward pass that failed on all of them, so that
+        the next one starts afresh. A divided one's forward passes are made by all workers at once, equally often.
+    """
+    on_gpu = cfg.gpus_per_worker > 0
+    if not divides(cfg):
+        model = adapt(base_model(cfg, folder))
+        yield model.to(torch.device("cuda", torch.cuda.current_device())) if on_gpu else model, None
+        return
+    join_group(cfg)
+    dtype = precision(cfg.model.precision, on_gpu=on_gpu)
+    hf_config = HfDeepSpeedConfig(inference_config(cfg, bf16=dtype is torch.bfloat16))  # known while it is held
+    base = divided_base(cfg, folder, hf_config)
+    with divided_loading(hf_config) if cfg.method.kind == "full" else contextlib.nullcontext():  # a model of its own
+        model = adapt(base)
+    with without_mlflow():
+        import deepspeed
+
+    # not PEFT's model around it: generate() calls the base model alone
+    base = model.get_base_model() if hasattr(model, "peft_config") else model
+    engine = deepspeed.initialize(model=base, config=hf_config.config)[0]
+    try:
+        yield model, partial(_start_afresh, engine)
+    finally:
+        release(engine)
+
+
+def divided_base(cfg: RunConfig, folder: Path, hf_config: Any) -> Any:
+    """The base model of a run under ZeRO-3, a part of it on each worker.
+
+    Args:
+        cfg: of the run.
+        folder: of the model.
+        hf_config: as for ``divided_loading``.
+    """
+    let_go()
+    with divided_loading(hf_config):
+        return load_model(folder, cfg.model, cfg.quantization, on_gpu=cfg.gpus_per_worker > 0)
+
+
+def _start_afresh(engine: Any) -> None:
+    """Forget a forward pass that ended in the middle: what was gathered for it, and where it was."""
+    from deepspeed.runtime.zero import parameter_offload
+
+    del parameter_offload.FWD_MODULE_STACK[1:]
+    engine._forward_epilogue()
+    coordinator = engine.optimizer.get_param_coordinator()
+    if not coordinator.is_invalid_trace():
+        coordinator._invalidate_trace()
+    engine.optimizer.partition_all_parameters()
 
 
 @contextlib.contextmanager

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import contextlib
+import gc
 import os
 import shutil
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import psutil
 import torch
-from accelerate import PartialState
 from accelerate.state import AcceleratorState
 from transformers import PrinterCallback, TrainingArguments
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
@@ -24,23 +23,23 @@ from raytune_lora.config.plain import to_plain
 from raytune_lora.config.schema import Optimizer, Quantization, RunConfig
 from raytune_lora.data.store import TokenStore
 from raytune_lora.errors import MovedError
-from raytune_lora.models.loading import load_model, precision
+from raytune_lora.models.loading import precision
 from raytune_lora.models.methods import Start, method_for
 from raytune_lora.models.sources import materialize
 from raytune_lora.models.tokenizer import load_tokenizer
-from raytune_lora.training.batches import Samples, collate
+from raytune_lora.training.batches import Tokens, collate
 from raytune_lora.training.checkpoint import Checkpoint, bring_latest, latest, reports
 from raytune_lora.training.deepspeed import deepspeed_config, release
 from raytune_lora.training.place import SAVING, Place
 from raytune_lora.training.plan import Plan, plan_run, stream
 from raytune_lora.training.precision import compute_in, hold_in_fp32
+from raytune_lora.training.resident import base_model, kept_bytes, let_go, put_back
 from raytune_lora.training.schedule import warmup_steps
-from raytune_lora.training.sharding import divided_loading
+from raytune_lora.training.sharding import divided_base, divides, join_group
 from raytune_lora.training.signs import Signs
 from raytune_lora.training.state import put_weights, trained
 from raytune_lora.training.tracking.watch import AfterSave, watchers
 from raytune_lora.training.trainer import PlannedTrainer, Reporter
-from raytune_lora.training.warmup import build_shared_memory_op
 
 _OPTIMIZERS = {  # as transformers calls them
     Optimizer.adamw: "adamw_torch",
@@ -77,6 +76,7 @@ def train(cfg: RunConfig, store: TokenStore, place: Place, until: int | None = N
         reporter.delivery.settle()
     finally:
         hook.remove()
+        trainer.batches.close()
         reporter.delivery.close()
         for watcher in watching:
             watcher.close()
@@ -91,7 +91,7 @@ def _prepared(
     cfg: RunConfig, plan: Plan, store: TokenStore, place: Place
 ) -> tuple[PlannedTrainer, list[Any], Reporter] | None:
     """All that is needed to train on; None where that was done before."""
-    _join_group(cfg)
+    join_group(cfg)
     _same_everywhere(cfg, place)
     checkpoint = _agreed_checkpoint(place)
     for known in reports(place.copy, checkpoint) if checkpoint is not None and place.rank == 0 else ():
@@ -108,10 +108,8 @@ def _trainer(
     folder = materialize(cfg.model, Cache.of(cfg.cache, cfg.cluster.node_cache))
     tokenizer = load_tokenizer(folder, cfg.model)
     args = _arguments(cfg, plan, place.folder / SAVING)
-    divides = cfg.deepspeed.enabled and cfg.deepspeed.stage == 3
+    base = divided_base(cfg, folder, args.hf_deepspeed_config) if divides(cfg) else base_model(cfg, folder)
     on_gpu = cfg.gpus_per_worker > 0
-    with divided_loading(args.hf_deepspeed_config) if divides else contextlib.nullcontext():
-        base = load_model(folder, cfg.model, cfg.quantization, on_gpu=on_gpu, where_it_computes=divides)
     method = method_for(cfg.method)
     torch.manual_seed(stream(cfg.training.seed, "weights"))
     start = _start(cfg, plan, store, folder, tokenizer.pad_token_id, checkpoint)
@@ -134,6 +132,7 @@ def _trainer(
         checkpoint=checkpoint,
         model=model,
         args=args,
+        reporter=reporter,
         callbacks=[*watching, reporter, *(AfterSave(watcher) for watcher in watching)],
     )
     trainer.remove_callback(PrinterCallback)
@@ -180,10 +179,10 @@ def _start(
 ) -> Start:
     def samples(count: int) -> Iterator[dict[str, Any]]:
         """The run's first samples, the same on every worker."""
-        rows = Samples(store.split("train"), plan)
+        rows = Tokens(store.split("train"))
         for first in range(0, min(count, plan.total), plan.micro_batch):
             chosen = range(first, min(first + plan.micro_batch, count, plan.total))
-            yield collate([rows[position] for position in chosen], pad_id)
+            yield collate([rows[int(row)] for row in plan.rows_at(chosen.start, chosen.stop)], pad_id)
 
     return Start(plan.steps, folder, samples, checkpoint.extra() if checkpoint else None)
 
@@ -201,36 +200,46 @@ def set_up(threads: int) -> None:
     transformers_logging.disable_progress_bar()
 
 
-def clean_up() -> None:
-    """Leave nothing of a task behind in a worker that lives on."""
+def clean_up(*, failed: bool = False) -> None:
+    """Leave nothing of a task behind in a worker that lives on, but the base model as it was loaded.
+
+    Args:
+        failed: whether the task did not end well; then the base model goes, too.
+    """
     AcceleratorState._reset_state(True)
     unset_hf_deepspeed_config()
+    let_go() if failed else put_back()
+    _collect_garbage()
     if torch.cuda.is_initialized():
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
 
 
-def held_bytes() -> tuple[int, bool]:
-    """What this process holds, and whether that is GPU memory; resident memory where it uses no GPU."""
-    if torch.cuda.is_initialized():
-        return torch.cuda.memory_allocated(), True
-    return psutil.Process().memory_info().rss, False
+def _collect_garbage() -> None:
+    """Collect, and after the first task leave what stays (libraries, above all) out of later collections.
 
-
-def _join_group(cfg: RunConfig) -> None:
-    """Tell accelerate of the process group that is there already.
-
-    Left to itself, on CPU it sees one process wherever it is told of DeepSpeed, and each worker trains on all the data.
+    With transformers, PEFT and DeepSpeed loaded a full collection takes half a second, and a trial asks for three.
     """
-    AcceleratorState._reset_state(True)
-    os.environ["ACCELERATE_USE_DEEPSPEED"] = str(cfg.deepspeed.enabled).lower()
-    if cfg.gpus_per_worker:
-        PartialState()
-    elif cfg.deepspeed.enabled:
-        build_shared_memory_op()
-        PartialState(backend="gloo")
-    else:
-        PartialState(cpu=True)
+    gc.collect()
+    if not gc.get_freeze_count():
+        gc.freeze()
+
+
+@dataclass(frozen=True)
+class Held:
+    """What a process holds beside the base model that it keeps, in bytes."""
+
+    own: int  # of GPU memory, by torch's count; resident memory where it uses no GPU
+    beside: int = 0  # of its GPU's memory, what is not torch's: CUDA's context, libraries, pages of an optimizer
+    on_gpu: bool = False
+
+
+def held() -> Held:
+    """What this process holds, and what else lies on its GPU, by whomever."""
+    if not torch.cuda.is_initialized():
+        return Held(psutil.Process().memory_info().rss - kept_bytes())
+    free, total = torch.cuda.mem_get_info()
+    return Held(torch.cuda.memory_allocated() - kept_bytes(), total - free - torch.cuda.memory_reserved(), True)
 
 
 def _arguments(cfg: RunConfig, plan: Plan, saving: Path) -> TrainingArguments:

@@ -201,7 +201,10 @@ def test_a_sweep_whose_own_machine_is_drained_goes_on_elsewhere(cluster: Any, tm
     for trial in ("0000", "0001"):
         newest = sorted((folder / "trials" / trial).glob("checkpoint-*"))[-1]
         assert newest.name == f"checkpoint-{len(losses(folder / 'trials' / trial)):08d}", "saved at its last step"
-    finish(start("sweep", f"resume={folder}", "cluster.address=local"))
+    out, err = finish(start("sweep", f"resume={folder}", "cluster.address=local", "tracking.log=json"))
+    told = [json.loads(line) for line in (err + out).splitlines()]  # all that it says is for machines
+    assert told[-1]["event"] == "summary"
+    assert "best trial:" in told[-1]["message"]
     went_well(folder, 3)
 
 
@@ -308,7 +311,7 @@ def hold_memory(cfg: Any, store: Any, place: Any) -> None:
     from raytune_lora.training import duty, worker
 
     duty._GROWTH = 0
-    builtins.held = b"x" * worker.held_bytes()[0]  # type: ignore[attr-defined]
+    builtins.held = b"x" * worker.held().own  # type: ignore[attr-defined]
 
 
 def test_a_group_that_does_not_let_go_of_memory_is_replaced(

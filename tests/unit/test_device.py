@@ -21,7 +21,7 @@ from raytune_lora.models.sources import materialize
 from raytune_lora.training.checkpoint import latest
 from raytune_lora.training.place import Place
 from raytune_lora.training.sharding import without_warmup
-from raytune_lora.training.worker import clean_up, held_bytes, train
+from raytune_lora.training.worker import clean_up, held, train
 from raytune_lora.tuning.job import plain_run, prepare_inputs
 from tests.unit import zoo
 
@@ -59,7 +59,7 @@ def test_the_precision_is_that_of_what_it_computes_on(with_gpus: None) -> None:
     assert precision(Precision.auto, on_gpu=False) is torch.float32
     assert precision(Precision.auto, on_gpu=True) is torch.bfloat16
     assert precision(Precision.bf16, on_gpu=False) is torch.bfloat16
-    assert not held_bytes()[1]
+    assert not held().on_gpu
 
 
 def test_a_gpu_that_emulates_bf16_has_none(with_gpus: None, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -129,7 +129,7 @@ def test_a_cache_and_company_are_used_where_they_change_nothing(
     name: str, kind: str | None, cached: bool, several: bool, folder: Callable[[str], Path]
 ) -> None:
     settings = generate._PLAIN | {"max_new_tokens": NEW, "eos_token_id": STOP, "pad_token_id": 0}
-    way = generate._way(_model(folder(name), kind), sorted(prompts(), key=len), settings, 4)
+    way = generate._way(_model(folder(name), kind), sorted(prompts(), key=len), settings, 4, generate.Group())
     assert (way.cached, way.batch > 1) == (cached, several)
 
 

@@ -22,10 +22,22 @@ class OwnMethod(Method[C]):
 
     def load(self, model: Any, folder: Path, weights: Path) -> Any:
         adapted = self.apply(model, untouched(weights))
-        left = adapted.load_state_dict(load_state(folder), strict=False).unexpected_keys
-        if left:
+        state, known = load_state(folder), dict(adapted.named_parameters())
+        if left := sorted(state.keys() - known.keys()):
             raise ValueError(f"{folder} was saved from another model: it has no {', '.join(left[:3])}")
+        put(known, state)
         return adapted.requires_grad_(False).eval()
+
+
+def put(parameters: dict[str, Any], state: dict[str, Any]) -> None:
+    """Set parameters by name, also where ZeRO-3 has divided them: then on all workers at once."""
+    import torch
+    from peft.utils.integrations import gather_params_ctx
+
+    with torch.no_grad():
+        for name, tensor in state.items():
+            with gather_params_ctx(parameters[name]):
+                parameters[name].copy_(tensor)
 
 
 def untouched(weights: Path) -> Start:

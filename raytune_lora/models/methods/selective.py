@@ -53,7 +53,8 @@ class Full(Method[FullMethodConfig]):
     def load(self, model: Any, folder: Path, weights: Path) -> Any:
         from raytune_lora.models.loading import keep_cache, keeps_cache
 
-        tuned = type(model).from_pretrained(folder, dtype=model.dtype)
+        place = {"device_map": {"": model.device}} if model.device.type == "cuda" else {}
+        tuned = type(model).from_pretrained(folder, dtype=model.dtype, **place)
         keep_cache(tuned, keeps_cache(model))
         return tuned.requires_grad_(False).eval()
 
