@@ -16,7 +16,10 @@ from raytune_lora.config.search import BudgetConfig, ConfirmConfig, DimensionCon
 
 
 class Precision(Enum):
-    """The number format of weights and arithmetic; ``auto`` is bf16 on a GPU that has it and fp32 elsewhere."""
+    """The number format of weights and arithmetic; ``auto`` is bf16 on a GPU that has it and fp32 elsewhere.
+
+    There is no fp16: a GPU that has only that (before NVIDIA's Ampere: T4, V100) computes in fp32.
+    """
 
     auto = "auto"
     fp32 = "fp32"

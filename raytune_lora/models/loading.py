@@ -12,6 +12,7 @@ from transformers import AutoConfig, BitsAndBytesConfig
 from transformers.pytorch_utils import Conv1D
 
 from raytune_lora.config.schema import Attention, ModelConfig, Precision, Quantization, QuantizationConfig
+from raytune_lora.errors import UserError
 from raytune_lora.models.shape import auto_class
 from raytune_lora.models.skeleton import given_to_bitsandbytes, read_past, rescales, skeleton_of
 from raytune_lora.models.stored import read_config, resolved, stored_as
@@ -129,9 +130,22 @@ def _as_it_is(
 
 
 def precision(asked: Precision, *, on_gpu: bool) -> torch.dtype:
-    """The dtype of weights and arithmetic, on the CPU or on this process's GPU."""
+    """The dtype of weights and arithmetic, on the CPU or on this process's GPU.
+
+    A GPU before NVIDIA's Ampere has no bf16, though torch lets it emulate that: it computes in fp32.
+
+    Raises:
+        UserError: bf16 is asked for by name, and the GPU has none.
+    """
+    has_bf16 = on_gpu and torch.cuda.is_bf16_supported(including_emulation=False)
     if asked is Precision.auto:
-        return torch.bfloat16 if on_gpu and torch.cuda.is_bf16_supported() else torch.float32
+        return torch.bfloat16 if has_bf16 else torch.float32
+    if asked is Precision.bf16 and on_gpu and torch.cuda.is_available() and not has_bf16:
+        raise UserError(
+            f"model.precision=bf16: {torch.cuda.get_device_name()} has no bf16 arithmetic (it came with compute "
+            "capability 8.0, Ampere), and would emulate it many times slower; set model.precision=fp32, with "
+            "quantization=nf4 where the model would then be too large, or take a newer GPU"
+        )
     return {Precision.fp32: torch.float32, Precision.bf16: torch.bfloat16}[asked]
 
 

@@ -17,7 +17,7 @@ from raytune_lora.planning.shape import Linear, Shape
 
 GB = 10**9
 
-ZERO_BUCKET = 50_000_000  # elements that ZeRO sends at once
+ZERO_BUCKET, ZERO_GATHERED = 25_000_000, 50_000_000  # elements of gradients, and of weights, that ZeRO sends at once
 _FP32, _BF16 = 4, 2  # bytes
 _BLOCK, _NESTED = 64, 256  # bitsandbytes: weights a scale, scales a scale of scales
 _TABLE, _NESTED_TABLE = 16 * _FP32, 256 * _FP32 + _FP32  # bytes a layer: its code; that of the scales, and their offset
@@ -177,7 +177,7 @@ def _working(cfg: RunConfig, layers: list[Linear], formats: Formats, stage: int,
     if stage >= 1 and added.trained:
         total += ZERO_BUCKET * formats.trained * (2 if formats.on_gpu and stage < 3 else 1)
     if stage == 3:
-        total += min(ZERO_BUCKET, sum(linear.numel for linear in layers)) * formats.compute
+        total += min(ZERO_GATHERED, sum(linear.numel for linear in layers)) * formats.compute
         total += _largest(layers) * formats.compute
     return total
 

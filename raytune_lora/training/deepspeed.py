@@ -16,7 +16,8 @@ from raytune_lora.training.warmup import build_cpu_optimizer
 
 _logger = logging.getLogger(__name__)
 _NEVER = 10**9  # steps between DeepSpeed's own progress lines
-_BUCKET = 50_000_000  # elements sent at once: a tenth of DeepSpeed's default, which takes 2 GB of the GPU by itself
+_BUCKET = 25_000_000  # elements of gradients sent at once; DeepSpeed's default would take 4 GB of the GPU by itself
+_GATHERED = 50_000_000  # elements of weights, likewise
 _LIVE = 1_000_000_000  # elements kept whole for a second use
 
 
@@ -74,11 +75,11 @@ def _zero(cfg: RunConfig) -> dict[str, Any]:
         "overlap_comm": on_gpu,
         "contiguous_gradients": True,
         "reduce_bucket_size": _BUCKET,
-        "allgather_bucket_size": _BUCKET,
+        "allgather_bucket_size": _GATHERED,
     }
     if asked.stage == 3:
         zero |= {
-            "stage3_prefetch_bucket_size": _BUCKET,
+            "stage3_prefetch_bucket_size": _GATHERED,
             "stage3_param_persistence_threshold": asked.persistent,
             "stage3_max_live_parameters": _LIVE,
             "stage3_max_reuse_distance": _LIVE,

@@ -117,7 +117,6 @@ def _trainer(
     hold_in_fp32(model)
     if checkpoint is not None:
         put_weights(model, checkpoint.weights)
-    compute_in(model, precision(cfg.model.precision, on_gpu=on_gpu), on_gpu=on_gpu)
     if cfg.quantization.kind is not Quantization.none:
         model._hf_peft_config_loaded = True  # transformers trains on a quantized base only what PEFT has seen
     rows = store.split("train")
@@ -137,6 +136,7 @@ def _trainer(
         callbacks=[*watching, reporter, *(AfterSave(watcher) for watcher in watching)],
     )
     trainer.remove_callback(PrinterCallback)
+    compute_in(model, precision(cfg.model.precision, on_gpu=on_gpu), on_gpu=on_gpu)  # around what Liger changes, too
     if (trainer.accelerator.num_processes, args.process_index) != (place.workers, place.rank):
         raise RuntimeError(
             f"accelerate sees {trainer.accelerator.num_processes} processes and rank {args.process_index}; "

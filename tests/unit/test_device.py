@@ -14,6 +14,7 @@ from raytune_lora.cache import Cache
 from raytune_lora.config.compose import compose
 from raytune_lora.config.schema import Precision, RunConfig
 from raytune_lora.data.store import TokenStore
+from raytune_lora.errors import UserError
 from raytune_lora.evaluation.compare import measure
 from raytune_lora.models.loading import load_model, precision
 from raytune_lora.models.sources import materialize
@@ -59,6 +60,16 @@ def test_the_precision_is_that_of_what_it_computes_on(with_gpus: None) -> None:
     assert precision(Precision.auto, on_gpu=True) is torch.bfloat16
     assert precision(Precision.bf16, on_gpu=False) is torch.bfloat16
     assert not held().on_gpu
+
+
+def test_a_gpu_that_emulates_bf16_has_none(with_gpus: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a T4 does: torch counts that as supported unless asked not to."""
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Tesla T4")
+    assert precision(Precision.auto, on_gpu=True) is torch.float32
+    assert precision(Precision.bf16, on_gpu=False) is torch.bfloat16
+    with pytest.raises(UserError, match=r"Tesla T4 has no bf16 .* set model.precision=fp32"):
+        precision(Precision.bf16, on_gpu=True)
 
 
 def test_a_run_without_gpus_is_the_same_beside_some(cache: Path, tmp_path: Path, request: Any) -> None:

@@ -44,7 +44,7 @@ SETTINGS = (
         "evaluation.loss_rows=10",
     ),
     *("evaluation.final_rows=18", "evaluation.generate_rows=7", "evaluation.generate_batch=2"),
-    *("evaluation.max_new_tokens=3", "deepspeed=zero3"),
+    *("evaluation.max_new_tokens=3", "deepspeed=zero3", "deepspeed.persistent=0"),
 )
 
 
@@ -161,7 +161,7 @@ def be_rank(rank: int, port: int, todo: list[dict[str, Any]], cache: str, out: s
     torch.distributed.init_process_group("gloo", rank=rank, world_size=WORKERS)
     from raytune_lora.training import deepspeed
 
-    deepspeed._PERSISTENT, deepspeed._LIVE, deepspeed._BUCKET = 0, 0, 1  # a tiny model lies within each of them
+    deepspeed._LIVE, deepspeed._GATHERED = 0, 1  # a tiny model lies within each of them
     found = {}
     watched = Watched()
     for each in todo:

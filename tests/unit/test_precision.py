@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from peft.tuners.lora import LoraLayer
+from transformers import AutoModelForCausalLM
 
 from raytune_lora.config.methods import METHODS
 from raytune_lora.config.schema import ModelConfig, Precision, Quantization, QuantizationConfig, kind_of
@@ -85,15 +86,17 @@ def test_every_method_trains_in_bf16_as_in_fp32(
             for after in (bench.state(found), bench.state(expected))
         )
         assert torch.nn.functional.cosine_similarity(moved, expected_moves, dim=0) > 0.9
-    if kind != "full":  # saved in the base model's precision
-        bench.method.save(found, bench.state(found), tmp_path)
-        assert {t.dtype for t in saved(tmp_path).values() if t.is_floating_point()} == {torch.float32}
+    bench.method.save(found, bench.state(found), tmp_path)
+    kinds = {t.dtype for t in saved(tmp_path).values() if t.is_floating_point()}
+    assert kinds == {torch.bfloat16 if kind == "full" else torch.float32}, "a whole model is saved as the base is"
+    if kind == "full":
+        assert AutoModelForCausalLM.from_pretrained(tmp_path).dtype is torch.bfloat16
 
 
 def saved(folder: Path) -> dict[str, torch.Tensor]:
     from safetensors.torch import load_file
 
-    return load_file(next(folder / name for name in (PEFTS, OWN) if (folder / name).exists()))
+    return load_file(next(folder / name for name in (PEFTS, OWN, "model.safetensors") if (folder / name).exists()))
 
 
 def test_a_step_smaller_than_bf16_can_tell_is_not_lost(rounded: Callable[[str], Path]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from raytune_lora.models.methods.peft_method import PeftMethod, anywhere, few
 from raytune_lora.planning.added import Added
 from raytune_lora.planning.shape import BYPASSED, IDLE, UNMET, Shape
 
+CONFIG_NAME = "config.json"  # transformers'
 _WITH_BIASES = "GPT-2, GPT-NeoX and Pythia, OPT, BLOOM, Phi, StarCoder2, and the attention of Qwen2 and Qwen2.5"
 
 
@@ -26,6 +28,7 @@ class Full(Method[FullMethodConfig]):
         """All that text meets trains: a vision tower would have no gradient."""
         from raytune_lora.models.skeleton import skeleton_of
 
+        self._dtype = model.dtype  # what trains is in fp32
         trains = skeleton_of(model).trains
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(name in trains)
@@ -44,11 +47,14 @@ class Full(Method[FullMethodConfig]):
     def save(self, model: Any, state: dict[str, Any], folder: Path) -> None:
         from raytune_lora.models.loading import keep_cache, keeps_cache
 
-        weights = _untrained(model, set(state)) | {name: tensor.to(model.dtype) for name, tensor in state.items()}
+        weights = _untrained(model, set(state)) | {name: tensor.to(self._dtype) for name, tensor in state.items()}
         before = keeps_cache(model)
         keep_cache(model, True)  # it is off for the training alone
         model.save_pretrained(folder, state_dict=weights)
         keep_cache(model, before)
+        config = json.loads((folder / CONFIG_NAME).read_text())  # transformers names the format that it was trained in
+        config["dtype"] = str(self._dtype).removeprefix("torch.")
+        (folder / CONFIG_NAME).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
 
     def load(self, model: Any, folder: Path, weights: Path) -> Any:
         from raytune_lora.models.loading import keep_cache, keeps_cache
