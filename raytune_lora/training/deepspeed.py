@@ -70,6 +70,7 @@ def _zero(cfg: RunConfig) -> dict[str, Any]:
     }
     if asked.stage == 3:
         zero |= {
+            "zero_hpz_partition_size": asked.hpz,
             "stage3_prefetch_bucket_size": _BUCKET,
             "stage3_param_persistence_threshold": _PERSISTENT,
             "stage3_max_live_parameters": _LIVE,
@@ -82,6 +83,25 @@ def _zero(cfg: RunConfig) -> dict[str, Any]:
         if where is Offload.nvme:
             zero[key]["nvme_path"] = asked.nvme_path
     return zero
+
+
+def share_among(workers: int) -> Any | None:
+    """The process group of the workers that keep all weights among them a second time; None for one worker.
+
+    DeepSpeed keeps one for as long as the process lives, whatever the next config says.
+
+    Args:
+        workers: ``zero_hpz_partition_size``.
+    """
+    from deepspeed import comm
+    from deepspeed.utils import groups
+
+    known = groups._get_zero_param_intra_parallel_group()
+    if known is not None and comm.get_world_size(group=known) != workers:
+        groups._ZERO_PARAM_INTRA_PARALLEL_GROUP = None
+    if workers > 1 and groups._get_zero_param_intra_parallel_group() is None:
+        groups._create_zero_param_parallel_group(workers)
+    return groups._get_zero_param_intra_parallel_group()
 
 
 @contextlib.contextmanager

@@ -21,7 +21,7 @@ from transformers.integrations.deepspeed import HfDeepSpeedConfig
 
 from raytune_lora.config.schema import RunConfig
 from raytune_lora.models.loading import load_model, precision
-from raytune_lora.training.deepspeed import inference_config, release, without_mlflow
+from raytune_lora.training.deepspeed import inference_config, release, share_among, without_mlflow
 from raytune_lora.training.resident import base_model, let_go
 from raytune_lora.training.warmup import build_shared_memory_op
 
@@ -128,7 +128,8 @@ def divided_loading(hf_config: Any) -> Iterator[None]:
     with without_mlflow():
         from deepspeed.runtime.zero.partition_parameters import Init
 
-    init = Init(config_dict_or_path=hf_config.config)
+    among = hf_config.config["zero_optimization"].get("zero_hpz_partition_size", 1)
+    init = Init(config_dict_or_path=hf_config.config, zero_param_parallel_group=share_among(among))
     original = core_model_loading.set_param_for_module
 
     def set_and_divide(model: Any, name: str, *arguments: Any) -> None:
