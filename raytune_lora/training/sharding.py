@@ -97,8 +97,13 @@ def divided_base(cfg: RunConfig, folder: Path, hf_config: Any) -> Any:
         hf_config: as for ``divided_loading``.
     """
     let_go()
+    on_gpu = cfg.gpus_per_worker > 0
     with divided_loading(hf_config):
-        return load_model(folder, cfg.model, cfg.quantization, on_gpu=cfg.gpus_per_worker > 0)
+        model = load_model(folder, cfg.model, cfg.quantization, on_gpu=on_gpu, mapped=True)
+    for module in model.modules() if on_gpu else ():
+        for name, buffer in module._buffers.items():
+            module._buffers[name] = None if buffer is None else buffer.to(torch.cuda.current_device())
+    return model
 
 
 def _start_afresh(engine: Any) -> None:
@@ -117,7 +122,8 @@ def _start_afresh(engine: Any) -> None:
 def divided_loading(hf_config: Any) -> Iterator[None]:
     """Divide each parameter among the workers as soon as it is there, quantized if it is to be; for ZeRO-3.
 
-    Every worker reads every weight, one after the other, and keeps its part of it. All of them must load the same.
+    All workers load the same weights, one after the other, and keep their parts of them. Of a weight that lies in its
+    file as it is used, and is not quantized, a worker reads no more than its part: the file is mapped.
 
     Args:
         hf_config: transformers' view of DeepSpeed's config, as ``TrainingArguments`` makes it.
@@ -141,6 +147,7 @@ def divided_loading(hf_config: Any) -> Iterator[None]:
         large = parameter.nbytes >= _LARGE
         init._convert_to_deepspeed_param(parameter)
         parameter.partition()
+        parameter.data = parameter.data.to(init.local_device)  # it is empty, and tells where the model computes
         if large:
             _give_memory_back()
 
