@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import json
 import logging
 import os
 import sys
+import time
 from collections.abc import Callable, Sequence
+from contextvars import ContextVar
 from functools import partial
 
 VERBS = {
@@ -42,6 +45,7 @@ _FOLDERS = (
 )
 # what libraries say at each import on a machine without a GPU, by logger
 _OF_NO_USE = {"DeepSpeed": "Setting accelerator to CPU", "bitsandbytes.backends.cpu.ops": "kernels-community"}
+_as_json = ContextVar("as_json", default=False)  # what a job says
 _SEARCH_ONLY = ("search", "scheduler", "space", "budget", "confirm")
 
 
@@ -88,12 +92,20 @@ def _said(run: Callable[[], int]) -> int:
             raise UserError(found)
         return run()
     except UserError as error:
-        print(*(f"error: {problem}" for problem in error.problems), sep="\n", file=sys.stderr)
+        for problem in error.problems:
+            _tell("error", f"error: {problem}")
         if not isinstance(error, Passing):
             from raytune_lora.cluster.withdraw import withdraw
 
             withdraw()
         return 2
+
+
+def _tell(event: str, words: str, *, well: bool = False) -> None:
+    """Print what a job says before and after its ``Progress``: for machines, where that is asked."""
+    if _as_json.get():
+        words = json.dumps({"time": time.time(), "event": event, "message": words}, ensure_ascii=False)
+    print(words, file=sys.stdout if well else sys.stderr, flush=True)
 
 
 def _useful(words: str, record: logging.LogRecord) -> bool:
@@ -102,6 +114,7 @@ def _useful(words: str, record: logging.LogRecord) -> bool:
 
 def _run(verb: str, arguments: list[str]) -> int:
     from raytune_lora.config.compose import compose, dump
+    from raytune_lora.config.schema import LogFormat
     from raytune_lora.config.typed import typed
     from raytune_lora.errors import JobFailed, UserError
     from raytune_lora.tuning.resume import settle
@@ -117,6 +130,7 @@ def _run(verb: str, arguments: list[str]) -> int:
     if only_config:
         print(dump(cfg), end="")
         return 0
+    _as_json.set(cfg.tracking.log is LogFormat.json)
     os.environ.setdefault("TQDM_DISABLE", "1")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
@@ -135,10 +149,10 @@ def _run(verb: str, arguments: list[str]) -> int:
     try:
         results = jobs[verb](cfg, moved)
     except JobFailed as error:
-        print(f"error: {error}", file=sys.stderr)
+        _tell("error", f"error: {error}")
         return 1
     except KeyboardInterrupt:
-        print(f"interrupted; go on with {typed('resume', str(cfg.resume or cfg.output))}", file=sys.stderr)
+        _tell("interrupted", f"interrupted; go on with {typed('resume', str(cfg.resume or cfg.output))}")
         return 130
     return _summary(results, str(cfg.resume or cfg.output))
 
@@ -203,7 +217,7 @@ def _summary(results: dict[str, object], folder: str) -> int:
     from raytune_lora.tuning.summary import lines
 
     text, good = lines(results, folder)
-    print(text)
+    _tell("summary", text, well=True)
     return 0 if good else 1
 
 

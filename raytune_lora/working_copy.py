@@ -7,6 +7,7 @@ works on it. Where all nodes share a folder there is no store, and each of these
 from __future__ import annotations
 
 import contextlib
+import errno
 import shutil
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -22,6 +23,8 @@ from raytune_lora.names import Outside, inside
 
 _OUTPUTS = "outputs"  # in a node's cache
 _AT_ONCE = 8  # files
+# a name that is too long, or those of a file and of a folder at once
+_NO_FILE = (errno.ENAMETOOLONG, errno.EISDIR, errno.ENOTDIR, errno.EEXIST)
 
 
 @contextlib.contextmanager
@@ -29,7 +32,8 @@ def as_trouble() -> Iterator[None]:
     """Let a store that cannot be worked with halt a job in order, as a full disk does.
 
     Raises:
-        StorageError: of ``errors``, also where a name would lead out of its folder; what is not whole is told as it is.
+        StorageError: of ``errors``, also where a name would lead out of its folder, or can be none here; what is not
+            whole is told as it is.
     """
     try:
         yield
@@ -37,6 +41,10 @@ def as_trouble() -> Iterator[None]:
         raise
     except (storage.StorageError, Outside) as error:
         raise StorageError(str(error)) from error
+    except OSError as error:
+        if error.errno not in _NO_FILE:
+            raise
+        raise StorageError(f"{error.filename}: a name in the store cannot be one here: {error.strerror}") from error
 
 
 @dataclass(frozen=True)

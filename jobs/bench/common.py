@@ -15,7 +15,7 @@ import random  # noqa: E402
 import subprocess  # noqa: E402
 import sys  # noqa: E402
 import tempfile  # noqa: E402
-from dataclasses import asdict, dataclass, field, replace  # noqa: E402
+from dataclasses import asdict, dataclass, field  # noqa: E402
 from pathlib import Path  # noqa: E402
 from typing import Any  # noqa: E402
 from unittest.mock import patch  # noqa: E402
@@ -172,6 +172,7 @@ class TimedTraining:
         measured = Measured({"received": self.received, "function": time.time()}, [], [])
         marks = measured.marks
         train, begin = trainer.PlannedTrainer.train, trainer.Reporter.on_step_begin
+        end = trainer.Reporter.obey
         build = trainer.PlannedTrainer.__init__
 
         def timed_load(*arguments: Any, **options: Any) -> Any:
@@ -192,22 +193,23 @@ class TimedTraining:
             marks.setdefault("begin", time.time())
             begin(*arguments, **options)
 
-        def timed_stopped() -> int:  # asked for at the end of each step
+        def timed_end(*arguments: Any, **options: Any) -> None:  # called at the end of each step
             if torch.cuda.is_available():
                 torch.cuda.synchronize()
             measured.ends.append(time.time())
             measured.cpu.append(time.process_time())
             measured.peak_memory = trainer.peak_memory()
-            return bool(place.stopped())
+            end(*arguments, **options)
 
         with (
             patch.object(worker, "load_model", timed_load),
             patch.object(trainer.PlannedTrainer, "__init__", timed_build),
             patch.object(trainer.PlannedTrainer, "train", timed_train),
             patch.object(trainer.Reporter, "on_step_begin", timed_begin),
+            patch.object(trainer.Reporter, "obey", timed_end),
         ):
             try:
-                worker.train(cfg, store, replace(place, stopped=timed_stopped))
+                worker.train(cfg, store, place)
             finally:
                 marks["returned"] = time.time()
                 self.keep(measured, place)

@@ -170,7 +170,7 @@ def prepare_with_ours(side: str, cfg: Any, tokenizer: Any, cache: str) -> tuple[
     from raytune_lora.cache import Cache
     from raytune_lora.config.data import Action
     from raytune_lora.data.prepare import prepare
-    from raytune_lora.training.batches import training_loader
+    from raytune_lora.training.batches import Batches
     from raytune_lora.training.plan import plan_run
 
     for name, action in vars(cfg.data.quality).items():
@@ -183,7 +183,7 @@ def prepare_with_ours(side: str, cfg: Any, tokenizer: Any, cache: str) -> tuple[
     if side == "first batch":
         began = time.perf_counter()
         plan = plan_run(cfg, store.rows["train"], store.lengths("train"))
-        next(iter(training_loader(store.split("train"), plan, 0, tokenizer.pad_token_id)))
+        Batches(store.split("train"), plan, 0, tokenizer.pad_token_id).step(0)
     return time.perf_counter() - began, sum(store.manifest["tokens"].values())
 
 

@@ -43,6 +43,25 @@ def dashboard(asked: str | None) -> str:
     return url
 
 
+def token_refused(named: str, *, sent: bool) -> str:
+    """That a cluster wants a token.
+
+    Args:
+        named: its address, as the user named it.
+        sent: whether one was sent, which is not shown.
+    """
+    what = (
+        "refuses the token in RAY_AUTH_TOKEN, RAY_AUTH_TOKEN_PATH or ~/.ray/auth_token, which is not its own"
+        if sent
+        else "wants a token, and none was sent"
+    )
+    return (
+        f"{named}: the cluster {what}; set RAY_AUTH_MODE=token, and, where ~/.ray/auth_token does not hold it, "
+        "RAY_AUTH_TOKEN_PATH=<file> or RAY_AUTH_TOKEN (KubeRay: kubectl get secret <cluster> -o "
+        "jsonpath='{.data.auth_token}' | base64 -d)"
+    )
+
+
 def _by_name(name: str) -> str:
     file = _file()
     known = _read(file)

@@ -15,12 +15,19 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import grpc  # type: ignore[import-untyped]
 import ray
 from ray._common.utils import get_default_ray_temp_dir
+from ray._private.authentication.authentication_token_setup import maybe_enable_token_auth_if_token_available
+from ray._private.authentication.authentication_utils import is_token_auth_enabled
+from ray._private.gcs_utils import create_gcs_channel
 from ray._private.services import canonicalize_bootstrap_address
+from ray.core.generated import gcs_service_pb2, gcs_service_pb2_grpc
+from ray.exceptions import AuthenticationError
 from ray.job_config import JobConfig
 
 from raytune_lora import network
+from raytune_lora.cluster.addresses import token_refused
 from raytune_lora.config.schema import ClusterConfig, RunConfig
 from raytune_lora.errors import JobFailed, Passing, UserError
 
@@ -258,6 +265,28 @@ def _reach(address: str) -> None:
             f"{_named(address)}: no Ray cluster answers there ({why}); is it up, and is this its head's address and "
             "port (6379)? To run on this machine, unset RAY_ADDRESS and leave cluster.address out"
         )
+    if not address.startswith("ray://"):
+        _see_to_token(address, where)
+
+
+def _see_to_token(address: str, where: str) -> None:
+    """Ask a cluster's head something: without its token, Ray itself tries for long, and does not say why it fails.
+
+    Raises:
+        UserError: the head refuses the token, or wants one.
+    """
+    if address == "auto" and maybe_enable_token_auth_if_token_available(warn_if_disabled=False):
+        return  # Ray itself takes what token this machine has, for a cluster that it has found here
+    try:
+        with contextlib.closing(create_gcs_channel(where)) as channel:
+            asked = gcs_service_pb2_grpc.NodeInfoGcsServiceStub(channel)
+            question = gcs_service_pb2.GetClusterIdRequest()  # type: ignore[attr-defined]  # made when it is imported
+            asked.GetClusterId(question, timeout=network.SECONDS)
+    except AuthenticationError as error:  # there is no token to be sent
+        raise UserError(f"{token_refused(_named(address), sent=False)}: {error.message}") from error
+    except grpc.RpcError as error:
+        if error.code() is grpc.StatusCode.UNAUTHENTICATED:
+            raise UserError(token_refused(_named(address), sent=is_token_auth_enabled())) from error
 
 
 def _local_gpus() -> int:

@@ -23,6 +23,7 @@ LIMIT = 100  # megabytes; Ray itself takes 500 MiB, all of which each node loads
 _FOLDERS = {"sweeps", "runs", "tests", "venv", "node_modules", "__pycache__", "build", "dist"}
 _KEPT = {".json"}  # a suffix of data, and of configs too
 _HEAVY = {".safetensors", ".bin", ".pt", ".pth", ".gguf", ".ckpt", ".npy", ".npz", ".arrow", ".h5", ".onnx"}
+_ARCHIVES = {".zip", ".tar", ".tgz", ".7z", ".rar", ".gz", ".bz2", ".xz", ".zst"}  # nobody sees what is in them
 _DATA = {suffix + packed for suffix in {*SUFFIXES} - _KEPT for packed in ("", *PACKED)}
 _BIGGEST = 5  # files named where all together are too big
 _EPOCH = (1980, 1, 1, 0, 0, 0)  # of every file in the package, so that the same files are the same package
@@ -103,9 +104,9 @@ def _comes_with_weights(file: Path, named: Sequence[Path]) -> bool:
 
 
 def _is_plain(file: Path) -> bool:
-    """Whether a file is neither data nor weights, by its name."""
+    """Whether a file is neither data nor weights nor an archive, by its name."""
     name = file.name.lower()
-    return file.suffix.lower() not in _HEAVY and not any(name.endswith(suffix) for suffix in _DATA)
+    return file.suffix.lower() not in _HEAVY | _ARCHIVES and not any(name.endswith(suffix) for suffix in _DATA)
 
 
 # -------------------------------------------------------------------------------------------------------------- ignored

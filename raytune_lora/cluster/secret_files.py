@@ -11,15 +11,23 @@ from raytune_lora.data.pii_secrets import assigned_secrets, secrets
 
 _NAMES = re.compile(
     r"\.env(rc|\.(?!example$|sample$|template$)[^/]*)?|[^/]*(?<!example)(?<!sample)(?<!template)\.env"
-    r"|[^/]*\.(pem|key|p12|pfx|kdbx|keytab|jks|keystore|ppk|ovpn|tfvars|tfstate)|id_(rsa|dsa|ecdsa|ed25519)(_sk)?"
+    r"|[^/]*\.(pem|key|p12|pfx|kdbx?|keytab|jks|keystore|ppk|ovpn|tfvars|tfstate)|id_(rsa|dsa|ecdsa|ed25519)(_sk)?"
     r"|[._](netrc|npmrc|pypirc|pgpass|git-credentials|htpasswd|dockercfg|boto|s3cfg|my\.cnf|databrickscfg|vault-token)"
     r"|dockerconfigjson|pgpass\.conf|rclone\.conf|kaggle\.json|wandb\.key"
     r"|([a-z]+[-_])*credentials(\.(json|ya?ml|toml|ini|txt|csv))?|secrets?\.(json|ya?ml|toml|ini|txt)"
-    r"|kubeconfig([-_.][^/]*)?|auth_token|(service[-_]?account|client_secret)[^/]*\.json",
+    r"|([a-z0-9]+[-_])*token(\.txt)?|stored_tokens|wallet\.dat|([a-z0-9]+[-_])*(deploy|private|ssh)[-_]key"
+    r"|kubeconfig([-_.][^/]*)?|(service[-_]?account|client_secret)[^/]*\.json",
     re.IGNORECASE,
 )
+_KEPT = re.compile(r"(\.(bak|backup|old|orig|save|copy|tmp|swp|[0-9]+)|~)+$", re.IGNORECASE)  # an earlier version
 _BLOCK, _OVERLAP = 2**20, 2**13  # bytes looked into at once, and again with those that follow: a key is no longer
-_MARKS = {codecs.BOM_UTF8: "utf-8", codecs.BOM_UTF16_LE: "utf-16-le", codecs.BOM_UTF16_BE: "utf-16-be"}
+_MARKS = {
+    codecs.BOM_UTF8: "utf-8",
+    codecs.BOM_UTF32_LE: "utf-32-le",
+    codecs.BOM_UTF32_BE: "utf-32-be",
+    codecs.BOM_UTF16_LE: "utf-16-le",
+    codecs.BOM_UTF16_BE: "utf-16-be",
+}
 _WIDE = 0.3  # share of zeros, at every other byte, that tells UTF-16 without its mark
 
 
@@ -32,7 +40,7 @@ def problem(root: Path, file: Path, *, within: bool = True) -> str | None:
         within: whether to look at what is in it.
     """
     remedy = "it would lie readable on every node; move it out of the folder, or name it in .gitignore or .rayignore"
-    if _NAMES.fullmatch(file.name):
+    if _NAMES.fullmatch(_KEPT.sub("", file.name)):
         return f"{file} looks like a file of secrets: {remedy}"
     if within and any(_holds_one(text) for text in _texts(root / file)):
         return f"{file} holds what looks like a token, key or password: {remedy}"

@@ -21,7 +21,7 @@ import requests
 from ray.exceptions import AuthenticationError
 from ray.job_submission import JobStatus, JobSubmissionClient
 
-from raytune_lora.cluster.addresses import VARIABLES, dashboard
+from raytune_lora.cluster.addresses import VARIABLES, dashboard, token_refused
 from raytune_lora.errors import UserError
 from raytune_lora.names import plain
 
@@ -32,6 +32,13 @@ _WAITS = (1.0, 30.0)  # seconds before the first and the later tries to reach th
 _STOPPING = {"RAY_JOB_STOP_SIGNAL": "SIGINT", "RAY_JOB_STOP_WAIT_TIME_S": "120"}
 # of a custom resource: it says where drivers run, and how many at once; a little is left for small jobs beside them
 _DRIVER, _SMALL = 0.99, 0.001
+_FACTS: dict[str, type | tuple[type, ...]] = {
+    "overrides": list,
+    "output": str,
+    "env": list,
+    "resource": (str, type(None)),
+    "trials": int,
+}
 
 T = TypeVar("T")
 
@@ -176,8 +183,8 @@ class Cluster:
 
     def _jobs(self) -> list[SweepJob]:
         """The jobs of all sweeps, the newest first."""
-        jobs = map(_sweep_job, filter(_name, self.patiently(self._client.list_jobs)))
-        return sorted(jobs, key=lambda job: job.began, reverse=True)
+        jobs = map(sweep_job, self.patiently(self._client.list_jobs))
+        return sorted((job for job in jobs if job is not None), key=lambda job: job.began, reverse=True)
 
     def get(self, name: str) -> SweepJob:
         """The newest job of a sweep.
@@ -199,7 +206,9 @@ class Cluster:
             UserError: the token is refused.
         """
         # the log after the status: of a job that has ended it is whole
-        now = _sweep_job(self._ask(lambda: self._client.get_job_info(job.id)))
+        now = sweep_job(self._ask(lambda: self._client.get_job_info(job.id)))
+        if now is None:
+            raise Forgotten(f"{self.address} has another job by the name {job.id}")
         return now, self._ask(lambda: self._client.get_job_logs(job.id))
 
     def log(self, job: SweepJob) -> str:
@@ -254,7 +263,8 @@ class Cluster:
         try:
             return ask()
         except AuthenticationError as error:
-            raise UserError(_refused(self.address, str(error))) from None
+            sent = "invalid" in str(error).lower()
+            raise UserError(token_refused(f"--address {self.address}", sent=sent)) from None
         except (ConnectionError, requests.RequestException) as error:
             raise Unreachable(type(error).__name__) from None
         except RuntimeError as error:
@@ -279,22 +289,30 @@ def _unset(variables: Iterable[str]) -> Iterator[None]:
         os.environ.update(held)
 
 
-def _name(job: Any) -> str | None:
-    name: str | None = (job.metadata or {}).get(_PREFIX)
-    return name if job.submission_id and plain(name) else None  # results go to a folder of that name
+def sweep_job(job: Any) -> SweepJob | None:
+    """A job of Ray's as one of a sweep; None where it is none, as whoever uses the cluster may give a job our keys.
 
-
-def _sweep_job(job: Any) -> SweepJob:
+    Args:
+        job: ``ray.job_submission.JobDetails``.
+    """
     metadata = job.metadata or {}
+    name: str | None = metadata.get(_PREFIX)  # results go to a folder of that name
+    try:
+        facts = json.loads(metadata.get("facts", ""))
+        known = isinstance(facts, dict) and all(isinstance(facts.get(key), kind) for key, kind in _FACTS.items())
+    except ValueError:
+        known = False
+    if not (known and job.submission_id and plain(name)):
+        return None
     return SweepJob(
         id=job.submission_id,
-        name=metadata[_PREFIX],
+        name=str(name),
         status=job.status,
         message=job.message or "",
         began=(job.start_time or 0) / 1000,
         finished=job.end_time / 1000 if job.end_time else None,
         exit_code=job.driver_exit_code,
-        facts=json.loads(metadata["facts"]),
+        facts=facts,
     )
 
 
@@ -302,16 +320,4 @@ def _twice(name: str, state: str) -> str:
     return (
         f"--name {name}: a sweep of that name is {state}; follow it with --logs {name}, stop it with --stop {name}, or "
         "take another --name"
-    )
-
-
-def _refused(address: str, said: str) -> str:
-    """Why the dashboard refused, without what was sent to it."""
-    if "invalid" in said.lower():
-        what = "refuses the token in RAY_AUTH_TOKEN, RAY_AUTH_TOKEN_PATH or ~/.ray/auth_token, which is not its own"
-    else:
-        what = "wants a token, and none was sent"
-    return (
-        f"--address {address}: the cluster {what}; set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN_PATH=<file> or "
-        "RAY_AUTH_TOKEN (KubeRay: kubectl get secret <cluster> -o jsonpath='{.data.auth_token}' | base64 -d)"
     )

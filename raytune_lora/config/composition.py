@@ -23,11 +23,12 @@ from raytune_lora.config import schema, search
 from raytune_lora.config.data import TemplateConfig
 from raytune_lora.config.groups import conf_dir, own_dir, own_files
 from raytune_lora.config.lists import as_list, as_pattern, keys_of
-from raytune_lora.config.yaml_text import read_yaml
+from raytune_lora.config.yaml_text import see_to_bounds
 
 # what Hydra, OmegaConf and YAML raise at a bad override or file; a file that names itself has no end
 REFUSAL = (HydraException, OmegaConfBaseException, ValueError, yaml.YAMLError, RecursionError)
 _COLUMNS = re.compile(r"\+{0,2}(data(\.mix\.\w+)?\.columns(\.\w+=.*|=\{.*\}))", re.DOTALL)
+NO_WORD = "YAML reads a number as a number, and yes, no, on and off as true and false: write it in quotes"
 NUMBERS = ("dict[str, int]", "dict[str, float]")
 _PLAIN_GROUPS = {
     "data/template": TemplateConfig,
@@ -75,7 +76,7 @@ def composed(overrides: Sequence[str]) -> DictConfig:
 def _see_to_bounds(file: Path, _changed: int) -> None:
     """Raise for a file of the user's own that would keep Hydra busy for ever."""
     with contextlib.suppress(yaml.YAMLError):  # which Hydra tells
-        read_yaml(file.read_bytes(), str(file))
+        see_to_bounds(file.read_bytes(), str(file))
 
 
 @lru_cache
@@ -99,7 +100,10 @@ def merged(override: str) -> str:
 
 def to_object(node: Any) -> schema.SweepConfig:
     """A node as dataclasses; ``REFUSAL`` where it does not fit them."""
-    cfg = OmegaConf.to_object(node)
+    try:
+        cfg = OmegaConf.to_object(node)
+    except AssertionError as error:  # all that OmegaConf says of a key in a file that is no text
+        raise ConfigKeyError(f"a key is a word; {NO_WORD}") from error
     if not isinstance(cfg, schema.SweepConfig):
         raise TypeError(f"composed a {type(cfg).__name__}")
     if unknown := list(_unknown(cfg)):

@@ -16,7 +16,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf._utils import get_yaml_loader
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, InterpolationKeyError
 
-from raytune_lora.config.composition import NUMBERS, REFUSAL, composed, merged, to_object, typed_keys
+from raytune_lora.config.composition import NO_WORD, NUMBERS, REFUSAL, composed, merged, to_object, typed_keys
 from raytune_lora.config.groups import file_of, groups
 from raytune_lora.config.lists import as_list, as_pattern
 from raytune_lora.config.typed import typed
@@ -76,7 +76,7 @@ def _explained(choices: Sequence[str], override: str, key: str, error: Exception
     if key in groups():
         if name not in groups()[key]:
             return [_no_choice(key, name)]
-        return _file_problems(key, name, choices, within) or [f"{override}: a choice is written {key}={name}"]
+        return _file_problems(key, name, choices, within) or [f"{override}: a choice is written {typed(key, name)}"]
     if (group := key.replace(".", "/")) in groups():
         known = ", ".join(groups()[group])
         return [f"{key} is a group: choose one with {group}=<name> (got {name!r}; known: {known})"]
@@ -143,18 +143,20 @@ def _file_problems(group: str, name: str, choices: Sequence[str], within: Sequen
         where = error.problem_mark or error.context_mark
         place = f", line {where.line + 1}, column {where.column + 1}" if where else ""
         return [f"{path}{place}: not YAML: {error.problem or error.context}"]
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError) as error:
         return [f"{path}: not YAML: {_first_line(error)}"]
     return [f"{path}: {problem}" for problem in _body_problems(group, text, body, choices, (*within, path))]
 
 
 def _body_problems(group: str, text: str, body: Any, choices: Sequence[str], within: Sequence[Path]) -> list[str]:
+    if text.startswith("\ufeff"):
+        return ["it begins with a byte order mark, which Hydra takes for a part of the first line; save it without"]
     if not isinstance(body, dict):
         return [f"it holds keys with their values, as `search: {{trials: 8}}` (got {_shown(body)})"]
     package = next(iter(re.findall(r"^#\s*@package\s+(\S+)", text, re.MULTILINE)), group.replace("/", "."))
     if group == _WHOLE and package != _GLOBAL:
         return [f"its first line is `# @package {_GLOBAL}`; without that, its keys are not the config's"]
-    defaults = body.pop("defaults", None) or []
+    defaults = body.pop("defaults", [])
     if not isinstance(defaults, list):
         return [f"defaults is a list, as `defaults: [tiny]` (got {_shown(defaults)})"]
     chosen: list[str] = []
@@ -225,7 +227,13 @@ def _about(key: str, path: tuple[Any, ...], value: Any, error: Exception, choice
         if isinstance(value, str) and value in groups()[key]:
             return f"{key}: {value} is chosen in the defaults: `- override /{key}: {value}`"
         return f"{key} is a section, whose keys are written below it (got {_shown(value)})"
+    if not all(isinstance(name, str) for name in path):
+        return f"{key}: {NO_WORD} (got {_shown(value)})"
+    if key in typed_keys("list[") and isinstance(value, str):
+        return f"{key} is a list, as `[{_shown(value)}]` (got {_shown(value)})"
     missing = isinstance(_cause(error), (ConfigKeyError, ConfigAttributeError))
+    if missing and "." in path[-1]:
+        return f"{key}: the keys of a section are written below its name, as `search: {{trials: 8}}`"
     if missing and path[:-1] != ("space",) and (unknown := _unknown_key(key, choices)):
         return unknown
     return f"{key}: {_first_line(_cause(error))} (got {_shown(value)})"

@@ -25,17 +25,28 @@ def read_yaml(text: str | bytes, path: str, most: int = MOST) -> Any:
         UserError: it is too large, or its aliases repeat too much.
         yaml.YAMLError: it is no YAML.
     """
+    see_to_bounds(text, path, most)
+    try:
+        return yaml.safe_load(text)
+    except ValueError as error:  # a day of no month, a number of thousands of digits
+        raise yaml.YAMLError(str(error)) from error
+
+
+def see_to_bounds(text: str | bytes, path: str, most: int = MOST) -> None:
+    """Raise for a YAML text that would keep its reader busy for ever; the arguments are those of ``read_yaml``.
+
+    Raises:
+        UserError: it is too large, or its aliases repeat too much.
+        yaml.YAMLError: it is no YAML.
+    """
     if len(text) > _LONGEST * most:
         raise UserError(f"{path}: {len(text):,} characters are more than are read of such a file ({_LONGEST * most:,})")
     loader = yaml.SafeLoader(text)
     try:
         node = loader.get_single_node()
-        if node is None:
-            return None
-        if (count := _count(node, {}, _DEEPEST)) > most:
+        if node is not None and (count := _count(node, {}, _DEEPEST)) > most:
             said = f"{count:.3g} values" if count > most**2 else f"{count:,} values"
-            raise UserError(f"{path}: it stands for {said}, by its aliases (*name), and may for {most:,}; write fewer")
-        return loader.construct_document(node)
+            raise UserError(f"{path}: it stands for {said}, with all that aliases (*name) repeat; at most {most:,} may")
     except RecursionError as error:
         raise UserError(f"{path}: it is nested more than {_DEEPEST} deep, or in itself; write it flatter") from error
     finally:

@@ -17,6 +17,25 @@ def _token(prefix: str, rest: str) -> str:
     return rf"{prefix}(?<![A-Za-z0-9_-]{prefix}){rest}"
 
 
+# of services that give their tokens a prefix of their own, by what follows it
+_PREFIXED = {
+    "xapp-": "[0-9]-[A-Za-z0-9-]{20,255}",  # Slack
+    "GOCSPX-": "[A-Za-z0-9_-]{28}",  # Google
+    "ya29[.]": "[A-Za-z0-9_-]{30,2048}",
+    "gsk_": "[A-Za-z0-9]{40,60}",  # Groq
+    "r8_": "[A-Za-z0-9]{37}",  # Replicate
+    "xai-": "[A-Za-z0-9]{60,100}",
+    "nvapi-": "[A-Za-z0-9_-]{60,80}",
+    "pplx-": "[A-Za-z0-9]{40,60}",
+    "lsv2_": "(?:pt|sk)_[a-f0-9]{32}_[a-f0-9]{10}",  # LangSmith
+    "dapi": "[a-f0-9]{32}",  # Databricks
+    "wandb_v1_": "[A-Za-z0-9_]{60,100}",
+    "dckr_": "(?:pat|oat)_[A-Za-z0-9_-]{24,40}",
+    "hvs[.]": "[A-Za-z0-9_-]{24,200}",  # HashiCorp Vault
+    "glsa_": "[A-Za-z0-9]{32}_[a-f0-9]{8}",  # Grafana
+    "ATATT3": "[A-Za-z0-9_=-]{100,255}",  # Atlassian
+    "AGE-SECRET-KEY-1": "[A-Z0-9]{58}",
+}
 _GITLAB = tuple(f"gl{kind}-" for kind in ("dt", "ft", "soat", "rt", "cbt", "imt", "ptt", "agent", "oas"))  # and glpat-
 _TOKENS = re.compile(
     "|".join(
@@ -36,6 +55,7 @@ _TOKENS = re.compile(
             _token("dop_v1_", "[a-f0-9]{64}(?![A-Za-z0-9_])"),
             _token("AIza", "[A-Za-z0-9_-]{35}(?![A-Za-z0-9_-])"),
             *(_token(f"{who}k_{where}_", "[A-Za-z0-9]{16,255}") for who in "sr" for where in ("live", "test")),
+            *(_token(prefix, f"{rest}(?![A-Za-z0-9])") for prefix, rest in _PREFIXED.items()),
             _token("sk-", "(?P<sk>[A-Za-z0-9_-]{20,255})"),
             _token("eyJ", r"(?P<jwt>[A-Za-z0-9_-]{6,4096})\.[A-Za-z0-9_-]{2,}\.[A-Za-z0-9_-]{2,}"),
         ]
@@ -56,19 +76,42 @@ _SIGNS = (
     "sq0csp-",
     "pypi-",
     *_GITLAB,
+    *(prefix.replace("[.]", ".") for prefix in _PREFIXED if "_" not in prefix),
 )
-_PEM = re.compile(r"-----BEGIN (?:[A-Z0-9]{1,12} ){0,3}PRIVATE KEY(?: BLOCK)?-----")
-_PEM_END = re.compile(r"-----END [A-Z0-9 ]{0,40}-----")
+_PEM = re.compile(
+    r"-----BEGIN (?:[A-Z0-9]{1,12} ){0,3}PRIVATE KEY(?: BLOCK)?-----|---- BEGIN SSH2 [A-Z ]{0,20}KEY ----"
+)
+_PEM_END = re.compile(r"----(?:-END [A-Z0-9 ]{0,40}-| END [A-Z0-9 ]{0,40})----")
 _PEM_DATA = re.compile(r"[A-Za-z0-9+/]{16}")
-_PEM_BODY = re.compile(r"[A-Za-z0-9+/=\s\\]*")
-_ACCOUNT = re.compile(r"AccountKey=([A-Za-z0-9+/]{86}==)")  # of Azure's storage
-_HOOK = re.compile(r"hooks\.slack\.com/services/(T[A-Za-z0-9_]+/B[A-Za-z0-9_]+/[A-Za-z0-9_]+)")
+_PEM_BODY = re.compile(r"(?:\s{1,3}[A-Za-z-]{1,30}: [^\n]{0,200}){0,9}[A-Za-z0-9+/=\s\\]*")  # headers, and then data
+_HOOKS = {  # addresses of which whoever knows them may post
+    "hooks.slack.com/": r"hooks\.slack\.com/(?:services|workflows|triggers)/([A-Z0-9]+/[A-Z0-9]+/[A-Za-z0-9/]+)",
+    "/api/webhooks/": r"discord(?:app)?\.com/api/webhooks/([0-9]{15,22}/[A-Za-z0-9_-]{50,90})",
+    ".webhook.office.com/": r"\.webhook\.office\.com/webhookb2/([^\s\"'`<>]{40,300})",
+    "api.telegram.org/bot": r"api\.telegram\.org/bot([0-9]{8,10}:[A-Za-z0-9_-]{35})",
+}
+_SHAPES = {  # by what must be in a text for it to be looked at
+    "AccountKey=": re.compile(r"AccountKey=([A-Za-z0-9+/]{86}==)"),  # of Azure's storage
+    "Private-Lines:": re.compile(r"Private-Lines: [0-9]{1,3}\s+([A-Za-z0-9+/=\s]{32,8192})"),  # PuTTY
+    '"kty"': re.compile(r'"d"\s{0,9}:\s{0,9}"([A-Za-z0-9_-]{40,1024})"'),  # a JSON web key (RFC 7517)
+    '"auths"': re.compile(r'"auth"\s{0,9}:\s{0,9}"([A-Za-z0-9+/]{16,1024}={0,2})"'),  # Docker: user and password
+    ":AA": re.compile(r"(?<![A-Za-z0-9_:-])([0-9]{8,10}:AA[A-Za-z0-9_-]{33})(?![A-Za-z0-9_-])"),  # Telegram
+    "wandb login ": re.compile(r"wandb login (?:--\S{1,40} ){0,4}([a-f0-9]{40})(?![A-Za-z0-9])"),
+    "machine ": re.compile(r"machine\s{1,9}\S{1,100}\s{1,9}login\s{1,9}\S{1,100}\s{1,9}password\s{1,9}(\S{8,200})"),
+    **{sign: re.compile(pattern) for sign, pattern in _HOOKS.items()},
+}
+_AUTHORIZATION = re.compile(
+    r"Authorization[\"']?\s?[:=,]\s?[\"']?(?:Bearer|Basic|Token|token)\s([A-Za-z0-9+/=_.~-]{16,2048})"
+)
+_ENCODED = re.compile(r"(?<![A-Za-z0-9+/])LS0tLS1CRUdJTi[A-Za-z0-9+/]{36,16384}={0,2}")  # base64 of "-----BEGIN "
 _QUERY = re.compile(
     r"[?&;](?:sig|signature|x-amz-(?:signature|security-token)|x-goog-signature|access[_-]?token|auth[_-]?token|token"
     r"|api[_-]?key|sas(?:[_-]?token)?|password|secret)=([^\s&;#\"'`<>]{6,2000})",
     re.I,
 )
-_LOGIN = re.compile(r"://[^\s:/@]{1,64}:([^\s:/@]{3,100})@")
+_LOGIN = re.compile(r"://(?:[^\s:/@]{0,64}:([^\s:/@]{3,100})|([A-Za-z0-9_-]{20,100}):?)@")
+_HEX = re.compile("[0-9a-f]+")  # a name, or a public key, in an address
+_NO_PASSWORD = re.compile(r"pass(word|wd)?|pwd|secret|token|x+|\*+|[<\[{$].*|%[s(].*|.*\$\{.*|.*>", re.I)
 _ASSIGNED = re.compile(r"[=:]>?[ \t]{0,3}[\"'`]?([A-Za-z0-9+/=_.~!@#$%^&*\-]{8,200})")
 _SECRET_NAME = re.compile(
     r"(?:pass(?:word|wd|phrase)|pwd|secret|token|(?:api|access|private|auth|account|encryption|signing)[_ -]?key"
@@ -83,7 +126,7 @@ _PLACEHOLDER = re.compile(
 
 def secrets(text: str) -> Iterator[Match]:
     """What is a secret by its own shape."""
-    if "-----BEGIN " in text:
+    if "-----BEGIN " in text or "---- BEGIN " in text:
         yield from _private_keys(text)
     if any(sign in text for sign in _SIGNS):
         for shape in _TOKENS.finditer(text):
@@ -94,12 +137,23 @@ def secrets(text: str) -> Iterator[Match]:
             yield Match("secret", *shape.span())
     if "@" in text and "://" in text:
         for shape in _LOGIN.finditer(text):
-            if shape[1].lower() not in ("password", "passwd", "pass", "secret"):
+            if shape[1] and not _NO_PASSWORD.fullmatch(shape[1]):
                 yield Match("secret", *shape.span(1))
-    for sign, pattern in (("AccountKey=", _ACCOUNT), ("hooks.slack.com/", _HOOK)):
+            elif shape[2] and _is_random(shape[2]) and not _HEX.fullmatch(shape[2]):
+                yield Match("secret", *shape.span(2))
+    for sign, pattern in _SHAPES.items():
         if sign in text:
             yield from (Match("secret", *shape.span(1)) for shape in pattern.finditer(text))
-    yield from (match for match in query_secrets(text) if _is_signature(text[match.start : match.end]))
+    if "Authorization" in text:
+        found = (shape.span(1) for shape in _AUTHORIZATION.finditer(text) if _is_random(shape[1]))
+        yield from (Match("secret", *span) for span in found)
+    if "LS0tLS1CRUdJTi" in text:
+        found = (shape.span() for shape in _ENCODED.finditer(text) if b"PRIVATE KEY" in base64.b64decode(shape[0][:80]))
+        yield from (Match("secret", *span) for span in found)
+    for match in query_secrets(text):
+        value = text[match.start : match.end]
+        if _is_signature(value) or _is_random(value):
+            yield match
 
 
 def query_secrets(text: str) -> Iterator[Match]:

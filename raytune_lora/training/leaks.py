@@ -10,7 +10,6 @@ the number format that it trains with. T: time (tokens), V: vocabulary.
 from __future__ import annotations
 
 import random
-import sys
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -20,6 +19,7 @@ from raytune_lora.cache import Cache
 from raytune_lora.config.schema import RunConfig
 from raytune_lora.data.store import TokenStore
 from raytune_lora.errors import UserError
+from raytune_lora.models.packed import PackedAttention
 from raytune_lora.models.sources import materialize
 from raytune_lora.models.tokenizer import load_tokenizer
 from raytune_lora.training.batches import collate, pack
@@ -62,9 +62,8 @@ def probe_packing(cfg: RunConfig, store: TokenStore, place: Place) -> None:
         return
     folder = materialize(cfg.model, Cache.of(cfg.cache, cfg.cluster.node_cache))
     tokenizer = load_tokenizer(folder, cfg.model)
-    longest = min(cfg.training.micro_batch * cfg.data.max_length, int(store.lengths("train").sum()))
     with measured_model(cfg, folder) as (model, _):
-        leak = packed_leak(model, _tokens(store), tokenizer.pad_token_id, longest)
+        leak = packed_leak(model, _tokens(store), tokenizer.pad_token_id)
     place.report({"leak": leak})
 
 
@@ -96,14 +95,13 @@ def sees_ahead(model: Any, tokens: Sequence[int], pad_id: int) -> float | None:
 
 
 @torch.no_grad()
-def packed_leak(model: Any, tokens: Sequence[int], pad_id: int, longest: int) -> str | None:
+def packed_leak(model: Any, tokens: Sequence[int], pad_id: int) -> str | None:
     """How the logits of packed rows differ from what they are without the other rows; None where they do not.
 
     Args:
         model: takes input_ids, position_ids and attention_mask; in evaluation mode.
         tokens: to make rows of.
         pad_id: fills short rows.
-        longest: the most tokens that rows packed into one sequence may have.
     """
     draw = random.Random(0)
     firsts, later = _rows(draw, tokens, *[_LENGTHS[0]] * _VERSIONS), _rows(draw, tokens, *_LENGTHS[1:])
@@ -113,8 +111,6 @@ def packed_leak(model: Any, tokens: Sequence[int], pad_id: int, longest: int) ->
     one_by_one = torch.cat([row for first in firsts for row in _side_by_side(model, [first], pad_id)])
     try:
         packed = [_packed(model, [first, *later]) for first in firsts]
-        if (table := _causal_table(model)) < longest:  # a forward pass tells whether it is used
-            _packed(model, _rows(draw, tokens, *[table // 2 + 1] * 2))
     except torch.cuda.OutOfMemoryError:
         raise
     except Exception as error:  # whatever the model says of one sequence with several beginnings, having taken each
@@ -135,15 +131,11 @@ def _rows(draw: random.Random, tokens: Sequence[int], *lengths: int) -> list[lis
     return [[draw.choice(tokens) for _ in range(length)] for length in lengths]
 
 
-def _causal_table(model: Any) -> int:
-    """Side of the least table that a model keeps of which token sees which; where it keeps none, of the largest one."""
-    tables = (b for b in model.buffers() if b.dtype in (torch.bool, torch.uint8) and b.dim() > 1)
-    return min((b.shape[-1] for b in tables if b.shape[-1] == b.shape[-2]), default=sys.maxsize)
-
-
 def _packed(model: Any, rows: Sequence[list[int]]) -> torch.Tensor:
     """Logits of packed rows, (sum of T, V)."""
-    return _logits(model, pack([{"input_ids": row, "labels": row} for row in rows]))[0]
+    inputs, packed = pack([{"input_ids": row, "labels": row} for row in rows])
+    with PackedAttention(model).of(packed.on(next(model.parameters()).device)) as given:
+        return _logits(model, inputs | given)[0]
 
 
 def _side_by_side(model: Any, rows: Sequence[list[int]], pad_id: int) -> Iterator[torch.Tensor]:
@@ -153,10 +145,10 @@ def _side_by_side(model: Any, rows: Sequence[list[int]], pad_id: int) -> Iterato
         yield logits_TV[: len(row)]
 
 
-def _logits(model: Any, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+def _logits(model: Any, inputs: dict[str, Any]) -> torch.Tensor:
     device = next(model.parameters()).device
-    inputs = {name: tensor.to(device) for name, tensor in inputs.items() if name != "labels"}
-    return model(**inputs).logits.float()
+    tensors = {name: value.to(device) for name, value in inputs.items() if isinstance(value, torch.Tensor)}
+    return model(**{name: value for name, value in (inputs | tensors).items() if name != "labels"}).logits.float()
 
 
 def _computes_in(model: Any) -> torch.dtype:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from raytune_lora.data.encode import IGNORED
-from raytune_lora.training.batches import collate
+from raytune_lora.training.batches import Tokens, collate
 
 
 def validation_loss(model: Any, split: Any, *, rows: int, batch: int, pad_id: int, rank: int, workers: int) -> float:
@@ -56,8 +56,8 @@ def row_losses(
         rank: of this worker.
         workers: how many share the rows.
     """
-    chosen = split.select_columns(["input_ids", "labels"]).select(rows)
-    by_length = sorted(range(len(rows)), key=lambda i: len(chosen[i]["input_ids"]))
+    tokens = Tokens(split)
+    by_length = sorted(range(len(rows)), key=lambda i: len(tokens[rows[i]]["input_ids"]))
     batches = [by_length[i : i + batch] for i in range(0, len(rows), batch)]
     device = next(model.parameters()).device
     found_N2 = torch.zeros(len(rows), 2, dtype=torch.float64, device=device)
@@ -67,7 +67,9 @@ def row_losses(
         number = turn * workers + rank
         mine = number < len(batches)  # a worker without a batch of its own computes one that does not count
         members = batches[number if mine else 0]
-        inputs = {name: tensor.to(device) for name, tensor in collate([chosen[i] for i in members], pad_id).items()}
+        inputs = {
+            name: tensor.to(device) for name, tensor in collate([tokens[rows[i]] for i in members], pad_id).items()
+        }
         labels_BT = inputs.pop("labels")
         logits_BTV = model(**inputs).logits[:, -labels_BT.shape[1] :]  # virtual tokens come before a row's own
         if mine:

@@ -26,10 +26,11 @@ class Place:
     workers: int
     folder: Path  # of the task: checkpoints and logs
     report: Callable[[dict[str, Any]], bool]  # whether it was heard: from the first worker, while the task is wanted
-    stopped: Callable[[], int]  # whether the task's end was asked for, and how
+    stopped: Callable[[], int]  # whether the task's end was asked for, and how; each question waits for a process
     lives: Callable[[], None] = lambda: None  # shows that it goes on; it returns at once
     slot: int = 0  # number of the group among those of its pool
     uri: str | None = None  # of the folder in an object store that ``folder`` is this node's copy of
+    ask_every: float = 0.25  # seconds between two questions whether to stop, at steps that are not validated
 
     @property
     def copy(self) -> WorkingCopy:

@@ -77,17 +77,24 @@ class Plan:
         """One worker's micro batches from its ``first`` on; positions from ``total`` on pad the last step."""
         step, skipped = divmod(first, self.accumulation)
         for number in range(step, self.steps):
-            mine = self._micro_batches(number)[rank :: self.workers]
+            mine = self.micro_batches(number, rank)
             yield from mine[skipped:] if number == step else mine
+
+    def micro_batches(self, step: int, rank: int) -> list[list[int]]:
+        """One worker's micro batches of a step, counted from 0."""
+        return self._micro_batches(step)[rank :: self.workers]
 
     def _order(self, epoch: int) -> Rows:
         order = permutation(self.rows, epoch, self.seed)
         if not self.grouped or self.lengths is None:
             return order
-        if epoch not in self._orders:
-            self._orders.clear()
-            self._orders[epoch] = _grouped(order, self.lengths, self.global_batch)
-        return self._orders[epoch]
+        found = self._orders.get(epoch)
+        if found is None:
+            found = _grouped(order, self.lengths, self.global_batch)
+            for old in sorted(self._orders)[:-1]:  # one thread may read the end of an epoch, another the next
+                self._orders.pop(old, None)
+            self._orders[epoch] = found
+        return found
 
     @cached_property
     def _orders(self) -> dict[int, Rows]:

@@ -23,7 +23,7 @@ from raytune_lora.config.schema import RunConfig
 from raytune_lora.models.loading import load_model, precision
 from raytune_lora.training.deepspeed import inference_config, release, share_among, without_mlflow
 from raytune_lora.training.resident import base_model, let_go
-from raytune_lora.training.warmup import build_shared_memory_op
+from raytune_lora.training.warmup import build_shared_memory_op, prepare_builds
 
 _DONTNEED = 4  # of madvise(2)
 _LARGE = 2**20  # bytes of a parameter after which memory is given back
@@ -42,6 +42,7 @@ def join_group(cfg: RunConfig) -> None:
     AcceleratorState._reset_state(True)
     os.environ["ACCELERATE_USE_DEEPSPEED"] = str(cfg.deepspeed.enabled).lower()
     if cfg.gpus_per_worker:
+        prepare_builds()  # what is on disk is read and written by an op
         PartialState()
     elif cfg.deepspeed.enabled:
         build_shared_memory_op()

@@ -6,14 +6,15 @@ accuracy over the whole vocabulary to every step.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import resource
 import time
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.trainer_utils import unwrap_peft_model
@@ -22,16 +23,18 @@ from raytune_lora.artifacts import folder_bytes
 from raytune_lora.config.schema import RunConfig
 from raytune_lora.errors import DivergedError, QuotaError
 from raytune_lora.models.methods import Method
+from raytune_lora.models.packed import PackedAttention
 from raytune_lora.models.shape_parts import source_of
-from raytune_lora.training.batches import training_loader
+from raytune_lora.training.batches import Batches, MicroBatch, StepBatches
 from raytune_lora.training.checkpoint import Checkpoint, commit, write_parts
 from raytune_lora.training.delivery import Delivery
 from raytune_lora.training.gradients import FirstGradients
 from raytune_lora.training.metrics import validation_loss
+from raytune_lora.training.numbers import Numbers
 from raytune_lora.training.place import GO_ON, SAVE_AND_STOP, Place
 from raytune_lora.training.plan import Plan, stream
 from raytune_lora.training.schedule import advance, schedule
-from raytune_lora.training.state import put_optimizer
+from raytune_lora.training.state import put_optimizer, trained
 
 _OVER_QUOTA = 3  # beside what a place can ask for
 _STATE_BYTES = 16  # of a trained parameter in a checkpoint: fp32, as the adapter has it, and AdamW's two states
@@ -70,6 +73,8 @@ class PlannedTrainer(Trainer):
         validation: Any,
         pad_id: int,
         checkpoint: Checkpoint | None,
+        reporter: Reporter,
+        callbacks: list[TrainerCallback],
         **kwargs: Any,
     ) -> None:
         """
@@ -81,28 +86,30 @@ class PlannedTrainer(Trainer):
             validation: split of the token store.
             pad_id: fills short rows.
             checkpoint: whose weights the model has, to go on from.
+            reporter: asked and told after each step; one of the callbacks.
+            callbacks: of ``Trainer``.
             kwargs: of ``Trainer``.
         """
-        super().__init__(**kwargs)
+        super().__init__(callbacks=callbacks, **kwargs)
         if not (self.model_accepts_loss_kwargs and _takes_common_loss(self.model)):
             self.compute_loss_func = _loss_of_batch
         self._method = method
         self._cfg = cfg
         self._plan = plan
-        self._train_split = train
         self._validation_split = validation
         self._pad_id = pad_id
         self._checkpoint = checkpoint
+        self._reporter = reporter
         self._first = checkpoint.step if checkpoint else 0  # steps done before
-        self._micro = self._first * plan.accumulation  # forward passes done by this worker
-        self._gradients: FirstGradients | None = None
+        rank, packing = self.args.process_index, cfg.training.packing
+        settings: Any = {"first": self._first, "packing": packing, "device": self.args.device}
+        self.batches = Batches(train, plan, rank, pad_id, **settings)
 
-    def get_train_dataloader(self) -> DataLoader[Any]:
+    def get_train_dataloader(self) -> Any:
         """This worker's part alone; accelerate must not divide it again."""
-        packing, rank = self._cfg.training.packing, self.args.process_index
-        return training_loader(self._train_split, self._plan, rank, self._pad_id, first=self._first, packing=packing)
+        return self.batches
 
-    def num_examples(self, dataloader: DataLoader[Any]) -> int:
+    def num_examples(self, dataloader: Any) -> int:
         return self._plan.total
 
     def create_optimizer(self, model: Any = None) -> Any:
@@ -131,17 +138,102 @@ class PlannedTrainer(Trainer):
             loss = loss + (penalty - penalty.detach()) / self._plan.accumulation
         return loss
 
-    def training_step(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+    def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Any:
+        """Transformers' without what is the same at each: the mode of all modules, and work for other machines.
+
+        The loss is scaled by the trained tokens of the whole batch: those of a forward pass are not counted.
+        """
+        with self.compute_loss_context_manager():
+            loss = self.compute_loss(model, inputs, num_items_in_batch=num_items_in_batch)
+        self.accelerator.backward(loss, **({"scale_wrt_gas": False} if self.is_deepspeed_enabled else {}))
+        return loss.detach()
+
+    def _micro_step(self, model: Any, batch: MicroBatch, num_items: torch.Tensor) -> Any:
         """Dropout draws by the samples' place in the run: whoever goes on from there, on any worker, draws the same."""
-        position = next(self._plan.positions(self.args.process_index, self._micro))[0]
-        torch.manual_seed(stream(self._cfg.training.seed, "dropout", position))
-        self._micro += 1
-        if self._gradients is None:
-            self._gradients = FirstGradients(self.model)
-        loss = super().training_step(model, inputs, *args, **kwargs)
-        if self._micro == (self._first + 1) * self._plan.accumulation:
-            self._gradients.check(self._cfg.method.kind)
+        torch.manual_seed(stream(self._cfg.training.seed, "dropout", batch.position))
+        inputs, rows = batch.on(self.args.device)
+        apart: Any = self._packed.of(rows) if rows is not None else contextlib.nullcontext({})
+        with apart as given:
+            return self.training_step(model, inputs | given, num_items)
+
+    def _run_epoch(self, model: Any, epoch: Any, train_dataloader: Batches, *_: Any, **__: Any) -> None:
+        """All steps of the sitting. Transformers' own does much at each forward pass, and waits for the GPU often."""
+        model.train()
+        parameters = [p for _, p in trained(self.model)]
+        numbers = Numbers(self.args.device, self._plan.workers)
+        gradients: FirstGradients | None = FirstGradients(self.model)
+        asked_for = time.perf_counter()
+        for batches in train_dataloader:
+            data_wait = time.perf_counter() - asked_for
+            self.control = self.callback_handler.on_step_begin(self.args, self.state, self.control)
+            loss = self._forward_and_backward(model, batches)
+            if gradients is not None:
+                gradients.check(self._cfg.method.kind)
+                gradients = None
+            grad_norm, learning_rate = self._step(model, parameters)
+            self.state.global_step += 1
+            self.control = self.callback_handler.on_step_end(self.args, self.state, self.control)
+            measured = {"learning_rate": learning_rate, "data_wait": data_wait}
+            numbers.put(self.state.global_step, loss, grad_norm, asked=self._reporter.ask(self.state), **measured)
+            self._end_step(model, numbers)
+            if self.control.should_training_stop:
+                break
+            asked_for = time.perf_counter()
+
+    def _forward_and_backward(self, model: Any, batches: StepBatches) -> torch.Tensor:
+        """The gradients of a step. Returns this worker's part of its loss, not yet read."""
+        device, last = self.args.device, len(batches.micro) - 1
+        num_items = torch.full((), float(batches.trained), device=device)
+        loss = torch.zeros((), device=device)
+        for number, batch in enumerate(batches.micro):
+            self.accelerator.gradient_state._set_sync_gradients(number == last)
+            waits = number < last and not self.is_deepspeed_enabled
+            with self.accelerator.no_sync(model) if waits else contextlib.nullcontext():
+                loss += self._micro_step(model, batch, num_items)
         return loss
+
+    def _step(self, model: Any, parameters: list[Any]) -> tuple[Any, float]:
+        """The optimizer's step. Returns the gradient's norm before clipping, not yet read, and the learning rate."""
+        if self.is_deepspeed_enabled:  # whose engine has clipped and stepped in the backward pass
+            grad_norm = model.get_global_grad_norm()
+        else:
+            grad_norm = self.accelerator.clip_grad_norm_(parameters, self.args.max_grad_norm or math.inf)
+        self.control = self.callback_handler.on_pre_optimizer_step(self.args, self.state, self.control)
+        optimizer: Any = self.optimizer
+        optimizer.step()
+        self.control = self.callback_handler.on_optimizer_step(self.args, self.state, self.control)
+        learning_rate = self._get_learning_rate()
+        if not self.accelerator.optimizer_step_was_skipped:
+            scheduler: Any = self.lr_scheduler
+            scheduler.step()
+        for parameter in parameters:
+            parameter.grad = None
+        return grad_norm, learning_rate
+
+    def _end_step(self, model: Any, numbers: Numbers) -> None:
+        """Log what has been read, do what was asked, validate and save."""
+        asked = self._log_steps(numbers, self._plan.evaluates_after(self.state.global_step))
+        if asked:
+            asked = max(asked, self._log_steps(numbers, everything=True))
+        self._reporter.obey(asked, self.state, self.control)
+        if self.control.should_evaluate:
+            self.evaluate()
+        if self.control.should_save:
+            self._save_checkpoint(model, None)
+            self.control = self.callback_handler.on_save(self.args, self.state, self.control)
+
+    def _log_steps(self, numbers: Numbers, everything: bool) -> int:
+        """Returns the most urgent of what was asked."""
+        asked = 0
+        for read in numbers.read(everything):
+            self.control = self.callback_handler.on_log(self.args, self.state, self.control, vars(read))
+            asked = max(asked, read.asked)
+        return asked
+
+    @cached_property
+    def _packed(self) -> PackedAttention:
+        model: Any = self.model
+        return PackedAttention(model)
 
     def _init_training_state(self, *args: Any, **kwargs: Any) -> tuple[int, int]:
         super()._init_training_state(*args, **kwargs)
@@ -202,6 +294,7 @@ class Reporter(TrainerCallback):
         self._method = method
         self._facts = facts
         self._began = 0.0
+        self._next_ask = 0.0
         self._training_seconds: float = checkpoint.report["training_seconds"] if checkpoint else 0.0
         self._losses: list[float] = checkpoint.progress.get("losses", []) if checkpoint else []  # since the validation
         self._eval_loss = math.nan
@@ -214,12 +307,37 @@ class Reporter(TrainerCallback):
     def on_step_begin(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
         self._began = time.perf_counter()
 
-    def on_step_end(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
+    def ask(self, state: Any) -> int:
+        """What the first worker is asked to do, at most a few times a second; the others follow it."""
+        if self._place.rank:
+            return GO_ON
+        due, now = self._plan.evaluates_after(state.global_step), time.perf_counter()
+        if due and self._over_quota():
+            return _OVER_QUOTA
+        if not due and now < self._next_ask:
+            return GO_ON
+        self._next_ask = now + self._place.ask_every
+        return int(self._place.stopped())
+
+    def obey(self, asked: int, state: Any, control: Any) -> None:
+        """Say what follows a step: all workers do, at the same one.
+
+        Args:
+            asked: the first worker, at this step or one before.
+            state: of the trainer.
+            control: of the trainer; told whether to validate, save and stop.
+
+        Raises:
+            QuotaError: a checkpoint is due and there is no room for it.
+        """
         self._training_seconds += time.perf_counter() - self._began
-        control.should_log = True
+        if asked == _OVER_QUOTA:
+            raise QuotaError(
+                f"with its next checkpoint, of about {self._size / 1e9:.3g} GB, its folder would take more than "
+                f"disk.trial_gb={self._cfg.disk.trial_gb:g}; raise it, or lower training.keep_checkpoints"
+            )
         due = self._plan.evaluates_after(state.global_step)
         pauses = due and self._plan.pauses_at(self._plan.samples_seen(state.global_step))
-        asked = self._asked(due)
         self.left = asked == SAVE_AND_STOP and state.global_step < self._plan.steps and not pauses
         control.should_evaluate = due
         control.should_save = due or self.left
@@ -230,13 +348,13 @@ class Reporter(TrainerCallback):
         self._method.after_step(kwargs["model"], state.global_step + 1)
 
     def on_log(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
-        logs: dict[str, float] = kwargs["logs"]
-        if "loss" not in logs:
+        logs: dict[str, Any] = kwargs["logs"]
+        if "loss" not in logs:  # of the end
             return
         self._losses.append(logs["loss"])
-        for value in (logs["loss"], logs.get("grad_norm", 0.0)):
+        for value in (logs["loss"], logs["grad_norm"] or 0.0):
             if not math.isfinite(value):
-                raise DivergedError(state.global_step, value)
+                raise DivergedError(logs["step"], value)
 
     def on_evaluate(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
         self._eval_loss = kwargs["metrics"]["eval_loss"]
@@ -270,26 +388,6 @@ class Reporter(TrainerCallback):
     def _gave_up(self) -> bool:
         patience = self._cfg.training.patience
         return patience is not None and self._in_vain >= patience
-
-    def _asked(self, saves: bool) -> int:
-        """What the first worker was asked to do: the others follow it, or they would wait for it for ever.
-
-        Raises:
-            QuotaError: a checkpoint is due and there is no room for it; on every worker.
-        """
-        asked = 0
-        if self._place.rank == 0:
-            asked = _OVER_QUOTA if saves and self._over_quota() else int(self._place.stopped())
-        if self._place.workers > 1:
-            flag = torch.tensor([asked], device="cuda" if torch.distributed.get_backend() == "nccl" else "cpu")
-            torch.distributed.broadcast(flag, src=0)
-            asked = int(flag.item())
-        if asked == _OVER_QUOTA:
-            raise QuotaError(
-                f"with its next checkpoint, of about {self._size / 1e9:.3g} GB, its folder would take more than "
-                f"disk.trial_gb={self._cfg.disk.trial_gb:g}; raise it, or lower training.keep_checkpoints"
-            )
-        return asked
 
     def _over_quota(self) -> bool:
         quota = self._cfg.disk.trial_gb

@@ -14,14 +14,16 @@ import shutil
 import sys
 import sysconfig
 import time
-from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from filelock import FileLock
+from torch.utils import cpp_extension
+from torch.utils.file_baton import FileBaton
 
 _OP = "deepspeed_shm_comm"
-_BUILDER = ".builder"  # beside it: the machine that built last
+_BUILDER = ".builder"  # in an op's folder: the machine whose process of this package builds there
 _BUILD = 180.0  # seconds that a build may take; half a minute is usual
 _LOOK = 0.2
 
@@ -42,25 +44,72 @@ def own_cache() -> None:
         os.environ["TORCH_EXTENSIONS_DIR"] = str(cache / "raytune-lora" / "ops" / environment)
 
 
+def prepare_builds() -> None:
+    """Have torch find its tools, keep what it builds apart, and build whatever DeepSpeed asks for under our lock."""
+    find_ninja()
+    own_cache()
+    cpp_extension.FileBaton = Baton  # type: ignore[attr-defined]  # where torch has imported it
+
+
+class Baton(FileBaton):
+    """The lock under which torch builds an extension, given back when its holder dies.
+
+    Torch's own is a file: one that a killed process has left is waited for without end. Here one process of the machine
+    builds at a time. It waits for another no longer than a build takes, and what one that was killed has left is taken
+    away. Where the extension is there already, torch sees that under the lock, and builds nothing.
+    """
+
+    def __init__(self, lock_file_path: str, *arguments: Any, **settings: Any) -> None:
+        """
+        Args:
+            lock_file_path: torch's lock, in the folder of the extension.
+            arguments: of torch's own.
+            settings: of torch's own.
+        """
+        super().__init__(lock_file_path, *arguments, **settings)
+        self._op = Path(lock_file_path).parent
+        self._alone = FileLock(self._op.parent / ".building", timeout=_BUILD)
+
+    def try_acquire(self) -> bool:
+        """
+        Returns:
+            True.
+
+        Raises:
+            Timeout: another is at it for longer than a build takes; an ``OSError``.
+        """
+        self._alone.acquire()
+        try:
+            while not super().try_acquire():
+                take_away(self._op)
+                self._op.mkdir(exist_ok=True)
+            (self._op / _BUILDER).write_text(platform.node())
+        except BaseException:
+            self._alone.release()
+            raise
+        return True
+
+    def release(self) -> None:
+        try:
+            (self._op / _BUILDER).unlink(missing_ok=True)
+            super().release()
+        finally:
+            self._alone.release()
+
+
 def build_shared_memory_op() -> str:
     """Build the op, or tell DeepSpeed to do without it in all workers of the group.
-
-    One process of the machine builds at a time. It waits for another no longer than a build takes, and what one that
-    was killed has left is taken away: torch itself would wait for that one's lock for ever.
 
     Returns:
         what was done, as a sentence.
     """
-    find_ninja()
-    own_cache()
+    prepare_builds()
     import deepspeed
     from deepspeed.comm.torch import build_shm_op
 
     start, reason = time.monotonic(), None
-    ops = Path(os.environ["TORCH_EXTENSIONS_DIR"])
     try:
-        with _alone(ops):
-            op = build_shm_op()
+        op = build_shm_op()
     except (ImportError, OSError, RuntimeError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0].partition(": [")[0]
     if not _all_have_it(reason is None):
@@ -72,34 +121,21 @@ def build_shared_memory_op() -> str:
     return f"DeepSpeed's shared-memory op is ready ({time.monotonic() - start:.0f} s)"
 
 
-@contextlib.contextmanager
-def _alone(ops: Path) -> Iterator[None]:
-    """Be the one process of this package that builds in a folder.
-
-    Raises:
-        Timeout: another is at it for longer than a build takes; an ``OSError``.
-    """
-    ops.mkdir(parents=True, exist_ok=True)
-    with FileLock(ops / ".building", timeout=_BUILD):  # the system gives it back when its holder dies
-        builder = ops / _BUILDER
-        _take_away(ops / _OP, builder.read_text() if builder.is_file() else None)
-        builder.write_text(platform.node())
-        yield
-
-
-def _take_away(op: Path, builder: str | None) -> None:
+def take_away(op: Path) -> None:
     """Remove what was left of a build, with torch's lock on it, once whoever began it cannot be at it any more.
+
+    Where that was a process of this package on this machine, it is dead: we hold its lock. Another machine may share
+    the folder and not the lock, and another program knows torch's alone: they are waited for as long as a build takes.
 
     Args:
         op: the folder of the op.
-        builder: the machine whose process of this package built there last. Where that is this one, it is dead: we hold
-            its lock. Another machine may share the folder and not the lock, and another program knows torch's alone.
     """
     lock, began = op / "lock", time.monotonic()
     while lock.exists():
         with contextlib.suppress(FileNotFoundError):
+            mine = (op / _BUILDER).is_file() and (op / _BUILDER).read_text() == platform.node()
             old = time.time() - lock.stat().st_mtime > _BUILD  # by another machine's clock, which may be wrong
-            if builder == platform.node() or old or time.monotonic() - began > _BUILD:
+            if mine or old or time.monotonic() - began > _BUILD:
                 shutil.rmtree(op, ignore_errors=True)  # its compiler may live, and go on to write there
                 return
         time.sleep(_LOOK)

@@ -27,7 +27,7 @@ from raytune_lora.models.loading import precision
 from raytune_lora.models.methods import Start, method_for
 from raytune_lora.models.sources import materialize
 from raytune_lora.models.tokenizer import load_tokenizer
-from raytune_lora.training.batches import Samples, collate
+from raytune_lora.training.batches import Tokens, collate
 from raytune_lora.training.checkpoint import Checkpoint, bring_latest, latest, reports
 from raytune_lora.training.deepspeed import deepspeed_config, release
 from raytune_lora.training.place import SAVING, Place
@@ -75,6 +75,7 @@ def train(cfg: RunConfig, store: TokenStore, place: Place, until: int | None = N
         reporter.delivery.settle()
     finally:
         hook.remove()
+        trainer.batches.close()
         reporter.delivery.close()
         for watcher in watching:
             watcher.close()
@@ -130,6 +131,7 @@ def _trainer(
         checkpoint=checkpoint,
         model=model,
         args=args,
+        reporter=reporter,
         callbacks=[*watching, reporter, *(AfterSave(watcher) for watcher in watching)],
     )
     trainer.remove_callback(PrinterCallback)
@@ -175,10 +177,10 @@ def _start(
 ) -> Start:
     def samples(count: int) -> Iterator[dict[str, Any]]:
         """The run's first samples, the same on every worker."""
-        rows = Samples(store.split("train"), plan)
+        rows = Tokens(store.split("train"))
         for first in range(0, min(count, plan.total), plan.micro_batch):
             chosen = range(first, min(first + plan.micro_batch, count, plan.total))
-            yield collate([rows[position] for position in chosen], pad_id)
+            yield collate([rows[int(row)] for row in plan.rows_at(chosen.start, chosen.stop)], pad_id)
 
     return Start(plan.steps, folder, samples, checkpoint.extra() if checkpoint else None)
 

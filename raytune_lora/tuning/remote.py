@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from ray.job_submission import JobStatus
 from rich.console import Console
 
 from raytune_lora import shadows
@@ -24,6 +25,7 @@ from raytune_lora.config.groups import OWN, own_dir
 from raytune_lora.errors import UserError
 from raytune_lora.tuning import secrets
 from raytune_lora.tuning.elsewhere import check_elsewhere
+from raytune_lora.tuning.interrupt import INTERRUPTED
 from raytune_lora.tuning.progress import Tally, clock
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,62}")
@@ -60,7 +62,8 @@ def remote(options: Options, program: str) -> int:
         program: as typed, to say how to come back.
 
     Returns:
-        The exit status: 0 well or detached, 1 the sweep failed, 2 it was the user's mistake.
+        The exit status: 0 well or detached, 1 the sweep failed, 2 it was the user's mistake, 130 it was stopped, or its
+        machine taken away.
 
     Raises:
         UserError: it cannot be done; nothing was started.
@@ -207,7 +210,8 @@ def _follow(cluster: Cluster, job: SweepJob, options: Options, program: str) -> 
         print(_in_short(job, tally))
         if job.status.value != "SUCCEEDED":
             print(f"to go on with it: {program} --resume {job.name} --address {cluster.address}")
-            return 2 if job.exit_code == 2 else 1
+            stopped = INTERRUPTED if job.status is JobStatus.STOPPED else 1
+            return job.exit_code if job.exit_code in (2, INTERRUPTED) else stopped
         left = bring(cluster, job.name, job.facts, target)
     except KeyboardInterrupt:
         print(_way_back(cluster, job.name, program))

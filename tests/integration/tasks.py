@@ -40,17 +40,17 @@ def train_and_note_positions(cfg: Any, store: Any, place: Any) -> None:
     from raytune_lora.training import batches
 
     seen: list[int] = []
-    original = batches.Samples.__getitem__
+    original = batches.MicroBatch.on
 
-    def noted(self: Any, position: int) -> Any:
-        seen.append(position)
-        return original(self, position)
+    def noted(self: Any, device: Any) -> Any:
+        seen.append(self.position)
+        return original(self, device)
 
-    batches.Samples.__getitem__ = noted  # type: ignore[method-assign]
+    batches.MicroBatch.on = noted  # type: ignore[method-assign]
     try:
         train(cfg, store, place)
     finally:
-        batches.Samples.__getitem__ = original  # type: ignore[method-assign]
+        batches.MicroBatch.on = original  # type: ignore[method-assign]
     (place.folder / f"seen-{place.rank}.json").write_text(json.dumps(seen))
 
 
@@ -133,7 +133,8 @@ def train_and_note_parts(cfg: Any, store: Any, place: Any) -> None:
 
 def train_until_told(cfg: Any, store: Any, place: Any) -> None:
     """Train up to the step after the first checkpoint."""
-    train(cfg, store, dataclasses.replace(place, stopped=lambda: any(place.folder.glob("checkpoint-*"))))
+    told = dataclasses.replace(place, stopped=lambda: any(place.folder.glob("checkpoint-*")), ask_every=0)
+    train(cfg, store, told)
 
 
 def train_with_a_crash(cfg: Any, store: Any, place: Any) -> None:

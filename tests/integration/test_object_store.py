@@ -37,7 +37,7 @@ from raytune_lora.data.splits import SPLITS
 from raytune_lora.data.store import TokenStore
 from raytune_lora.errors import UserError
 from raytune_lora.models.sources import materialize
-from raytune_lora.training.batches import training_loader
+from raytune_lora.training.batches import Batches
 from raytune_lora.training.place import CHECKPOINTS
 from raytune_lora.training.plan import plan_run
 from raytune_lora.tuning.preflight import check_inputs
@@ -290,7 +290,7 @@ def batch(store: TokenStore) -> list[list[int]]:
     """The input ids of the first training batch."""
     cfg = compose(["model=tiny", "data=fake", "training.max_steps=2"])
     plan = plan_run(cfg, store.rows["train"], store.lengths("train"))
-    ids: list[list[int]] = next(iter(training_loader(store.split("train"), plan, 0, 0)))["input_ids"].tolist()
+    ids: list[list[int]] = Batches(store.split("train"), plan, 0, 0).step(0).micro[0].whole[0].tolist()
     return ids
 
 

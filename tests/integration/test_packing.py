@@ -33,8 +33,8 @@ def test_packed_rows_that_would_see_each_other_are_refused(
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    model, output = tmp_path / "opt", tmp_path / "out"
-    zoo.build("opt", max_position_embeddings=512).save_pretrained(model)
+    model, output = tmp_path / "bloom", tmp_path / "out"
+    zoo.build("bloom").save_pretrained(model)
     byte_tokenizer().save_pretrained(model)
     capsys.readouterr()  # of transformers, which shows that it writes
     overrides = [*TINY[1:], *EVALUATION, f"model.path={model}", f"cache={cache}", f"output={output}", override]

@@ -82,7 +82,7 @@ def train(copy: WorkingCopy, cfg: RunConfig, store: TokenStore, steps: int = 100
 
     copy.path.mkdir(parents=True, exist_ok=True)
     stopped = lambda: GO_ON if next(left, None) is not None else STOP  # noqa: E731
-    worker.train(cfg, store, Place(0, 1, copy.path, report, stopped, uri=copy.uri))
+    worker.train(cfg, store, Place(0, 1, copy.path, report, stopped, ask_every=0, uri=copy.uri))
     return reports
 
 

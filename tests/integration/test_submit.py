@@ -227,6 +227,26 @@ def test_without_the_token(cluster: Cluster, token: dict[str, str], said: str, t
     assert not cluster.leaks("another0planted0token")
 
 
+@pytest.mark.parametrize(
+    ("token", "said"),
+    [
+        ({}, "wants a token, and none was sent; set RAY_AUTH_MODE=token"),
+        ({"RAY_AUTH_MODE": "token"}, "wants a token, and none was sent; set RAY_AUTH_MODE=token"),
+        ({"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": "/nowhere"}, "wants a token, and none was sent"),
+        ({"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "another0planted0token"}, "refuses the token in RAY_AUTH_TOKEN"),
+    ],
+)
+def test_joined_without_the_token(cluster: Cluster, token: dict[str, str], said: str, tmp_path: Path) -> None:
+    """By a driver on one of its machines; Ray itself tries for twenty seconds, and speaks of a lost connection."""
+    environment = laptop() | token | {"HOME": str(tmp_path)}
+    address = f"cluster.address=127.0.0.1:{cluster.port}"
+    arguments = ("experiment=tiny", f"output={tmp_path / 'sweep'}", f"cache={tmp_path / 'cache'}", address)
+    refused = Job("sweep", *arguments, environment=environment).end(2)
+    assert refused.startswith(f"error: {address}: the cluster {said}")
+    assert refused.count("\n") == 1
+    assert not any(secret in refused for secret in token.values() if "planted" in secret)
+
+
 def test_submitted_by_ray_and_no_secret_is_written(
     cluster: Cluster, tmp_path: Path, cache: Path, tiny_folder: Path, rows: Path
 ) -> None:
@@ -425,7 +445,7 @@ def test_submitted_left_alone_stopped_and_resumed(
     follower.wait_for("trial 0000 started")
     way.open = False
     assert "mine: asked to stop" in submit(*near, "--stop", "mine").end()
-    assert "mine: stopped, " in submit(*near, "--logs", "mine").end(1)
+    assert "mine: stopped, " in submit(*near, "--logs", "mine").end(130)
     assert "mine: stopped, " in submit(*near, "--list").end()
     assert len(events(sweep, "phase")) == 2  # prepare, baseline
     forget("raytune-lora-mine.1", cluster)  # as a head does that is started again

@@ -201,7 +201,10 @@ def test_a_sweep_whose_own_machine_is_drained_goes_on_elsewhere(cluster: Any, tm
     for trial in ("0000", "0001"):
         newest = sorted((folder / "trials" / trial).glob("checkpoint-*"))[-1]
         assert newest.name == f"checkpoint-{len(losses(folder / 'trials' / trial)):08d}", "saved at its last step"
-    finish(start("sweep", f"resume={folder}", "cluster.address=local"))
+    out, err = finish(start("sweep", f"resume={folder}", "cluster.address=local", "tracking.log=json"))
+    told = [json.loads(line) for line in (err + out).splitlines()]  # all that it says is for machines
+    assert told[-1]["event"] == "summary"
+    assert "best trial:" in told[-1]["message"]
     went_well(folder, 3)
 
 

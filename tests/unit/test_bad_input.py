@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -290,6 +291,7 @@ def test_no_such_verb(arguments: list[str], capsys: pytest.CaptureFixture[str]) 
     [
         ("sweep", ["model=tiny", "data=fake", "training.foo=1"], "error: training.foo: unknown key."),
         ("train", ["model=tiny", "data.path=my.jsonl"], "error: data.path: "),
+        ("train", ["model=tiny", "data.path=my.jsonl", "tracking.log=json"], '{"time": '),
     ],
 )
 def test_the_status_of_the_command(verb: str, overrides: list[str], said: str, here: Path, cache: Path) -> None:
@@ -298,4 +300,6 @@ def test_the_status_of_the_command(verb: str, overrides: list[str], said: str, h
     done = subprocess.run(command, cwd=here, env=environment, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.startswith(said)
+    if "tracking.log=json" in overrides:
+        assert [json.loads(line)["message"][:17] for line in done.stderr.splitlines()] == ["error: data.path:"]
     assert list(here.iterdir()) == []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import resource
 import signal
 import threading
 import time
@@ -60,13 +61,31 @@ def test_a_template_without_end_is_ended(template: str, monkeypatch: pytest.Monk
     with pytest.raises(Endless, match="has computed for 0 s on one text and not come to an end"):
         write(ROW)
     assert time.process_time() - began < 5
-    assert signal.getitimer(signal.ITIMER_VIRTUAL)[0] == 0
+    assert signal.getitimer(signal.ITIMER_PROF)[0] == 0
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{{ 'a' * 10**10 }}",
+        "{{ 'a'|center(10**10) }}",
+        "{% set x = namespace(s='a' * 2**20) %}{% for i in range(20) %}{% set x.s = x.s ~ x.s %}{% endfor %}",
+        "{% set x = ('a' * 10**5)|replace('a', 'b' * 10**5) %}",
+    ],
+)
+def test_a_template_that_swells_is_ended(template: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(endless, "MEMORY", 2**29)
+    allowed = resource.getrlimit(resource.RLIMIT_DATA)
+    with pytest.raises(Endless, match=r"wants more than 0\.5 GiB of memory for one text"):
+        writer(CHAT, tokenizer(template + TALK))(ROW)
+    assert resource.getrlimit(resource.RLIMIT_DATA) == allowed
+    assert signal.getitimer(signal.ITIMER_PROF)[0] == 0
 
 
 def test_a_template_that_ends_is_not_ended(monkeypatch: pytest.MonkeyPatch) -> None:
-    handler = signal.getsignal(signal.SIGVTALRM)
+    handler = signal.getsignal(signal.SIGPROF)
     assert "an answer" in render(ROW, CHAT, tokenizer(TALK)).text
-    assert signal.getsignal(signal.SIGVTALRM) is handler
+    assert signal.getsignal(signal.SIGPROF) is handler
     texts: list[str] = []
     thread = threading.Thread(target=lambda: texts.append(render(ROW, CHAT, tokenizer(TALK)).text))
     thread.start()
@@ -88,8 +107,8 @@ def swelling(levels: int, line: str = "a{n}: &a{n} [{refs}]") -> str:
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        (swelling(9), "by its aliases (*name), and may for 50,000; write fewer"),
-        ("a0: &a0 {x: 1}\n" + swelling(40, "a{n}: &a{n} {{<<: [{refs}]}}").partition("\n")[2], "by its aliases"),
+        (swelling(9), "with all that aliases (*name) repeat; at most 50,000 may"),
+        ("a0: &a0 {x: 1}\n" + swelling(40, "a{n}: &a{n} {{<<: [{refs}]}}").partition("\n")[2], "with all that aliases"),
         ("a: &a [*a]", "nested more than 50 deep, or in itself"),
         ("[" * 2000, "nested more than 50 deep"),
         ("[" * 60 + "]" * 60, "nested more than 50 deep"),

@@ -350,12 +350,31 @@ def test_a_mistake_in_a_file_is_answered_as_on_the_command_line(own: Path, writt
         (f"{_TOP}search:\n\ttrials: 3\n", ", line 4, column 1: not YAML: found character"),
         (f"{_TOP}workers: &a [*a]\n", "it is nested more than 50 deep, or in itself; write it flatter"),
         ("- workers\n", "it holds keys with their values, as `search: {trials: 8}` (got ['workers'])"),
+        (f"{_TOP}on: 2\n", "True: YAML reads a number as a number, and yes, no, on and off as true and false: write"),
+        (f"{_TOP}cluster: {{1: 2}}\n", "cluster.1: YAML reads a number as a number"),
+        (f"{_TOP}search.trials: 4\n", "search.trials: the keys of a section are written below its name, as `sear"),
+        (f"{_TOP}method: {{target_modules: q_proj}}\n", "method.target_modules is a list, as `['q_proj']` (got"),
+        (f"{_TOP}workers: {'9' * 5000}\n", "not YAML: Exceeds the limit"),
+        (f"{_TOP}workers: 2026-13-45\n", "workers: Value '2026-13-45' of type 'str' could not"),
+        (f"{_TOP}x: [{'1, ' * 50_000}]\n", "it stands for 50,0"),
+        (_TOP.replace("[tiny]", ""), "defaults is a list, as `defaults: [tiny]` (got None)"),
+        (f"\ufeff{_TOP}", "it begins with a byte order mark"),
         ("just words\n", "it holds keys with their values, as `search: {trials: 8}` (got 'just words')"),
     ],
 )  # fmt: skip
 def test_every_mistake_in_a_file_is_explained(own: Path, text: str, answer: str) -> None:
     (problem,) = said(own, text)
     assert problem.startswith(answer)
+
+
+@pytest.mark.parametrize("name", ["10", "true", "일", "a,b"])
+def test_a_file_is_chosen_whatever_it_is_called(own: Path, name: str) -> None:
+    (own / "experiment").mkdir(exist_ok=True)
+    (own / "experiment" / f"{name}.yaml").write_text(_TOP)
+    (problem,) = problems(f"experiment={name}")
+    quoted = f'experiment="{name}"'
+    assert f"'{quoted}'" in problem
+    compose([quoted])
 
 
 def test_all_mistakes_in_a_file_are_told_at_once(own: Path) -> None:

@@ -16,6 +16,7 @@ from raytune_lora.data.encode import IGNORED
 from raytune_lora.data.prepare import prepare
 from raytune_lora.data.store import TokenStore
 from raytune_lora.models.loading import load_model
+from raytune_lora.models.packed import PackedAttention
 from raytune_lora.models.sources import byte_tokenizer
 from raytune_lora.training.batches import collate, pack
 
@@ -81,11 +82,12 @@ def test_packed_rows_do_not_see_each_other(padless_store: TokenStore, tiny_folde
     """Trained on prompts too: what a row's first token would be taken to follow from is not trained."""
     model = load_model(tiny_folder, TinyModelConfig(), QuantizationConfig())
     rows = [row | {"labels": row["input_ids"]} for row in uneven(padless_store)]
-    batch = pack(rows)
+    batch, apart = pack(rows)
     lengths = [len(row["input_ids"]) for row in rows]
     assert batch["input_ids"].shape == batch["labels"].shape == batch["position_ids"].shape == (1, sum(lengths))
     with torch.no_grad():
-        together = model(**batch)
+        with PackedAttention(model).of(apart) as given:
+            together = model(**batch, **given)
         alone = [
             model(input_ids=torch.tensor([row["input_ids"]]), labels=torch.tensor([row["labels"]])) for row in rows
         ]

@@ -137,6 +137,14 @@ def test_keys_of_a_store(tmp_path: Path, uri: str) -> None:
     assert around(tmp_path) == {"jobs/sweep.py": b"mine"}
 
 
+@pytest.mark.parametrize("names", [["best/" + "x" * 256], ["best/x", "best/x/y"], ["best/" + "둘" * 86]])
+def test_keys_that_can_be_no_files(names: list[str], tmp_path: Path, uri: str) -> None:
+    for name in names:
+        put(uri, name)
+    with pytest.raises(StorageError, match="a name in the store cannot be one here"):
+        WorkingCopy(tmp_path / "mine", uri).bring("best/x*", "best/둘*")
+
+
 def test_links_that_lie_in_a_working_copy(tmp_path: Path, uri: str) -> None:
     put(uri, "report.html")
     (tmp_path / "copy").mkdir()

@@ -46,7 +46,15 @@ def test_what_git_ignores_stays(repository: Path) -> None:
 def test_data_weights_and_what_sweeps_leave_stay(repository: Path) -> None:
     kept = ("a.py", "settings.json")
     write(
-        repository, *kept, "rows.jsonl", "rows.csv.gz", "m/model.safetensors", "m/pytorch_model.bin", "sweeps/a/x.yaml"
+        repository,
+        *kept,
+        "rows.jsonl",
+        "rows.csv.gz",
+        "old.zip",
+        "home.tar.xz",
+        "m/model.safetensors",
+        "m/pytorch_model.bin",
+        "sweeps/a/x.yaml",
     )
     write(repository, "runs/x.py", ".venv/lib/y.py", "tests/test_a.py", "sub/__pycache__/z.pyc", ".ssh/config")
     assert names(collect(repository)) == list(kept)
@@ -98,6 +106,12 @@ def test_links_out_of_the_folder_stay(repository: Path, tmp_path_factory: pytest
         "release.jks",
         "prod.tfvars",
         "kaggle.json",
+        "token",
+        "hf_token.txt",
+        "deploy_key",
+        "id_rsa.bak",
+        "server.pem.old",
+        ".env~",
     ],
 )
 def test_files_of_secrets_are_refused_by_name(repository: Path, file: str) -> None:
@@ -127,13 +141,15 @@ def test_secrets_within_files_are_refused_and_not_shown(repository: Path, text: 
     assert not any(part in said for part in (TOKEN, "hunter22", "Tr0ub4dor", "MIIEpAI"))
 
 
-@pytest.mark.parametrize("name", [".env.example", "example.env", "key.py", "credentials.py", "secret_files.py", "env"])
+@pytest.mark.parametrize(
+    "name", [".env.example", "example.env", "key.py", "credentials.py", "tokens.txt", "bak.py", "token.py", "env"]
+)
 def test_names_that_are_none(repository: Path, name: str) -> None:
     write(repository, name)
     assert names(collect(repository)) == [name]
 
 
-@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-16-le", "utf-16-be"])
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-16-le", "utf-16-be", "utf-32"])
 def test_secrets_in_other_encodings(repository: Path, encoding: str) -> None:
     (repository / "notes.txt").write_bytes(f"a note\nlogin('{TOKEN}')\n".encode(encoding))
     with pytest.raises(UserError, match=r"^notes\.txt holds what looks like a token"):

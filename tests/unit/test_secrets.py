@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from base64 import b64encode
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from raytune_lora.models import sources
 from raytune_lora.tuning import secrets
 
 TOKEN = "hf_" + "Ab1" * 11
+RANDOM = "a1B2c3D4e5F6g7H8i9J0k1L2m3N4"
 
 
 @pytest.mark.parametrize(
@@ -90,6 +92,32 @@ def test_what_an_ordinary_variable_holds_is_none(monkeypatch: pytest.MonkeyPatch
         "https://mine.blob.core.windows.net/c/rows.jsonl?sp=r&sig=" + "a1B2" * 10 + "%3D",
         "s3://bucket/rows.jsonl?X-Amz-Signature=" + "0a1b" * 16,
         "https://host/rows.jsonl?access_token=hunter22",
+        "xapp-1-A0B1C2D3E4F-1234567890123-" + "0a1b" * 16,
+        "GOCSPX-" + "a1B2" * 7,
+        "ya29." + "a1B2_" * 20,
+        "AGE-SECRET-KEY-1" + "Q1W2" * 14 + "XY",
+        *(f"{prefix}{'a1B2' * 20}"[:length] for prefix, length in {"gsk_": 56, "r8_": 40, "pplx-": 53}.items()),
+        "xai-" + "a1B2" * 20,
+        "nvapi-" + "a1B2" * 16,
+        "lsv2_pt_" + "0a1b" * 8 + "_0a1b2c3d4e",
+        "dapi" + "0a1b" * 8,
+        "wandb_v1_" + "a1B2" * 19,
+        "wandb login --relogin " + "0a1b" * 10,
+        "dckr_pat_" + "a1B2" * 6 + "xyz",
+        "bot 1234567890:AA" + "a1B2" * 8 + "x",
+        "https://discord.com/api/webhooks/123456789012345678/" + "a1B2" * 17,
+        "https://hooks.slack.com/workflows/T0A1B2C3D/A0B1C2D3E/123456789012345678/" + "a1B2" * 6,
+        "redis://:S3cretP4ss@host:6379/0",
+        f"https://{RANDOM}@dev.azure.com/x/_git/y",
+        "jdbc:mysql://host/db?user=bob&password=Tr0ub4dor3xY",
+        f'curl -H "Authorization: Bearer {RANDOM}"',
+        "machine api.wandb.ai login user password " + "0a1b" * 10,
+        '{"auths": {"https://index.docker.io/v1/": {"auth": "Ym9iOlRyMHViNGRvcjM="}}}',
+        '{"kty": "RSA", "n": "x", "e": "AQAB", "d": "' + "a1B2" * 40 + '"}',
+        "client-key-data: " + b64encode(b"-----BEGIN EC PRIVATE KEY-----\n" + b"a1B2" * 16).decode(),
+        "---- BEGIN SSH2 ENCRYPTED PRIVATE KEY ----\nComment: x\n" + "a1B2" * 16,
+        "PuTTY-User-Key-File-2: ssh-rsa\nPrivate-Lines: 1\n" + "a1B2" * 16,
+        "-----BEGIN RSA PRIVATE KEY-----\nProc-Type: 4,ENCRYPTED\nDEK-Info: AES-128-CBC,0A1B\n\n" + "a1B2" * 16,
     ],
 )
 def test_shapes_of_tokens(text: str) -> None:
@@ -103,6 +131,13 @@ def test_shapes_of_tokens(text: str) -> None:
         "glass-of-water-for-the-two-of-us",
         "SG.not-a-key",
         "npm_config_cache",
+        "postgresql://<user>:<password>@host/db and https://me:${PASSWORD}@host and mysql://u:{password}@h",
+        "hdfs://username:pwd@host, https://user:token@host, s3://***:***@host",
+        "https://" + "0a1b" * 8 + "@o1.ingest.sentry.io/1",  # a public key
+        "Authorization: Bearer <token>, Authorization: Bearer $TOKEN, Authorization: Basic realm",
+        "client-certificate-data: " + b64encode(b"-----BEGIN CERTIFICATE-----\n" + b"a1B2" * 16).decode(),
+        "id 123e4567-e89b-12d3-a456-426614174000, sha256:" + "0a1b" * 16 + ", sha512-" + "a1B+" * 21 + "==",
+        "dapi_client, xai-explainable, gsk_ratio, at 12:34:56:AAAA",
     ],
 )
 def test_shapes_of_none(text: str) -> None:

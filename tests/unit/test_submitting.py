@@ -9,10 +9,12 @@ import sys
 from pathlib import Path
 
 import pytest
+from ray.job_submission import JobDetails, JobStatus, JobType
 
 from raytune_lora.cli import main
 from raytune_lora.cluster import bring
 from raytune_lora.cluster.addresses import dashboard
+from raytune_lora.cluster.submit import sweep_job
 from raytune_lora.errors import UserError
 from raytune_lora.tuning.progress import Progress, Tally
 from raytune_lora.tuning.trials import Journal
@@ -20,6 +22,7 @@ from raytune_lora.working_copy import WorkingCopy
 from tests.unit.test_status import RESULT
 
 TOKEN = "hf_" + "Ab1" * 11
+FACTS = json.dumps({"overrides": ["a=1"], "output": "/shared/mine", "env": [], "resource": None, "trials": 8})
 DRY = ("submit", "--dry-run", "model=tiny", "data=fake")
 
 
@@ -212,3 +215,30 @@ def test_results_in_a_store_are_read_from_there(folder: Path, tmp_path: Path) ->
     assert bring.bring(None, "mine", facts, tmp_path / "back") == []  # type: ignore[arg-type]
     files = {str(path.relative_to(tmp_path / "back")) for path in (tmp_path / "back").rglob("*") if path.is_file()}
     assert files == {"results.json", "report.html", "best/adapter/adapter_model.safetensors"}
+
+
+@pytest.mark.parametrize(
+    ("metadata", "known"),
+    [
+        ({"raytune-lora": "mine", "facts": FACTS}, True),
+        ({"raytune-lora": "mine"}, False),
+        ({"raytune-lora": "mine", "facts": "no JSON"}, False),
+        ({"raytune-lora": "mine", "facts": "[]"}, False),
+        ({"raytune-lora": "mine", "facts": FACTS.replace("8", "null")}, False),
+        ({"raytune-lora": "../mine", "facts": FACTS}, False),
+        ({"facts": FACTS}, False),
+        (None, False),
+    ],
+)
+def test_a_job_that_anybody_made_is_no_sweep(metadata: dict[str, str] | None, known: bool) -> None:
+    """One such job would keep all others from being listed."""
+    job = JobDetails(
+        type=JobType.SUBMISSION,
+        submission_id="x.1",
+        status=JobStatus.RUNNING,
+        entrypoint="python x.py",
+        metadata=metadata,
+    )
+    found = sweep_job(job)
+    assert (found is not None) is known
+    assert found is None or found.facts["trials"] == 8

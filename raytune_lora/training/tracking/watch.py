@@ -71,7 +71,6 @@ class Watcher(TrainerCallback):
         self._trackers: Trackers | None = None
         self._step: tuple[int, dict[str, float | None]] | None = None  # measured, and not yet handed over
         self._mark = 0.0  # since when the next step has been under way
-        self._data_wait = 0.0
         self._saving_since = 0.0
         self._checkpoint: float | None = None  # seconds that one took since the last step
 
@@ -79,34 +78,30 @@ class Watcher(TrainerCallback):
         self._trackers = Trackers(self._to_start, self._trial)
         self._mark = time.perf_counter()
 
-    def on_step_begin(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
-        self._data_wait = time.perf_counter() - self._mark
-
     def on_log(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
-        logs: dict[str, float] = kwargs["logs"]
-        if "loss" not in logs:
+        logs: dict[str, Any] = kwargs["logs"]
+        if "loss" not in logs:  # of the end
             return
-        now = time.perf_counter()  # the loss has been read, so the GPU has done its part
-        step, seconds = int(state.global_step), now - self._mark
+        step, seconds = int(logs["step"]), logs["ended"] - self._mark
         tokens_per_second = self._tokens(step) / seconds
         mfu = self._mfu_per_token * tokens_per_second if self._mfu_per_token is not None else None
         values: dict[str, float | None] = {
             "samples_seen": self._plan.samples_seen(step),
             "loss": logs["loss"],
             "eval_loss": None,
-            "learning_rate": logs.get("learning_rate"),
-            "grad_norm": logs.get("grad_norm"),
+            "learning_rate": logs["learning_rate"],
+            "grad_norm": logs["grad_norm"],
             "step_seconds": seconds,
-            "data_wait_seconds": self._data_wait,
+            "data_wait_seconds": logs["data_wait"],
             "checkpoint_seconds": self._checkpoint,
             "tokens_per_second": tokens_per_second,
             "memory_bytes": _memory(),
             "mfu": mfu,
         }
         self._step, self._checkpoint = (step, values), None
-        if not control.should_evaluate:
+        if not self._plan.evaluates_after(step):
             self._hand_over()
-        self._mark = now
+        self._mark = logs["ended"]
 
     def on_evaluate(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
         if self._step is not None:
