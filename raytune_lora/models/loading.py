@@ -98,8 +98,11 @@ def load_model(
 
 def parameter_count(model: Any) -> int:
     """How many parameters a base model has, whatever quantization or ZeRO made of them."""
-    if any(hasattr(p, "ds_id") for p in model.parameters()):
+    divided = [p.ds_numel for p in model.parameters() if hasattr(p, "ds_id")]
+    if divided and getattr(model, "is_quantized", False):
         return sum(p.numel() for p in skeleton_of(model).model.parameters())
+    if divided:
+        return sum(divided)
     return int(model.num_parameters())
 
 
