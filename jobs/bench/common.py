@@ -166,8 +166,7 @@ class TimedTraining:
     def __call__(self, cfg: Any, store: Any, place: Any) -> None:
         import torch
 
-        from raytune_lora.models.loading import load_model
-        from raytune_lora.training import trainer, worker
+        from raytune_lora.training import resident, sharding, trainer, worker
 
         measured = Measured({"received": self.received, "function": time.time()}, [], [])
         marks = measured.marks
@@ -175,11 +174,14 @@ class TimedTraining:
         end = trainer.Reporter.obey
         build = trainer.PlannedTrainer.__init__
 
-        def timed_load(*arguments: Any, **options: Any) -> Any:
-            marks["load"] = time.time()
-            model = load_model(*arguments, **options)
-            marks["loaded"] = time.time()
-            return model
+        def timed(load: Any) -> Any:
+            def timed_load(*arguments: Any, **options: Any) -> Any:
+                marks["load"] = time.time()
+                model = load(*arguments, **options)
+                marks["loaded"] = time.time()
+                return model
+
+            return timed_load
 
         def timed_build(*arguments: Any, **options: Any) -> None:
             marks["adapted"] = time.time()
@@ -202,7 +204,8 @@ class TimedTraining:
             end(*arguments, **options)
 
         with (
-            patch.object(worker, "load_model", timed_load),
+            patch.object(worker, "base_model", timed(resident.base_model)),
+            patch.object(worker, "divided_base", timed(sharding.divided_base)),
             patch.object(trainer.PlannedTrainer, "__init__", timed_build),
             patch.object(trainer.PlannedTrainer, "train", timed_train),
             patch.object(trainer.Reporter, "on_step_begin", timed_begin),

@@ -3,8 +3,8 @@
 A random Llama is written to a temporary folder and loaded by 1, 2 and 4 processes, by transformers and DeepSpeed alone
 (stock) and by our divided loading (ours), in bf16 and quantized to NF4. Memory is resident memory over that of the
 process before it loads, mapped files included; stock is measured up to the start of DeepSpeed's engine's division,
-which ours has already made. The exit status is 1 where ours on most processes takes more than ``--limit`` times the
-peak of ours on one.
+which ours has already made. Read is what a process has read of the weight files, each page once. The exit status is 1
+where ours on most processes takes more than ``--limit`` times the peak of ours on one.
 """
 
 from __future__ import annotations
@@ -111,7 +111,8 @@ def measure(how: str, kind: str, count: int, model: Path) -> dict[str, Any]:
     found = [json.loads(out.strip().splitlines()[-1]) for out in outs]
     row = {"how": how, "kind": kind, "processes": count}
     row |= {key: max(each[key] for each in found) for key in found[0]}
-    took = f"peak {row['peak_gib']:.2f} GiB, kept {row['kept_gib']:.2f} GiB, {row['seconds']:.0f} s"
+    took = f"peak {row['peak_gib']:.2f} GiB, kept {row['kept_gib']:.2f} GiB, read {row['read_gib']:.2f} GiB"
+    took += f", {row['seconds']:.0f} s"
     print(f"{kind:5} {how:6} {count} processes: {took}", flush=True)
     return row
 
@@ -138,16 +139,45 @@ def load(how: str, kind: str, folder: Path) -> dict[str, float]:
     model_cfg = HubModelConfig(path=str(folder), precision=Precision.bf16)
     quantization = QuantizationConfig(kind=Quantization.nf4 if kind == "nf4" else Quantization.none)
     import_all()
+    read = MappedReads()
     before = status("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
     began = time.perf_counter()
     with divided_loading(args.hf_deepspeed_config) if how == "ours" else contextlib.nullcontext():
         model = load_model(folder, model_cfg, quantization)
+    read.look()
     seconds = time.perf_counter() - began
     gc.collect()
     found = {"peak_gib": status("VmHWM") - before, "kept_gib": status("VmRSS") - before, "seconds": seconds}
+    found["read_gib"] = read.total / 2**30
     assert any(True for _ in model.parameters())
     return found
+
+
+class MappedReads:
+    """How much of the weight files this process has read through its maps, with what it read and gave back."""
+
+    def __init__(self) -> None:
+        from raytune_lora.training import sharding
+
+        self.total = 0
+        give_back = sharding._give_memory_back
+
+        def looked() -> None:
+            self.look()
+            give_back()
+
+        sharding._give_memory_back = looked
+
+    def look(self) -> None:
+        """Count what is mapped now; it is given back right after."""
+        weights = False
+        for line in Path("/proc/self/smaps").read_text().splitlines():
+            first = line.split()[0]
+            if not first.endswith(":"):
+                weights = line.endswith(".safetensors")
+            elif weights and first == "Rss:":
+                self.total += int(line.split()[1]) * 1024
 
 
 def import_all() -> None:

@@ -51,6 +51,7 @@ _RANGES: dict[str, _Rule] = {
     "training.keep_checkpoints": _COUNT,
     "deepspeed.persistent": _NOT_NEGATIVE,
     "deepspeed.stage": (lambda v: v in (0, 1, 2, 3), "0, 1, 2 or 3"),
+    "deepspeed.hpz": _COUNT,
     "evaluation.every": _COUNT,
     "evaluation.loss_rows": _NOT_NEGATIVE,
     "evaluation.final_rows": _NOT_NEGATIVE,
@@ -175,6 +176,12 @@ def _deepspeed_problems(cfg: RunConfig) -> list[str]:
         if offloads[name] is not Offload.none and stage < lowest:
             asked = f"stage {stage}" if deepspeed.enabled else "DeepSpeed off"
             found.append(f"deepspeed.{name}={offloads[name].value} needs ZeRO stage {lowest} or higher (got {asked})")
+    if deepspeed.hpz > 1 and stage < 3:
+        found.append(f"deepspeed.hpz={deepspeed.hpz} needs deepspeed=zero3: other stages divide no weights")
+    elif deepspeed.hpz > 1 and cfg.workers % deepspeed.hpz:
+        found.append(
+            f"deepspeed.hpz must divide workers: it is the workers of each node (got {deepspeed.hpz} of {cfg.workers})"
+        )
     on_disk = [name for name, where in offloads.items() if where is Offload.nvme]
     if on_disk and stage < 3:
         found.append(f"deepspeed.{on_disk[0]}=nvme needs ZeRO stage 3; below it, take cpu")

@@ -17,7 +17,7 @@ from raytune_lora.data.store import TokenStore
 from raytune_lora.errors import UserError
 from raytune_lora.evaluation import ANSWERS
 from raytune_lora.evaluation.figures import loss_interval, wilson
-from raytune_lora.evaluation.generate import Group, answer, exact_match, stops
+from raytune_lora.evaluation.generate import Group, NoRoom, answer, exact_match, stops
 from raytune_lora.models.loading import loader_of, parameter_count, precision
 from raytune_lora.models.methods import method_for
 from raytune_lora.models.sources import materialize
@@ -35,9 +35,9 @@ def measure(cfg: RunConfig, store: TokenStore, place: Place, *, adapter: str | N
     Reported are ``eval_loss`` over ``eval_loss_rows`` rows, with its ``eval_loss_interval``; of these, ``trial_loss``
     over the rows that a trial is measured on, and in which ``arithmetic``; and ``exact_match`` over
     ``exact_match_rows`` rows, with its ``exact_match_interval``, all None where no rows are to be answered;
-    ``unanswered``, why none could be of an adapter; and the base model's ``parameters``, ``dtype`` and ``loader``, the
-    class of transformers that loads it, or None where none does alone. The workers share the rows; each holds of the
-    model what it holds in training.
+    ``unanswered``, why none could be, of an adapter or for want of memory; and the base model's ``parameters``,
+    ``dtype`` and ``loader``, the class of transformers that loads it, or None where none does alone. The workers share
+    the rows; each holds of the model what it holds in training.
 
     Args:
         cfg: the run.
@@ -68,9 +68,9 @@ def measure(cfg: RunConfig, store: TokenStore, place: Place, *, adapter: str | N
         try:
             answers = _answers(cfg, store, place, model, tokenizer, start_afresh)
         except UserError as error:  # on every worker
-            if adapter is None:
+            if adapter is None and not isinstance(error, NoRoom):
                 raise
-            unanswered = str(error)  # what was trained is still worth its loss
+            unanswered = str(error)  # the loss is still worth to be known
     match = exact_match([a["answer"] for a in answers], [a["expected"] for a in answers]) if answers else None
     if place.rank == 0:
         lines = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in answers)

@@ -14,6 +14,7 @@ import torch
 
 from raytune_lora.data.encode import spell
 from raytune_lora.errors import UserError
+from raytune_lora.training.failures import OOM, classify
 
 _PROBED = 4  # tokens written to see whether a way to answer changes them
 _logger = logging.getLogger(__name__)
@@ -66,6 +67,10 @@ class Group:
 _ALONE = Group()
 
 
+class NoRoom(UserError):
+    """There is not enough memory to answer prompts with."""
+
+
 @torch.no_grad()
 def answer(
     model: Any,
@@ -96,7 +101,8 @@ def answer(
         The text of each answer up to the token that ends it, in the order of the prompts.
 
     Raises:
-        UserError: ``generate`` gives no answers of this model.
+        UserError: ``generate`` gives no answers of this model; on all workers.
+        NoRoom: answers need more memory than a worker has; likewise, unless the model is divided.
     """
     within = within or [0] * len(prompts)
     greedy = _PLAIN | {
@@ -112,9 +118,31 @@ def answer(
     greedy["use_cache"], batch = way.cached, way.batch
     alike = [by_length] if way.padded else [list(g) for _, g in groupby(by_length, key=lambda i: len(prompts[i]))]
     # What ends one answer may stand within another, as between its thought and its text: that one is cut afterwards.
-    # What ends one answer may stand within another, as between its thought and its text: that one is cut afterwards.
     alike = [[i for i in members if bool(within[i]) is several] for members in alike for several in (False, True)]
     batches = list(chain.from_iterable(_batches(members, batch) for members in alike))
+    given: dict[int, list[int]] | None = None
+    try:
+        given = _own_part(model, prompts, batches, greedy, within, group)
+    except Exception as error:
+        if group.divided or classify(error).status != OOM:
+            raise  # of a divided model the others wait in the middle of it
+    parts = group.gather(given)
+    if None in parts:
+        raise NoRoom(f"evaluation.generate_batch={batch}: there is no memory for the answers; set a smaller one")
+    together = {i: ids for part in parts for i, ids in part.items()}
+    return spell([together[i] for i in range(len(prompts))], tokenizer)
+
+
+def _own_part(
+    model: Any,
+    prompts: Sequence[Sequence[int]],
+    batches: Sequence[list[int]],
+    greedy: dict[str, Any],
+    within: Sequence[int],
+    group: Group,
+) -> dict[int, list[int]]:
+    """Token ids of the answers that this worker gives, by the number of the prompt."""
+    stop_ids = set(greedy["eos_token_id"])
     given: dict[int, list[int]] = {}
     for turn in range(math.ceil(len(batches) / group.workers)):
         number = turn * group.workers + group.rank
@@ -128,8 +156,7 @@ def answer(
         for i, ids in zip(chosen, output_BT, strict=True):
             found = [at for at, token in enumerate(ids) if token in stop_ids]
             given[i] = ids[: found[within[i]]] if len(found) > within[i] else ids
-    together = {i: ids for part in group.gather(given) for i, ids in part.items()}
-    return spell([together[i] for i in range(len(prompts))], tokenizer)
+    return given
 
 
 def stops(model: Any, tokenizer: Any, trained: Sequence[int], expected: Sequence[Sequence[int]]) -> list[int]:
@@ -215,6 +242,8 @@ def _way(model: Any, prompts: Sequence[Sequence[int]], greedy: dict[str, Any], b
             break
     else:
         way = min(changes, key=lambda way: changes[way], default=ways[0][0])
+        if not changes and trouble is not None and classify(trouble).status == OOM:
+            raise NoRoom("evaluation.max_new_tokens: there is no memory to answer the longest prompt with") from trouble
         if not changes.get(way, math.inf) < _WRONG[coarse]:
             raise UserError(
                 "evaluation.generate_rows: transformers' generate() computes other tokens than the model's forward "
@@ -233,10 +262,10 @@ def _tried(
     found, failed = None, None
     try:
         found = _largest([_change(model, probe, greedy) for probe in probes])
-    except torch.cuda.OutOfMemoryError:
-        raise
     except Exception as error:  # some models' code fails with caches, or behind learned vectors
         failed = error
+        if group.divided and classify(error).status == OOM:
+            raise  # the others are in the middle of it
         if group.start_afresh is not None:
             group.start_afresh()
     everywhere = group.gather(found)

@@ -53,6 +53,7 @@ def load_model(
     quantization: QuantizationConfig,
     *,
     on_gpu: bool = False,
+    mapped: bool = False,
 ) -> Any:
     """The base model in evaluation mode, all its weights frozen, in the precision and number format asked for.
 
@@ -61,6 +62,7 @@ def load_model(
         cfg: its precision and attention.
         quantization: its number format; a checkpoint that is quantized already keeps its own.
         on_gpu: whether it is loaded onto this process's GPU; a machine may have some that the run does not use.
+        mapped: leave what is not quantized in its files until it is read, for who needs a part of each weight.
 
     Raises:
         UserError: the checkpoint is quantized already, in another format or in one that is not supported.
@@ -74,7 +76,9 @@ def load_model(
     quantized = quantization.kind is not Quantization.none
     if quantized and own is None:
         settings["quantization_config"] = _bitsandbytes(quantization, dtype)
-    if on_gpu:  # weights are quantized where they go, and no process holds a model in the machine's memory
+    if on_gpu and (
+        quantized or not mapped
+    ):  # weights are quantized where they go, and no process holds a model in the machine's memory
         settings["device_map"] = {"": torch.cuda.current_device()}
     with _quantizing_in_slices() if quantized and own is None else contextlib.nullcontext():
         model = auto_class(config).from_pretrained(
@@ -89,8 +93,11 @@ def load_model(
 
 def parameter_count(model: Any) -> int:
     """How many parameters a base model has, whatever quantization or ZeRO made of them."""
-    if any(hasattr(p, "ds_id") for p in model.parameters()):
+    divided = [p.ds_numel for p in model.parameters() if hasattr(p, "ds_id")]
+    if divided and getattr(model, "is_quantized", False):
         return sum(p.numel() for p in skeleton_of(model).model.parameters())
+    if divided:
+        return sum(divided)
     return int(model.num_parameters())
 
 

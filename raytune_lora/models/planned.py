@@ -10,7 +10,7 @@ from raytune_lora.config.schema import Offload, Quantization, RunConfig
 from raytune_lora.models.methods import method_for
 from raytune_lora.models.methods.fit import problems as method_problems
 from raytune_lora.models.stored import problems as stored_problems
-from raytune_lora.planning.memory import Memory, plan_memory
+from raytune_lora.planning.memory import Memory, plan_measuring, plan_memory
 from raytune_lora.planning.shape import Shape
 
 _SHORTEST = 64  # tokens below which no shorter rows are proposed
@@ -25,6 +25,27 @@ def planned_memory(cfg: RunConfig, shape: Shape, length: int) -> Memory:
         length: tokens of the longest row.
     """
     return plan_memory(cfg, shape, method_for(cfg.method).added(shape), length)
+
+
+def measuring_memory(cfg: RunConfig, shape: Shape, length: int) -> Memory:
+    """The same while models are measured."""
+    return plan_measuring(cfg, shape, method_for(cfg.method).added(shape), length)
+
+
+def whole_in_four_bits(cfg: RunConfig, fits: Callable[[RunConfig], bool]) -> RunConfig | None:
+    """A run under ZeRO-3 with its base model whole on each GPU in 4 bits instead; None where that is no way.
+
+    Args:
+        cfg: the run.
+        fits: whether a changed run is small enough.
+    """
+    divided = cfg.deepspeed.enabled and cfg.deepspeed.stage == 3 and cfg.workers > 1
+    if not divided or cfg.quantization.kind is not Quantization.none:
+        return None
+    changed = copy.deepcopy(cfg)
+    changed.quantization.kind = Quantization.nf4
+    changed.deepspeed.stage, changed.deepspeed.hpz, changed.deepspeed.offload_weights = 2, 1, Offload.none
+    return changed if _works(changed) and fits(changed) else None
 
 
 def remedies(cfg: RunConfig, fits: Callable[[RunConfig], bool]) -> list[str]:

@@ -7,8 +7,9 @@ that do not depend on the data (weights, gradients, the optimizer's states) are 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 from raytune_lora.config.schema import Offload, Optimizer, Precision, Quantization, RunConfig
 from raytune_lora.planning.activations import Batch, Formats, Pass, passes
@@ -77,7 +78,8 @@ def plan_memory(cfg: RunConfig, shape: Shape, added: Added, length: int) -> Memo
         weights = 0 if added.trained == shape.parameters else weights
         embeddings = 0 if not weights else embeddings - added.trained * formats.rest
     divided = workers if stage == 3 else 1
-    weights, embeddings = -(-weights // divided), -(-embeddings // divided)
+    again = 1 / cfg.deepspeed.hpz if stage == 3 and cfg.deepspeed.hpz > 1 else 0.0  # a second time, within a node
+    weights, embeddings = (math.ceil(size / divided + size * again) for size in (weights, embeddings))
     adapter = -(-added.trained // (divided if added.own else 1)) * formats.trained + added.fixed * formats.fixed
     state = _training_state(cfg, added.trained, formats, stage)
     one = passes(shape, added, formats, Batch.of(cfg, length), liger=cfg.training.liger)
@@ -101,6 +103,27 @@ def plan_memory(cfg: RunConfig, shape: Shape, added: Added, length: int) -> Memo
         runtime=_runtime(cfg, free),
         host=host,
     )
+
+
+def plan_measuring(cfg: RunConfig, shape: Shape, added: Added, length: int) -> Memory:
+    """The memory of each worker while the base model or an adapter answers prompts, as after the baseline's loss.
+
+    The loss itself takes no more than in training. What answers keep is keys and values of each token, and what one
+    layer computes of all prompts at once.
+
+    Args:
+        cfg: as for ``plan_memory``.
+        shape: likewise.
+        added: likewise.
+        length: tokens of the longest row, of which a prompt is a part.
+    """
+    training, formats, block = plan_memory(cfg, shape, added, length), formats_of(cfg, added), shape.block
+    rows = min(cfg.evaluation.generate_batch, cfg.evaluation.generate_rows)
+    prompts = rows * (length + added.prefix + added.keys)
+    tokens = prompts + rows * cfg.evaluation.max_new_tokens
+    kept = 2 * tokens * shape.layers * block.kv_width * formats.compute
+    once = prompts * (4 * shape.hidden + 3 * block.feed_forward) * formats.stream
+    return replace(training, gradients=0, optimizer=0, activations=kept + once, logits=rows * shape.vocab * _FP32)
 
 
 def stored(linear: Linear, cfg: RunConfig, width: int) -> int:

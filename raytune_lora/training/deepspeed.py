@@ -49,18 +49,13 @@ def deepspeed_config(cfg: RunConfig, plan: Plan) -> dict[str, Any] | None:
     }
 
 
-def inference_config(cfg: RunConfig, *, bf16: bool) -> dict[str, Any]:
-    """The same of a run that is measured: ZeRO-3 without an optimizer, with the weights where training keeps them.
-
-    Args:
-        cfg: the run.
-        bf16: as for ``deepspeed_config``.
-    """
+def inference_config(cfg: RunConfig) -> dict[str, Any]:
+    """The same of a run that is measured: ZeRO-3 without an optimizer, with the weights where training keeps them."""
     zero = _zero(cfg)
     zero.pop("offload_optimizer", None)
     return {
         "train_micro_batch_size_per_gpu": 1,  # it has to be named, and means nothing
-        "bf16": {"enabled": bf16},
+        "bf16": {"enabled": False},
         "zero_optimization": zero,
         "steps_per_print": _NEVER,
     }
@@ -79,6 +74,7 @@ def _zero(cfg: RunConfig) -> dict[str, Any]:
     }
     if asked.stage == 3:
         zero |= {
+            "zero_hpz_partition_size": asked.hpz,
             "stage3_prefetch_bucket_size": _GATHERED,
             "stage3_param_persistence_threshold": asked.persistent,
             "stage3_max_live_parameters": _LIVE,
@@ -119,6 +115,25 @@ def offloaded_adamw() -> Any:
     from deepspeed.ops.adam import DeepSpeedCPUAdam
 
     return DeepSpeedCPUAdam  # its default is AdamW's decay, and fp32 states
+
+
+def share_among(workers: int) -> Any | None:
+    """The process group of the workers that keep all weights among them a second time; None for one worker.
+
+    DeepSpeed keeps one for as long as the process lives, whatever the next config says.
+
+    Args:
+        workers: ``zero_hpz_partition_size``.
+    """
+    from deepspeed import comm
+    from deepspeed.utils import groups
+
+    known = groups._get_zero_param_intra_parallel_group()
+    if known is not None and comm.get_world_size(group=known) != workers:
+        groups._ZERO_PARAM_INTRA_PARALLEL_GROUP = None
+    if workers > 1 and groups._get_zero_param_intra_parallel_group() is None:
+        groups._create_zero_param_parallel_group(workers)
+    return groups._get_zero_param_intra_parallel_group()
 
 
 @contextlib.contextmanager

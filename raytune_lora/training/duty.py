@@ -79,7 +79,7 @@ def _do(task: Task, board: Any, group: str, rank: int, workers: int, slot: int) 
             if not ended.everywhere and not (ended.status == OOM and workers == 1):
                 raise
         finally:
-            clean_up(failed=ended != Ended())
+            clean_up(failed=bool(ended.status) and not ended.everywhere)
     if rank == 0:
         ray.get(board.done.remote(task.key, group, ended))
 

@@ -20,8 +20,8 @@ from accelerate.state import AcceleratorState
 from transformers.integrations.deepspeed import HfDeepSpeedConfig
 
 from raytune_lora.config.schema import RunConfig
-from raytune_lora.models.loading import load_model, precision
-from raytune_lora.training.deepspeed import inference_config, release, without_mlflow
+from raytune_lora.models.loading import load_model
+from raytune_lora.training.deepspeed import inference_config, release, share_among, without_mlflow
 from raytune_lora.training.resident import base_model, let_go
 from raytune_lora.training.warmup import build_shared_memory_op, prepare_builds
 
@@ -72,8 +72,7 @@ def measured_model(
         yield model.to(torch.device("cuda", torch.cuda.current_device())) if on_gpu else model, None
         return
     join_group(cfg)
-    dtype = precision(cfg.model.precision, on_gpu=on_gpu)
-    hf_config = HfDeepSpeedConfig(inference_config(cfg, bf16=dtype is torch.bfloat16))  # known while it is held
+    hf_config = HfDeepSpeedConfig(inference_config(cfg))  # known while it is held
     base = divided_base(cfg, folder, hf_config)
     with divided_loading(hf_config) if cfg.method.kind == "full" else contextlib.nullcontext():  # a model of its own
         model = adapt(base)
@@ -98,8 +97,13 @@ def divided_base(cfg: RunConfig, folder: Path, hf_config: Any) -> Any:
         hf_config: as for ``divided_loading``.
     """
     let_go()
+    on_gpu = cfg.gpus_per_worker > 0
     with divided_loading(hf_config):
-        return load_model(folder, cfg.model, cfg.quantization, on_gpu=cfg.gpus_per_worker > 0)
+        model = load_model(folder, cfg.model, cfg.quantization, on_gpu=on_gpu, mapped=True)
+    for module in model.modules() if on_gpu else ():
+        for name, buffer in module._buffers.items():
+            module._buffers[name] = None if buffer is None else buffer.to(torch.cuda.current_device())
+    return model
 
 
 def _start_afresh(engine: Any) -> None:
@@ -118,7 +122,8 @@ def _start_afresh(engine: Any) -> None:
 def divided_loading(hf_config: Any) -> Iterator[None]:
     """Divide each parameter among the workers as soon as it is there, quantized if it is to be; for ZeRO-3.
 
-    Every worker reads every weight, one after the other, and keeps its part of it. All of them must load the same.
+    All workers load the same weights, one after the other, and keep their parts of them. Of a weight that lies in its
+    file as it is used, and is not quantized, a worker reads no more than its part: the file is mapped.
 
     Args:
         hf_config: transformers' view of DeepSpeed's config, as ``TrainingArguments`` makes it.
@@ -129,7 +134,8 @@ def divided_loading(hf_config: Any) -> Iterator[None]:
     with without_mlflow():
         from deepspeed.runtime.zero.partition_parameters import Init
 
-    init = Init(config_dict_or_path=hf_config.config)
+    among = hf_config.config["zero_optimization"].get("zero_hpz_partition_size", 1)
+    init = Init(config_dict_or_path=hf_config.config, zero_param_parallel_group=share_among(among))
     original = core_model_loading.set_param_for_module
 
     def set_and_divide(model: Any, name: str, *arguments: Any) -> None:
@@ -141,6 +147,7 @@ def divided_loading(hf_config: Any) -> Iterator[None]:
         large = parameter.nbytes >= _LARGE
         init._convert_to_deepspeed_param(parameter)
         parameter.partition()
+        parameter.data = parameter.data.to(init.local_device)  # it is empty, and tells where the model computes
         if large:
             _give_memory_back()
 

@@ -7,7 +7,7 @@ feasible.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from raytune_lora.cluster.connect import smallest_gpu
@@ -16,7 +16,7 @@ from raytune_lora.config.search import Sampler
 from raytune_lora.data.store import TokenStore
 from raytune_lora.errors import UserError
 from raytune_lora.models.methods.fit import model_problems
-from raytune_lora.models.planned import planned_memory, remedies
+from raytune_lora.models.planned import measuring_memory, planned_memory, remedies, whole_in_four_bits
 from raytune_lora.planning.memory import Memory
 from raytune_lora.planning.shape import Shape
 from raytune_lora.tuning import relations
@@ -39,6 +39,14 @@ class MemoryLimit:
     def plan(self, cfg: RunConfig) -> Memory:
         """The memory of each worker of a run on the sweep's data."""
         return planned_memory(cfg, self.shape, min(self.length, cfg.data.max_length))
+
+    def measuring(self, cfg: RunConfig) -> Memory:
+        """The same while the base model and the best one are measured."""
+        return measuring_memory(cfg, self.shape, min(self.length, cfg.data.max_length))
+
+    def holds(self, cfg: RunConfig) -> bool:
+        """Whether a run fits, and its model too."""
+        return self.plan(cfg).gb <= self.gb and not model_problems(cfg, self.shape)
 
 
 class Constraints:
@@ -145,17 +153,44 @@ def memory_limit(cfg: SweepConfig, shape: Shape, store: TokenStore) -> MemoryLim
 def _memory_problems(cfg: SweepConfig, limit: MemoryLimit) -> list[str]:
     plan = limit.plan(cfg)
     if plan.gb <= limit.gb:
-        return []
-
-    def fits(changed: RunConfig) -> bool:
-        return limit.plan(changed).gb <= limit.gb and not model_problems(changed, limit.shape)
-
-    ways = remedies(cfg, fits)
+        return _measuring_problems(cfg, limit)
+    ways = remedies(cfg, limit.holds)
     able = "; or ".join(ways) or "nothing that is known here; take a smaller model"
-    asked = cfg.search.constraints.memory_gb
-    where = f"{_KEY}.memory_gb={asked:g}" if asked else f"{_KEY}.memory_gb: the smallest GPU has {limit.gb:.1f} GB"
     return [
-        f"{where}: a worker's planned memory is {plan.gb:.3g} GB "
+        f"{_limit_named(cfg, limit)}: a worker's planned memory is {plan.gb:.3g} GB "
         f"(micro batch {cfg.training.micro_batch}, rows of up to {min(limit.length, cfg.data.max_length)} tokens)\n"
         f"{plan.table()}\n  what would fit: {able} ({_KEY}.memory_gb=0 sets no limit)"
+    ]
+
+
+def _limit_named(cfg: SweepConfig, limit: MemoryLimit) -> str:
+    asked = cfg.search.constraints.memory_gb
+    return f"{_KEY}.memory_gb={asked:g}" if asked else f"{_KEY}.memory_gb: the smallest GPU has {limit.gb:.1f} GB"
+
+
+def _measuring_problems(cfg: SweepConfig, limit: MemoryLimit) -> list[str]:
+    """What trains and cannot be measured."""
+    plan, asked = limit.measuring(cfg), cfg.evaluation
+    if plan.gb <= limit.gb or not asked.generate_rows:
+        return []
+    able = "evaluation.generate_rows=0"
+    for batch in range(min(asked.generate_batch, asked.generate_rows) - 1, 0, -1):
+        changed = replace(cfg, evaluation=replace(asked, generate_batch=batch))
+        if limit.measuring(changed).gb <= limit.gb:
+            able = f"evaluation.generate_batch={batch}"
+            break
+    return [
+        f"{_limit_named(cfg, limit)}: while evaluation.generate_batch={asked.generate_batch} prompts are answered at "
+        f"once, a worker's planned memory is {plan.gb:.3g} GB; set {able} ({_KEY}.memory_gb=0 sets no limit)"
+    ]
+
+
+def advice(cfg: SweepConfig, limit: MemoryLimit | None) -> list[str]:
+    """What would be faster than the config, and fits as well."""
+    if limit is None or (changed := whole_in_four_bits(cfg, limit.holds)) is None:
+        return []
+    return [
+        f"quantization=nf4 deepspeed=zero2 would keep the whole model on each GPU ({limit.plan(changed).gb:.3g} of "
+        f"{limit.gb:.3g} GB); under deepspeed=zero3 the workers send each other all weights in each forward and "
+        "backward pass"
     ]

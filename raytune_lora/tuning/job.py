@@ -45,7 +45,7 @@ from raytune_lora.training.plan import Plan, plan_run
 from raytune_lora.training.task import Task, TaskFailed
 from raytune_lora.tuning import limits
 from raytune_lora.tuning.budget import reopen as reopen_search
-from raytune_lora.tuning.constraints import Constraints, memory_limit
+from raytune_lora.tuning.constraints import Constraints, advice, memory_limit
 from raytune_lora.tuning.disk import explained
 from raytune_lora.tuning.disk import problems as disk_problems
 from raytune_lora.tuning.folder import CONFIG, JOURNAL, SweepFolder, address, create, held, reopen
@@ -124,6 +124,7 @@ class Job:
         if BASELINE not in self.journal.record.phases:
             with self.phase(BASELINE, "measuring the base model") as facts:
                 facts |= self._measure(self.cfg, BASELINE, None)
+                self._say_if_unanswered("the base model", facts)
 
     def finish(self) -> None:
         """Measure and export the best adapter, if a trial has one.
@@ -138,8 +139,7 @@ class Job:
         with self.phase(BEST, f"measuring the best model, trial {best.trial_id}") as facts:
             facts |= self._measure(winner, BEST, f"{best.checkpoint}/{ADAPTER}")
             self._see_that_it_is_what_was_trained(best, facts)
-            if facts["unanswered"]:
-                self.progress.note(f"no exact match of the best adapter: {facts['unanswered']}")
+            self._say_if_unanswered("the best adapter", facts)
             checkpoint = self.folder.copy.here(best.checkpoint)
             target = self.folder.best / "adapter"
             record = export(plain_run(winner), self.store, self.model_folder, checkpoint, target, facts)
@@ -148,6 +148,10 @@ class Job:
             (self.folder.best / "config.yaml").write_text(config)
             write_json(self.folder.best / "params.json", best.params)
             self.folder.copy.send(self.folder.best)
+
+    def _say_if_unanswered(self, what: str, measured: dict[str, Any]) -> None:
+        if measured["unanswered"]:
+            self.progress.note(f"no exact match of {what}: {measured['unanswered']}")
 
     def _see_that_it_is_what_was_trained(self, best: Trial, measured: dict[str, Any]) -> None:
         assert best.eval_loss is not None
@@ -331,6 +335,7 @@ def _report_inputs(job: Job, shape: Shape) -> None:
         *model_notes(job.cfg, shape),
         in_short(json.loads((job.folder.path / REPORT).read_text())),
         *limits.notes(job.cfg, shape, job.store),
+        *advice(job.cfg, memory_limit(job.cfg, shape, job.store)),
         *remarks(job.cfg, job.store.rows["train"], searching=job.kind == SWEEP),
     ):
         job.progress.note(note)

@@ -111,9 +111,9 @@ def train_and_note_parts(cfg: Any, store: Any, place: Any) -> None:
     """Train, and write down what this worker held of the base model once that was loaded: elements."""
     from raytune_lora.training import worker
 
-    original = worker.load_model
+    original = worker.divided_base
 
-    def load_model(*arguments: Any, **settings: Any) -> Any:
+    def divided_base(*arguments: Any, **settings: Any) -> Any:
         model = original(*arguments, **settings)
         parameters = list(model.parameters())
         noted = {
@@ -124,11 +124,11 @@ def train_and_note_parts(cfg: Any, store: Any, place: Any) -> None:
         (place.folder / f"parts-{place.rank}.json").write_text(json.dumps(noted))
         return model
 
-    worker.load_model = load_model
+    worker.divided_base = divided_base
     try:
         train(cfg, store, place)
     finally:
-        worker.load_model = original
+        worker.divided_base = original
 
 
 def train_until_told(cfg: Any, store: Any, place: Any) -> None:

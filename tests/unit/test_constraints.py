@@ -15,7 +15,7 @@ from raytune_lora.config.schema import SweepConfig
 from raytune_lora.config.search import DimensionConfig, DimensionKind, Sampler
 from raytune_lora.errors import UserError
 from raytune_lora.tuning import search
-from raytune_lora.tuning.constraints import MEMORY, Constraints, MemoryLimit, problems
+from raytune_lora.tuning.constraints import MEMORY, Constraints, MemoryLimit, advice, problems
 from raytune_lora.tuning.relations import Unreadable, parse
 from raytune_lora.tuning.search import StudySearcher
 from raytune_lora.tuning.study import keep, open_study
@@ -245,3 +245,47 @@ def test_each_remedy_fits() -> None:
     assert len(ways) >= 2
     for way in ways:
         limited(on_gpu(*way.split()), limit).check()
+
+
+def test_what_trains_but_leaves_no_room_for_answers_is_refused_with_what_does() -> None:
+    """Keys and values of 512 prompts of 1024 tokens: 2 x 16 layers x 512 x 2 bytes a token, 17 GB."""
+    cfg = on_gpu("evaluation.generate_batch=512", "evaluation.generate_rows=512", "training.micro_batch=1")
+    limit = MemoryLimit(1, LLAMA, 1024)
+    assert limit.measuring(cfg).activations > 512 * 1024 * 16 * 2 * 512 * 2
+    gb = limit.plan(cfg).gb + 0.01
+    with pytest.raises(UserError) as caught:
+        limited(cfg, gb).check()
+    (problem,) = caught.value.problems
+    remedy = problem.partition("; set ")[2].partition(" ")[0]
+    assert remedy.startswith("evaluation.generate_batch=")
+    limited(on_gpu("evaluation.generate_rows=512", "training.micro_batch=1", remedy), gb).check()
+
+
+def test_what_fits_trained_in_parts_fits_measured_in_parts() -> None:
+    cfg = on_gpu("deepspeed=zero3", "workers=8", "training.micro_batch=1", "evaluation.generate_batch=1")
+    limit = MemoryLimit(1, LLAMA, 1024)
+    whole = on_gpu("deepspeed=zero2", "workers=8", "training.micro_batch=1", "evaluation.generate_batch=1")
+    assert limit.measuring(cfg).weights == pytest.approx(limit.measuring(whole).weights / 8, rel=1e-6)
+    assert limit.measuring(cfg).gb < limit.plan(cfg).gb
+
+
+def test_four_bits_on_each_gpu_are_advised_before_parts_of_sixteen() -> None:
+    cfg = on_gpu("deepspeed=zero3", "workers=8", "training.micro_batch=1")
+    (told,) = advice(cfg, MemoryLimit(40, LLAMA, 1024))
+    assert told.startswith("quantization=nf4 deepspeed=zero2")
+    for other, gb in (
+        (cfg, 1.0),  # it would not fit
+        (on_gpu("deepspeed=zero2", "workers=8", "training.micro_batch=1"), 40),
+        (on_gpu("deepspeed=zero3", "quantization=nf4", "workers=8", "training.micro_batch=1"), 40),
+        (on_gpu("deepspeed=zero3", "method=full", "workers=8", "training.micro_batch=1"), 40),
+    ):
+        assert advice(other, MemoryLimit(gb, LLAMA, 1024)) == []
+    assert advice(cfg, None) == []
+
+
+def test_a_second_copy_within_the_node_is_planned() -> None:
+    plain, twice = (
+        MemoryLimit(1, LLAMA, 1024).plan(on_gpu("deepspeed=zero3", "workers=16", f"deepspeed.hpz={n}", *more))
+        for n, more in ((1, ("training.micro_batch=1",)), (8, ("training.micro_batch=1",)))
+    )
+    assert twice.weights == pytest.approx(3 * plain.weights, rel=1e-6)  # 1/16 and 1/8

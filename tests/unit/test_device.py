@@ -20,6 +20,7 @@ from raytune_lora.models.loading import load_model, precision
 from raytune_lora.models.sources import materialize
 from raytune_lora.training.checkpoint import latest
 from raytune_lora.training.place import Place
+from raytune_lora.training.resident import kept_bytes, let_go
 from raytune_lora.training.sharding import without_warmup
 from raytune_lora.training.worker import clean_up, held, train
 from raytune_lora.tuning.job import plain_run, prepare_inputs
@@ -117,3 +118,24 @@ def test_a_part_of_a_model_takes_no_room_for_the_whole(with_gpus: None, monkeypa
     assert asked == [0]
     modeling_utils.caching_allocator_warmup(model, whole, None)
     assert asked == [0, 0]
+
+
+@pytest.mark.parametrize("more", [(), ("quantization=nf4", "training.gradient_checkpointing=true")])
+def test_a_worker_that_keeps_the_base_model_trains_as_a_fresh_one(
+    more: tuple[str, ...], cache: Path, tmp_path: Path
+) -> None:
+    """To the last bit, after tasks that change the model, or are of another method."""
+    methods = ["lora", "ia3" if more else "pissa"]
+    runs = {method: composed(cache, f"method={method}", *more) for method in methods}
+    fresh = {}
+    for method, (cfg, store) in runs.items():
+        let_go()
+        fresh[method] = trained(cfg, store, tmp_path / f"fresh-{method}")["eval_loss"]
+        let_go()
+        fresh[f"{method}, untouched"] = trained(cfg, store, tmp_path / f"base-{method}", BASELINE)["eval_loss"]
+    let_go()
+    for turn, method in enumerate([*methods, methods[0]]):
+        for name, do in ((f"{method}, untouched", BASELINE), (method, train)):
+            assert trained(*runs[method], tmp_path / f"{turn}-{name}", do)["eval_loss"] == fresh[name], name
+            assert (kept_bytes() == 0) is (method == "pissa")
+    let_go()

@@ -62,12 +62,13 @@ class Case:
 
 _QUANTIZED = 0.9  # the embedding and the head, one of which is gathered at a time, are two thirds of what is left
 CASES = [
-    *(Case(model) for model in ("llama", "tied_llama", "opt")),
-    Case("llama", more=["quantization=nf4"], shares=_QUANTIZED),
+    *(Case(model) for model in ("llama", "opt")),
     Case("llama", more=["deepspeed=zero3_offload"]),
-    *(Case(model, "lora") for model in ("llama", "gpt2", "gemma2")),
+    Case("tied_llama", "lora", ["deepspeed.hpz=2"], shares=1.2),  # two workers, a node's, keep all among them again
+    *(Case(model, "lora") for model in ("gpt2", "gemma2")),
+    Case("llama", "lora", ["model.precision=bf16"]),
     Case("llama", "lora", ["quantization=nf4"], shares=_QUANTIZED),
-    *(Case("llama", kind) for kind in ("dora", "full", "lokr", "prompt_tuning", "prefix_tuning", "adapter")),
+    *(Case("llama", kind) for kind in ("dora", "full", "prefix_tuning", "adapter")),
     Case("qwen2", "bitfit"),
 ]
 
@@ -122,7 +123,8 @@ class Watched:
         there = [p for p in model.parameters() if not p.is_meta]
         whole = sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters())
         self.gathered += any(p.numel() for p in there if hasattr(p, "ds_id"))
-        held = sum(p.numel() + (p.ds_tensor.numel() if hasattr(p, "ds_id") else 0) for p in there)
+        parts = [part for p in there if hasattr(p, "ds_id") for part in (p.ds_tensor, p.ds_secondary_tensor)]
+        held = sum(p.numel() for p in there) + sum(part.numel() for part in parts if part is not None)
         self.most = max(self.most, held / whole)
 
     def taken(self) -> tuple[float, int]:
@@ -172,8 +174,10 @@ def be_rank(rank: int, port: int, todo: list[dict[str, Any]], cache: str, out: s
             found[case.name] = measured(cfg, store, Path(out) / case.name, each["adapter"], rank) | {"error": None}
         except Exception:
             found[case.name] = {"error": traceback.format_exc()}
+            break  # the other worker may wait in the middle of it
         found[case.name] |= dict(zip(("most", "gathered"), watched.taken(), strict=True))
-    found[RECOVERY] = failed_and_called_again(composed(CASES[0], Path(todo[0]["folder"]), Path(cache), WORKERS))
+    else:
+        found[RECOVERY] = failed_and_called_again(composed(CASES[0], Path(todo[0]["folder"]), Path(cache), WORKERS))
     Path(out, f"{rank}.json").write_text(json.dumps(found))
     torch.distributed.destroy_process_group()
 
@@ -225,13 +229,13 @@ def figures(
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_a_divided_model_has_the_figures_of_the_whole_one(case: Case, figures: dict[str, Any]) -> None:
-    whole, ranks = figures["alone"][case.name], [rank[case.name] for rank in figures["ranks"]]
+    whole, ranks = figures["alone"][case.name], [rank.get(case.name, {"error": "?"}) for rank in figures["ranks"]]
     for rank in ranks:
         assert rank["error"] is None, rank["error"]
         assert {key: rank[key] for key in EXACT} == pytest.approx({key: whole[key] for key in EXACT}, abs=2e-6)
         assert {key: rank[key] for key in SAME} == {key: whole[key] for key in SAME}
         assert rank["gathered"] > 0
-        assert rank["most"] < case.shares
+        assert case.shares - 0.35 < rank["most"] < case.shares
     files = [figures["root"] / name / ANSWERS for name in (case.name, f"alone/{case.name}")]
     assert files[0].read_text() == files[1].read_text()
     assert len(files[0].read_text().splitlines()) == 3

@@ -77,6 +77,23 @@ def by_a_plain_loop(model: Any, prompt: Sequence[int], stop_ids: Sequence[int], 
     return ids[len(prompt) :]
 
 
+def test_too_little_memory_is_told_from_wrong_answers(tokenizer: Any) -> None:
+    def answered(rows: int) -> list[str]:
+        """Where memory ends for more rows at once than that, but not for a row's own logits."""
+        model = zoo.build("llama", **_WIDE)
+
+        def fill(_: Any, inputs: tuple[torch.Tensor]) -> None:
+            if len(inputs[0]) > rows:
+                torch.empty(2**60)
+
+        model.model.layers[0].mlp.register_forward_pre_hook(fill)
+        return answer(model, tokenizer, prompts(), stop_ids=STOP, batch=4, max_new_tokens=NEW)
+
+    assert answered(1) == answered(4)  # one at a time
+    with pytest.raises(generate.NoRoom, match="evaluation"):
+        answered(0)
+
+
 # ------------------------------------------------------------------------------------------------- the same in a batch
 
 

@@ -44,6 +44,7 @@ EDGES: dict[str, tuple[float, float]] = {
     "training.keep_checkpoints": (0, 1),
     "deepspeed.persistent": (-1, 0),
     "deepspeed.stage": (4, 3),
+    "deepspeed.hpz": (0, 1),
     "evaluation.every": (0, 1),
     "evaluation.loss_rows": (-1, 0),
     "evaluation.final_rows": (-1, 0),
@@ -305,6 +306,17 @@ def test_all_problems_are_told_at_once() -> None:
 def test_offloading_needs_a_stage_and_a_place(settings: dict[str, Any], told: str | None) -> None:
     found = validate.problems(good(deepspeed=DeepSpeedConfig(**settings)))
     assert [told in problem for problem in found] == ([] if told is None else [True])
+
+
+def test_a_second_copy_of_weights_is_that_of_whole_nodes() -> None:
+    def said(workers: int, **settings: Any) -> list[str]:
+        cfg = good(deepspeed=DeepSpeedConfig(**settings))
+        cfg.workers, cfg.training.global_batch = workers, 4 * cfg.training.micro_batch * workers
+        return validate.problems(cfg)
+
+    assert said(4, stage=3, hpz=2) == said(4, stage=2, hpz=1) == []
+    assert "deepspeed=zero3" in said(4, stage=2, hpz=2)[0]
+    assert "(got 3 of 4)" in said(4, stage=3, hpz=3)[0]
 
 
 def test_zero_does_not_divide_states_in_eight_bits() -> None:
