@@ -9,11 +9,11 @@ import asyncio
 import time
 from collections import deque
 from collections.abc import Collection
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from raytune_lora.training.failures import LOST, MOVED, STOPPED, Ended
+from raytune_lora.training.failures import FAILED, LOST, MOVED, STOPPED, Ended
 from raytune_lora.training.place import GO_ON, SAVE_AND_STOP, STOP
 
 if TYPE_CHECKING:
@@ -229,7 +229,9 @@ class Board:
         state = self._group(group)
         if state.task is not None:
             left = state.leaves and ended.status == LOST  # it was leaving a machine that was about to go
-            await self.end(state.task.key, Ended(MOVED, ended.error) if left else ended)
+            blind = state.misplaced and ended.status == FAILED  # its node has lost the storage of the others
+            status = MOVED if left else LOST if blind else ended.status
+            await self.end(state.task.key, replace(ended, status=status))
         await self.gone(group)
         return state.misplaced or any(task is not None for task in state.taken)
 

@@ -118,7 +118,7 @@ def write_parts(folder: Path, model: Any, optimizer: Any, method: Method[Any], *
     """Gather a checkpoint from all workers, who call this together; the first writes it.
 
     Args:
-        folder: made anew.
+        folder: made anew, in one that is there.
         model: that trains.
         optimizer: as accelerate wraps it.
         method: of the model.
@@ -130,7 +130,8 @@ def write_parts(folder: Path, model: Any, optimizer: Any, method: Method[Any], *
         deque(state.gathered_optimizer(model, optimizer), maxlen=0)
         return
     shutil.rmtree(folder, ignore_errors=True)
-    (folder / ADAPTER).mkdir(parents=True)
+    folder.mkdir()  # in what is there: where a mount was lost, a new folder would be on the node's own disk
+    (folder / ADAPTER).mkdir()
     weights = dict(state.gathered_weights(model, optimizer))
     state.write(folder, WEIGHTS, weights.items())
     as_they_compute = {name: weights[name].to(p.dtype) for name, p in state.trained(model)}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import logging
 import os
 from functools import partial
@@ -91,6 +92,8 @@ def _arrive(copy: WorkingCopy, rank: int) -> Path:
         The log of this worker, whose alone it is.
     """
     log = copy.path / LOGS / f"worker-{rank}.log"
+    if copy.uri is None and not (home := copy.path.parent.parent).is_dir():
+        raise FileNotFoundError(errno.ENOENT, "the folder is not there any more; was its storage unmounted?", str(home))
     log.parent.mkdir(parents=True, exist_ok=True)
     if copy.uri is not None:
         log.unlink(missing_ok=True)

@@ -86,20 +86,24 @@ def work(config: dict[str, Any]) -> None:
             do.
 
     Raises:
-        RuntimeError: the node is another one than the driver's, and has other versions or other storage.
+        RuntimeError: the node is another one than the driver's, and has other versions or other storage, or has it no
+            more where the function fails.
     """
     import ray
 
-    node = ray.get_runtime_context().get_node_id()
-    if node != config["node"]:
-        address = ray.util.get_node_ip_address()
-        found = disagreement(address, versions(), config["versions"]) or _blind(address, config["marks"])
-        if found is not None:
-            place = config["config"]
-            ray.get(place["board"].leave_out.remote(node, place["group"], found))
-            raise RuntimeError(found)
+    node, address = ray.get_runtime_context().get_node_id(), ray.util.get_node_ip_address()
+    other, place = node != config["node"], config["config"]
+    if other and (found := disagreement(address, versions(), config["versions"]) or _blind(address, config["marks"])):
+        ray.get(place["board"].leave_out.remote(node, place["group"], found))
+        raise RuntimeError(found)
     module, name = config["function"]
-    getattr(importlib.import_module(module), name)(config["config"])
+    try:
+        getattr(importlib.import_module(module), name)(place)
+    except Exception as error:  # it may be that the node has lost its storage since, which is no fault of the task
+        if other and (found := _blind(address, config["marks"])):
+            ray.get(place["board"].leave_out.remote(node, place["group"], found))
+            raise RuntimeError(found) from error
+        raise
 
 
 def _blind(node: str, marks: list[tuple[str, str]]) -> str | None:

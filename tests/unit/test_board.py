@@ -13,7 +13,7 @@ import pytest
 from raytune_lora.config.schema import RunConfig
 from raytune_lora.data.store import TokenStore
 from raytune_lora.training.board import Board
-from raytune_lora.training.failures import DIVERGED, FAILED, LOST, MOVED, OOM, STOPPED, Ended
+from raytune_lora.training.failures import DISK, DIVERGED, FAILED, LOST, MOVED, OOM, STOPPED, Ended
 from raytune_lora.training.place import GO_ON, SAVE_AND_STOP, STOP
 from raytune_lora.training.task import Task
 
@@ -199,6 +199,22 @@ def test_what_dies_while_it_leaves_has_moved_and_an_error_of_its_own_is_one() ->
             await board.group_failed(name, ended)
         assert await board.next(("a", 0), 0) == Ended(MOVED, "gone")
         assert await board.next(("b", 0), 0) == Ended(FAILED, "bad")
+
+    run(steps())
+
+
+def test_what_fails_on_a_node_that_has_lost_its_storage_is_lost_and_a_full_disk_is_one() -> None:
+    async def steps() -> None:
+        board = Board()
+        for name, ended in (("a", Ended(FAILED, "no such file")), ("b", Ended(DISK, "full"))):
+            await board.placed(name, ["worker"], {"node"})
+            await board.submit(task(name))
+            await board.take(name, 0)
+            await board.leave_out("node", name, "the node does not see it")
+            await board.group_failed(name, ended)
+        assert await board.next(("a", 0), 0) == Ended(LOST, "no such file")
+        assert await board.next(("b", 0), 0) == Ended(DISK, "full")
+        assert await board.left_out() == ["node"]
 
     run(steps())
 

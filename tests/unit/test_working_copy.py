@@ -12,6 +12,7 @@ from raytune_lora import storage
 from raytune_lora.artifacts import build_once, read_manifest
 from raytune_lora.config.schema import DiskConfig
 from raytune_lora.errors import StorageError
+from raytune_lora.training.duty import _arrive
 from raytune_lora.training.place import CHECKPOINTS, send_files
 from raytune_lora.tuning.disk import GB, Quota
 from raytune_lora.tuning.trials import Record, Trial
@@ -120,3 +121,12 @@ def test_a_store_that_refuses_halts_as_a_full_disk_does(tmp_path: Path) -> None:
     for work in (lambda: copy.send(tmp_path / "file"), lambda: copy.bring("*"), lambda: copy.manifests("*")):
         with pytest.raises(StorageError, match="nonsense://bucket/x"):
             work()
+
+
+def test_a_task_makes_no_folder_where_the_storage_is_gone(tmp_path: Path) -> None:
+    """Below a mount point without its mount, it would be on the node's own disk, and checkpoints in it."""
+    with pytest.raises(FileNotFoundError, match="was its storage unmounted"):
+        _arrive(WorkingCopy(tmp_path / "sweep" / "trials" / "0000"), 0)
+    assert not (tmp_path / "sweep").exists()
+    (tmp_path / "sweep").mkdir()
+    assert _arrive(WorkingCopy(tmp_path / "sweep" / "trials" / "0000"), 0).parent.is_dir()
