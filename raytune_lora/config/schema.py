@@ -154,6 +154,7 @@ class DeepSpeedConfig:
     offload_optimizer: Offload = Offload.none  # stages 1-3: where the optimizer's states are kept and stepped
     offload_weights: Offload = Offload.none  # stage 3: where weights wait for their turn
     nvme_path: str | None = None  # folder on a fast local disk of every node, for what is offloaded to nvme
+    persistent: int = 100_000  # stage 3: parameters of fewer elements stay whole on every worker
 
 
 @dataclass
