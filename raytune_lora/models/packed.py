@@ -82,7 +82,8 @@ class PackedAttention:
         configs = [owner.config for owner in owners if hasattr(getattr(owner, "config", None), _SET)]
         self._configs: list[Any] = list({id(config): config for config in configs}.values())
         base = next((m for m in model.modules() if isinstance(m, PreTrainedModel)), model)
-        self._takes_more = any(p.kind is p.VAR_KEYWORD for p in inspect.signature(base.forward).parameters.values())
+        taken = inspect.signature(type(base).forward).parameters.values()  # not of what may be wrapped around it
+        self._takes_more = any(parameter.kind is parameter.VAR_KEYWORD for parameter in taken)
 
     @contextlib.contextmanager
     def of(self, rows: Rows) -> Iterator[dict[str, Any]]:

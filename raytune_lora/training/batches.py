@@ -71,7 +71,7 @@ class MicroBatch:
 
     def on(self, device: torch.device) -> tuple[dict[str, torch.Tensor], Rows | None]:
         """The tensors, (B, T) each, and where rows lie that are packed; nothing waits for the copies."""
-        inputs = dict(zip(self.names, self.whole.to(device, non_blocking=True), strict=True))
+        inputs = dict(zip(self.names, self.whole.to(device, non_blocking=True).unbind(), strict=True))
         return inputs, self.rows.on(device) if self.rows is not None else None
 
 

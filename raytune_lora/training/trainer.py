@@ -147,7 +147,10 @@ class PlannedTrainer(Trainer):
 
     def _micro_step(self, model: Any, batch: MicroBatch, num_items: torch.Tensor) -> Any:
         """Dropout draws by the samples' place in the run: whoever goes on from there, on any worker, draws the same."""
-        torch.manual_seed(stream(self._cfg.training.seed, "dropout", batch.position))
+        seed = stream(self._cfg.training.seed, "dropout", batch.position)
+        torch.default_generator.manual_seed(seed)  # ``torch.manual_seed`` notes each call's stack where there is no GPU
+        if self.args.device.type == "cuda":
+            torch.cuda.manual_seed(seed)
         inputs, rows = batch.on(self.args.device)
         apart: Any = self._packed.of(rows) if rows is not None else contextlib.nullcontext({})
         with apart as given:

@@ -52,11 +52,11 @@ def nats(logits_1TV: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     return F.cross_entropy(logits_1TV[0, :-1].double(), labels[0, 1:], reduction="sum")
 
 
-def alone(model: Any) -> torch.Tensor:
+def alone(forward: Any) -> torch.Tensor:
     """The sum of the rows' losses, each in a forward pass of its own."""
     parts = []
     for row in rows():
-        logits = model(input_ids=torch.tensor([row["input_ids"]])).logits
+        logits = forward(input_ids=torch.tensor([row["input_ids"]])).logits
         parts.append(nats(logits, torch.tensor([row["labels"]])))
     return torch.stack(parts).sum()
 
@@ -136,6 +136,26 @@ def test_the_model_is_as_before_afterwards() -> None:
     together(model)
     assert [m.config._attn_implementation for m in model.modules() if hasattr(m, "config")] == before
     assert float(alone(model).detach()) == expected
+
+
+def test_a_model_is_given_no_more_than_its_own_code_takes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever is wrapped around it, as autocast is."""
+    model = built("llama")
+    own, cls = model.forward, type(model)
+
+    def plain(self: Any, input_ids: Any, position_ids: Any, attention_mask: Any) -> Any:
+        return own(input_ids=input_ids, position_ids=position_ids, attention_mask=attention_mask)
+
+    assert "cu_seq_lens_q" in given(model)
+    monkeypatch.setattr(cls, "forward", plain)
+    model.forward = lambda **inputs: plain(model, **inputs)
+    assert set(given(model)) == {"attention_mask"}
+    assert float(together(model).detach()) == pytest.approx(float(alone(own).detach()), rel=1e-9)
+
+
+def given(model: Any) -> dict[str, Any]:
+    with PackedAttention(model).of(pack(rows())[1]) as found:
+        return dict(found)
 
 
 @pytest.mark.parametrize("window", [None, 3, 64])
