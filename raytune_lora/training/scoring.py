@@ -25,7 +25,8 @@ from transformers import PreTrainedModel
 from raytune_lora.data.encode import IGNORED
 from raytune_lora.planning.activations import LOGITS
 
-_SAME, _SAME_ROUNDED = 1e-3, 0.1  # nats a token between two ways to one loss: in fp32, and in 16 bits
+# Nats a token between two ways to one loss: from the same logits, from others in fp32, and from others in 16 bits.
+_EQUAL, _SAME, _SAME_ROUNDED = 1e-4, 1e-3, 0.1
 _OWN = "_raytune_lora_scoring"  # attribute of a model
 _logger = logging.getLogger(__name__)
 
@@ -67,6 +68,7 @@ class Scoring:
         self._forward = base.forward
         self._by_liger = "liger" in getattr(vars(base).get("forward"), "__module__", "")
         self._chunk = max(1, LOGITS // base.config.get_text_config().vocab_size)  # tokens
+        self._divided = False  # whether its weights are, among the workers
         self._own_now = False  # its own loss is asked for, though without gradients
         self._backbone = ""  # name of the module that gives hidden states
         base.forward = functools.wraps(base.forward)(lambda *inputs, **settings: self._scored(*inputs, **settings))
@@ -81,6 +83,7 @@ class Scoring:
             takes_common_loss: whether its own loss, but for what it adds, is that of causal language models.
         """
         self.fits = False
+        self._divided = any(hasattr(p, "ds_id") for p in self._base.parameters())
         expected_B2 = model(**inputs)["rows"]
         tokens = int(expected_B2[:, 1].sum())
         nats = float(expected_B2[:, 0].sum()) / tokens
@@ -92,6 +95,8 @@ class Scoring:
             try:
                 self._backbone, self.fits = name, True
                 found_B2 = model(**inputs)["rows"]
+            except torch.cuda.OutOfMemoryError:
+                raise
             except Exception as error:  # whatever a model's code says of a backbone that gives it fewer tokens
                 _logger.debug("%s is scored at once: %s", type(self._base).__name__, error)
                 self.fits = False
@@ -102,7 +107,7 @@ class Scoring:
         self._chunk, self.limit = chunk, limit
         if takes_common_loss:
             self.own_loss = self._own_now = True
-            self.own_loss = self._by_liger or not abs(float(model(**inputs)["loss"]) - nats) < same
+            self.own_loss = self._by_liger or not abs(float(model(**inputs)["loss"]) - nats) < _EQUAL
             self._own_now = False
         if torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
             votes = torch.tensor([self.fits, not self.own_loss], dtype=torch.int32, device=expected_B2.device)
@@ -155,8 +160,7 @@ class Scoring:
         finally:
             hook.remove()
         ((output, hidden_NH),) = found
-        divided = any(hasattr(p, "ds_id") for p in self._base.parameters())
-        count = max(1, -(-(self.limit if divided else len(picked_N)) // self._chunk))
+        count = max(1, -(-(self.limit if self._divided else len(picked_N)) // self._chunk))
         again = count > 1 and torch.is_grad_enabled()
         nats = []
         for hidden, targets in zip(hidden_NH.tensor_split(count), targets_N.tensor_split(count), strict=True):

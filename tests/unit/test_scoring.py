@@ -111,6 +111,14 @@ def test_of_methods_that_reach_the_head_or_put_vectors_before_a_row(
     assert compare(zoo.spread(adapted, 0.1), batch(), monkeypatch).fits
 
 
+def test_a_small_balance_is_seen_in_16_bits_too() -> None:
+    for name, changes in (("mixtral", {"output_router_logits": True, "router_aux_loss_coef": 0.001}), ("mixtral", {})):
+        model = zoo.spread(zoo.build(name, **changes).to(torch.bfloat16), 0.1)
+        scoring_of(model).fit(model, batch(), takes_common_loss=True)
+        assert scoring_of(model).own_loss is bool(changes)
+        assert scoring_of(model).fits
+
+
 def test_a_batch_without_a_trained_token_has_gradients_of_zero(monkeypatch: pytest.MonkeyPatch) -> None:
     """As the rows have that fill the last step: data parallel workers wait for the gradient of every parameter."""
     model, inputs = zoo.build("llama"), batch()
