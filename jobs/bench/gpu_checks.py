@@ -16,6 +16,7 @@ from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from gpu_runs import (
@@ -35,6 +36,8 @@ from gpu_runs import (
 
 from raytune_lora.config.methods import FullMethodConfig
 from raytune_lora.config.schema import Attention, ModelConfig, Optimizer, Quantization
+from raytune_lora.training.precision import compute_in
+from raytune_lora.training.scoring import scoring_of
 
 GOAL = 1.7  # times the tokens a second of a plain script of transformers' Trainer
 _CLOSE = 0.02  # relative difference of losses that bf16 and another order of sums explain
@@ -253,20 +256,41 @@ def packing(bench: Bench) -> Iterator[Line]:
 
 def micro_batch(bench: Bench) -> Iterator[Line]:
     """One micro batch of the large model: what casts and a head that scores trained tokens only are worth."""
-    rows, longest = _rows(bench, "8B", [1024 if bench.gpu else 64] * 24)
-    variants: dict[str, dict[str, Any]] = {"as it is": {}}
+    from raytune_lora.training import trainer, worker
+
+    rows, longest = _rows(bench, "8B", [1024] * 24)
+    variants: dict[str, Any] = {"as it is": nullcontext()}
+    variants["with PEFT's casts to fp32"] = patch.object(worker, "compute_in", _with_casts)
+    variants["with all logits at once"] = patch.object(trainer.PlannedTrainer, "_prepare_scoring", _at_once)
     if bench.gpu and importlib.util.find_spec("liger_kernel") is not None:
-        variants["with Liger's kernels"] = {"training__liger": True}
-    for name, changes in variants.items():
-        cfg = run_config(bench, "8B", training__max_steps=6, **changes)
+        variants["with Liger's kernels"] = nullcontext()
+    found: dict[str, Run] = {}
+    for name, changed in variants.items():
+        cfg = run_config(bench, "8B", training__max_steps=6, training__liger="Liger" in name)
         cfg.data.max_length = longest
-        found = run(bench, cfg, rows, bench.runs / f"micro-{name}")
-        yield Line(f"8B, {name}", f"{found.tokens_per_second:,.0f} tokens/s, {gib(found.peak)}", None)
+        with changed:
+            found[name] = run(bench, cfg, rows, bench.runs / f"micro-{len(found)}")
+        gap = abs(found[name].losses[0] / found["as it is"].losses[0] - 1)
+        told = (
+            f"{found[name].tokens_per_second:,.0f} tokens/s, {gib(found[name].peak)}, first loss differs by {gap:.1e}"
+        )
+        yield Line(f"8B, {name}", told, gap <= _CLOSE, f"losses within {_CLOSE:.0e}")
     cfg = run_config(bench, "8B", training__max_steps=6)
     share, table = _idle(bench, lambda: run(bench, cfg, rows, bench.runs / "micro-profiled"))
     (bench.folder / "profile.txt").write_text(table)
     if bench.gpu:
         yield Line("8B, share of a run's steps in which the GPU is idle", f"{share:.1%}", share < 0.1, "10 %")
+
+
+def _with_casts(model: Any, *arguments: Any, **settings: Any) -> None:
+    compute_in(model, *arguments, **settings)
+    for layer in model.modules():
+        if hasattr(layer, "cast_input_dtype_enabled"):
+            layer.cast_input_dtype_enabled = True
+
+
+def _at_once(trainer: Any) -> None:
+    scoring_of(trainer.model).fits = False
 
 
 def validation(bench: Bench) -> Iterator[Line]:

@@ -242,7 +242,7 @@ def run(
         seen: is handed the trainer when the training has ended, while its model is still there.
         until: samples after which the run pauses.
     """
-    from raytune_lora.training import trainer, worker
+    from raytune_lora.training import resident, trainer, worker
 
     folder.mkdir(parents=True, exist_ok=True)
     reports: list[dict[str, Any]] = []
@@ -271,6 +271,7 @@ def run(
     finally:
         trainer.PlannedTrainer.train = train  # type: ignore[method-assign]
         worker.clean_up()
+        resident.let_go()  # or it would be counted as the next run's
         freed()
     lines = (folder / "steps.jsonl").read_text().splitlines()
     return Run(reports, [json.loads(line) for line in lines], peak, folder)

@@ -25,11 +25,14 @@ from torch.utils._pytree import tree_leaves
 
 from raytune_lora.config.compose import compose
 from raytune_lora.config.schema import Attention, Precision, SweepConfig
+from raytune_lora.models.loading import precision
 from raytune_lora.models.methods import Start, method_for
 from raytune_lora.models.planned import planned_memory
 from raytune_lora.models.shape import shape_of
 from raytune_lora.planning.activations import Batch, passes
 from raytune_lora.planning.memory import Memory, formats_of
+from raytune_lora.training.precision import compute_in, hold_in_fp32
+from raytune_lora.training.scoring import scoring_of
 
 VOCABULARY = 32000
 SMALL: dict[str, Any] = {
@@ -100,11 +103,11 @@ def measure(name: str, cfg: SweepConfig, length: int) -> Row:
     batch = random_batch(cfg.training.micro_batch, length)
     live = Live([*model.parameters(), *model.buffers()])
     with live:
-        loss = model(**batch).loss
+        loss = model(**batch)["loss"]
         held = live.now
         loss.backward()
     added = method_for(cfg.method).added(shape)
-    tokens = cfg.training.micro_batch * (length + added.prefix)
+    scored = cfg.training.micro_batch * (length - 1)
     plan = planned_memory(cfg, shape, length)
     one = passes(shape, added, formats_of(cfg, added), Batch.of(cfg, length), liger=False)
     gradients = sum(p.grad.nbytes for p in model.parameters() if p.grad is not None)
@@ -112,7 +115,7 @@ def measure(name: str, cfg: SweepConfig, length: int) -> Row:
         model=name,
         what=words(cfg, length),
         trained=added.trained,
-        kept=held - tokens * VOCABULARY * 4,
+        kept=held - scored * VOCABULARY * 4,
         planned_kept=one.kept,
         peak=live.peak - gradients,
         planned_peak=plan.activations + plan.logits,
@@ -127,14 +130,13 @@ def measure_gpu(name: str, cfg: SweepConfig, length: int) -> Row:
     torch.manual_seed(0)
     base = build(name, cfg)
     shape = shape_of(base)
-    model = adapted(name, cfg, base).to("cuda")
+    model = adapted(name, cfg, base.to("cuda")).to("cuda")
     before = torch.cuda.memory_allocated()
     batch = {key: tensor.to("cuda") for key, tensor in random_batch(cfg.training.micro_batch, length).items()}
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
     for _ in range(2):
         torch.cuda.reset_peak_memory_stats()
-        with torch.autocast("cuda", torch.bfloat16):
-            loss = model(**batch).loss
+        loss = model(**batch)["loss"]
         held = torch.cuda.memory_allocated()
         loss.backward()
         gradients = sum(p.grad.nbytes for p in model.parameters() if p.grad is not None)
@@ -143,12 +145,12 @@ def measure_gpu(name: str, cfg: SweepConfig, length: int) -> Row:
     added, plan = method_for(cfg.method).added(shape), planned_memory(cfg, shape, length)
     states = sum(t.nbytes for state in optimizer.state.values() for t in state.values() if t.is_cuda)
     one = passes(shape, added, formats_of(cfg, added), Batch.of(cfg, length), liger=False)
-    tokens = cfg.training.micro_batch * (length + added.prefix)
+    scored = cfg.training.micro_batch * (length - 1)
     return Row(
         model=name,
         what=words(cfg, length),
         trained=added.trained,
-        kept=held - before - states - tokens * VOCABULARY * 4,
+        kept=held - before - states - scored * VOCABULARY * 4,
         planned_kept=one.kept,
         peak=torch.cuda.max_memory_allocated(),
         planned_peak=plan.total - plan.runtime,
@@ -177,7 +179,12 @@ def adapted(name: str, cfg: SweepConfig, base: Any = None) -> Any:
     base = build(name, cfg) if base is None else base
     if cfg.training.gradient_checkpointing:
         base.gradient_checkpointing_enable({"use_reentrant": False})
-    return method_for(cfg.method).apply(base, Start(2, Path(), lambda _count: iter(()))).train()
+    model = method_for(cfg.method).apply(base, Start(2, Path(), lambda _count: iter(()))).eval()
+    hold_in_fp32(model)
+    on_gpu, device = cfg.gpus_per_worker > 0, next(base.parameters()).device
+    compute_in(model.to(device), precision(cfg.model.precision, on_gpu=on_gpu), on_gpu=on_gpu)
+    scoring_of(model).fit(model, {key: tensor.to(device) for key, tensor in random_batch(2, 8).items()})
+    return model.train()
 
 
 def random_batch(rows: int, length: int) -> dict[str, torch.Tensor]:

@@ -155,6 +155,7 @@ class DeepSpeedConfig:
     offload_weights: Offload = Offload.none  # stage 3: where weights wait for their turn
     hpz: int = 1  # stage 3: workers, those of one node, that keep all weights among them again: none go between nodes
     nvme_path: str | None = None  # folder on a fast local disk of every node, for what is offloaded to nvme
+    persistent: int = 100_000  # stage 3: parameters of fewer elements stay whole on every worker
 
 
 @dataclass

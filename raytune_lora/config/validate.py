@@ -14,7 +14,6 @@ from raytune_lora.config.schema import (
     Attention,
     Offload,
     Optimizer,
-    Precision,
     Quantization,
     RunConfig,
     SweepConfig,
@@ -50,6 +49,7 @@ _RANGES: dict[str, _Rule] = {
     "training.seed": _NOT_NEGATIVE,
     "training.patience": _COUNT,
     "training.keep_checkpoints": _COUNT,
+    "deepspeed.persistent": _NOT_NEGATIVE,
     "deepspeed.stage": (lambda v: v in (0, 1, 2, 3), "0, 1, 2 or 3"),
     "deepspeed.hpz": _COUNT,
     "evaluation.every": _COUNT,
@@ -186,11 +186,6 @@ def _deepspeed_problems(cfg: RunConfig) -> list[str]:
         found.append(f"deepspeed.{on_disk[0]}=nvme needs ZeRO stage 3; below it, take cpu")
     if on_disk and deepspeed.nvme_path is None:
         found.append(f"deepspeed.{on_disk[0]}=nvme needs deepspeed.nvme_path=<folder on a fast local disk>")
-    if deepspeed.enabled and cfg.model.precision is Precision.bf16 and not cfg.gpus_per_worker:
-        found.append(
-            "model.precision=bf16 needs a GPU (gpus_per_worker >= 1) under DeepSpeed; on the CPU take "
-            "model.precision=fp32, or deepspeed=off"
-        )
     if stage == 3 and cfg.quantization.kind is Quantization.int8:
         found.append(
             "quantization=int8 does not work with ZeRO stage 3: bitsandbytes keeps its 8-bit weights whole on every "

@@ -87,12 +87,6 @@ def load_model(
         _unpack_what_is_read(model)
         _stay_trainable(model)
     keep_cache(model, False)
-    divided = any(hasattr(p, "ds_id") for p in model.parameters())  # DeepSpeed's engine decides their precision
-    if quantized and not divided:
-        from peft import prepare_model_for_kbit_training
-
-        # gradient checkpointing is the Trainer's
-        model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
     return model.requires_grad_(False).eval()
 
 

@@ -16,6 +16,7 @@ from raytune_lora.planning.shape import Shape
 
 _FP32, _BF16 = 4, 2
 _LOSS = 12  # bytes an element: log-probabilities, and twice their gradient, in fp32
+LOGITS = 2**25  # elements that are scored at once; 128 MiB in fp32
 _BACKWARD = 2  # gradients of the feed-forward network's width that are there at once
 
 
@@ -31,11 +32,6 @@ class Formats:
     autocast: bool  # whether inputs are cast for each product
     on_gpu: bool
     attention: Attention
-
-    @property
-    def kept(self) -> int:
-        """Of what weights that train keep: PEFT casts to their own format, autocast back again."""
-        return self.compute if self.autocast else self.trained
 
 
 @dataclass(frozen=True)
@@ -74,15 +70,15 @@ def passes(shape: Shape, added: Added, formats: Formats, batch: Batch, *, liger:
         added: by the method.
         formats: of the tensors.
         batch: the tokens.
-        liger: whether the loss is computed in chunks, without all logits at once.
+        liger: whether Liger computes the loss, in chunks of its own.
     """
     block, length = shape.block, batch.length + added.prefix
     tokens = batch.rows * length
     per_layer = tokens * (_stream(shape, formats) + _feed_forward(shape, formats))
     per_layer += _attention(shape, formats, batch.rows, length, length + added.keys, batch.masked)
     kept = (shape.layers - added.untouched) * per_layer - tokens * _unneeded(shape, added, formats)
-    kept += tokens * (_inputs(shape, added, formats) + added.per_token * formats.kept)
-    kept += added.weights * formats.kept + tokens * shape.hidden * _FP32  # the last normalization
+    kept += tokens * (_inputs(shape, added, formats) + added.per_token * formats.compute)
+    kept += added.weights * formats.compute + tokens * shape.hidden * _FP32  # the last normalization
     return Pass(
         layers=shape.layers,
         kept=kept,
@@ -138,8 +134,8 @@ def _eager(shape: Shape, formats: Formats) -> bool:
 
 def _inputs(shape: Shape, added: Added, formats: Formats) -> int:
     """Bytes a token of the inputs kept for weights that train, and of dropout's masks."""
-    width = formats.kept
-    if added.dropout or formats.autocast or width != formats.compute:  # each layer casts or thins its own
+    width = formats.compute
+    if added.dropout or formats.stream != formats.compute:  # each layer rounds or thins its own
         kept = sum(linear.d_in for linear in added.inputs)
     else:
         sources = {linear.source: linear.d_in for linear in added.inputs}
@@ -164,8 +160,11 @@ def _unneeded(shape: Shape, added: Added, formats: Formats) -> int:
 
 
 def _logits(shape: Shape, formats: Formats, tokens: int, liger: bool) -> int:
+    picked = 2 * tokens * shape.hidden * formats.compute  # hidden states, at most of all tokens, and their gradient
     if not liger:
-        return tokens * shape.vocab * (_LOSS + (_FP32 if shape.softcap else 0))
+        rounded = formats.compute if formats.compute < _FP32 else 0
+        each = _LOSS + rounded + (_FP32 if shape.softcap else 0)
+        return picked + min(tokens, max(1, LOGITS // shape.vocab)) * shape.vocab * each
     # Liger's loss goes over as many tokens at once as make the logits no larger than the hidden states
     chunk = -(-tokens // max(1, -(-shape.vocab // shape.hidden)))
-    return tokens * shape.hidden * formats.compute + chunk * shape.vocab * (_FP32 + formats.compute)
+    return picked // 2 + chunk * shape.vocab * (_FP32 + formats.compute)

@@ -159,29 +159,24 @@ def _training_state(cfg: RunConfig, count: int, formats: Formats, stage: int) ->
             return _State(copies * count * width, 2 * (count + -(-count // _EIGHT_BIT_BLOCK) * _FP32), 0)
         return _State(copies * count * width, 2 * count * width, count * width)
     part = -(-count // (cfg.workers if stage else 1))
-    master = part * _FP32 if stage or width == _BF16 else 0
+    master = part * _FP32 if stage in (1, 2) else 0  # these step a copy of their own, also of fp32 parameters
     gradients = count * width if stage < 2 else part * width
     return _State(gradients, master + 2 * part * _FP32, part * _FP32)
 
 
 def formats_of(cfg: RunConfig, added: Added) -> Formats:
     """Bytes of an element of each kind of tensor of a run."""
-    on_gpu, quantized = cfg.gpus_per_worker > 0, cfg.quantization.kind is not Quantization.none
+    on_gpu = cfg.gpus_per_worker > 0
     asked = cfg.model.precision
     bf16 = asked is Precision.bf16 or (asked is Precision.auto and on_gpu)
     compute = _BF16 if bf16 else _FP32
-    engine = cfg.deepspeed.enabled  # its engine casts all that it finds
-    autocast = bf16 and on_gpu and not engine
-    # PEFT keeps what is not quantized in fp32 below a quantized model; what trains is in fp32 without an engine
-    rest = compute if not quantized or engine else _FP32
-    trained = compute if engine else _FP32
     return Formats(
         compute=compute,
-        stream=rest,
-        rest=rest,
-        trained=trained,
+        stream=_FP32 if added.own and added.from_start else compute,  # as the embedding is
+        rest=compute,
+        trained=_FP32,
         fixed=compute,
-        autocast=autocast,
+        autocast=bf16,
         on_gpu=on_gpu,
         attention=cfg.model.attention,
     )
@@ -199,10 +194,9 @@ def _working(cfg: RunConfig, layers: list[Linear], formats: Formats, stage: int,
     total = 0
     if cfg.quantization.kind is not Quantization.none:
         total += _largest(linear for linear in layers if linear.quantized) * formats.compute  # unpacked for its product
-        if formats.autocast:  # the head and others are in fp32, and cast for theirs
-            total += _largest(linear for linear in shape.linears if not linear.quantized) * _BF16
-    if formats.autocast:
-        total += added.trained * _BF16  # what trains is in fp32, and cast for its products
+    if formats.autocast:  # what trains is in fp32, and rounded for its products
+        at_once = shape.layers if cfg.training.gradient_checkpointing else 1
+        total += -(-added.trained // at_once) * _BF16
     if stage >= 1 and added.trained:
         total += ZERO_BUCKET * formats.trained * (2 if formats.on_gpu and stage < 3 else 1)
     if stage == 3:

@@ -66,6 +66,7 @@ class MicroBatch:
     position: int  # of its first sample in the run
     names: tuple[str, ...]
     whole: torch.Tensor  # (names, B, T), page-locked where a GPU is to have it
+    trained: int  # tokens; known here, so that nothing waits for the GPU to count them
     rows: Rows | None = None  # that are packed
 
     def on(self, device: torch.device) -> tuple[dict[str, torch.Tensor], Rows | None]:
@@ -176,7 +177,8 @@ def _padded(rows: Sequence[Row], position: int, pad_id: int, pin: bool) -> Micro
             values_BT[number, :length] = values
             values_BT[number, length:] = fill
         mask_BT[number, :length], mask_BT[number, length:] = 1, 0
-    return MicroBatch(position, _PADDED, whole)
+    labels_BT[:, 0] = IGNORED  # it follows from nothing, or from learned vectors
+    return MicroBatch(position, _PADDED, whole, int(np.count_nonzero(labels_BT != IGNORED)))
 
 
 def _packed(rows: Sequence[Row], position: int, pin: bool) -> MicroBatch:
@@ -190,4 +192,5 @@ def _packed(rows: Sequence[Row], position: int, pin: bool) -> MicroBatch:
         labels_T[start : start + length] = row["labels"]
         labels_T[start] = IGNORED
     starts = torch.tensor(bounds, dtype=torch.int32)
-    return MicroBatch(position, _PACKED, whole, Rows(starts.pin_memory() if pin else starts, lengths))
+    trained = int(np.count_nonzero(labels_T != IGNORED))
+    return MicroBatch(position, _PACKED, whole, trained, Rows(starts.pin_memory() if pin else starts, lengths))

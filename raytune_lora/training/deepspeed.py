@@ -12,17 +12,18 @@ from raytune_lora.training.plan import Plan
 
 _NEVER = 10**9  # steps between DeepSpeed's own progress lines
 _BUCKET = 50_000_000  # elements sent at once: a tenth of DeepSpeed's default, which takes 2 GB of the GPU by itself
-_PERSISTENT = 100_000  # elements of the largest parameter that every worker keeps whole
 _LIVE = 1_000_000_000  # elements kept whole for a second use
 
 
-def deepspeed_config(cfg: RunConfig, plan: Plan, *, bf16: bool) -> dict[str, Any] | None:
+def deepspeed_config(cfg: RunConfig, plan: Plan) -> dict[str, Any] | None:
     """DeepSpeed's JSON with every key that matters spelled out; None where DeepSpeed is off.
+
+    Its own bf16 mode is always off: it would round what trains to bf16, and accumulate gradients so, in some stages and
+    not in others. What trains is in fp32, and the model computes in bf16 by itself (``precision.py``).
 
     Args:
         cfg: the run.
         plan: its batches.
-        bf16: whether weights and arithmetic are bf16; fp32 otherwise.
     """
     if not cfg.deepspeed.enabled:
         return None
@@ -32,7 +33,9 @@ def deepspeed_config(cfg: RunConfig, plan: Plan, *, bf16: bool) -> dict[str, Any
         "train_micro_batch_size_per_gpu": plan.micro_batch,
         "gradient_accumulation_steps": plan.accumulation,
         "gradient_clipping": cfg.training.max_grad_norm,
-        "bf16": {"enabled": bf16},
+        "bf16": {"enabled": False},
+        "data_types": {"grad_accum_dtype": "fp32"},
+        "communication_data_type": "fp32",  # of gradients
         "zero_optimization": _zero(cfg),
         "zero_allow_untested_optimizer": True,  # the optimizer is torch's AdamW, as without DeepSpeed,
         "zero_force_ds_cpu_optimizer": False,  # and stays so where it is offloaded
@@ -72,7 +75,7 @@ def _zero(cfg: RunConfig) -> dict[str, Any]:
         zero |= {
             "zero_hpz_partition_size": asked.hpz,
             "stage3_prefetch_bucket_size": _BUCKET,
-            "stage3_param_persistence_threshold": _PERSISTENT,
+            "stage3_param_persistence_threshold": asked.persistent,
             "stage3_max_live_parameters": _LIVE,
             "stage3_max_reuse_distance": _LIVE,
             "stage3_gather_16bit_weights_on_model_save": False,  # checkpoints gather what trains by themselves

@@ -8,8 +8,10 @@ from typing import Any
 
 import torch
 
-from raytune_lora.data.encode import IGNORED
 from raytune_lora.training.batches import Tokens, collate
+from raytune_lora.training.scoring import scoring_of
+
+_PROBED = 16  # tokens of a row by which it is found out how a model is scored
 
 
 def validation_loss(model: Any, split: Any, *, rows: int, batch: int, pad_id: int, rank: int, workers: int) -> float:
@@ -39,13 +41,34 @@ def mean_loss(losses_N2: torch.Tensor) -> float:
     return float(nats / tokens) if tokens else math.nan
 
 
+def fit_by_rows(model: Any, split: Any, pad_id: int, *, takes_common_loss: bool = False) -> None:
+    """Have a model's scoring fit it, by the first rows of a split, unless it does already.
+
+    Args:
+        model: takes input_ids and attention_mask; it may be sharded, so every worker calls this.
+        split: of the token store.
+        pad_id: fills short rows.
+        takes_common_loss: as ``Scoring.fit`` has it.
+    """
+    scoring = scoring_of(model)
+    if scoring.fits is not None:
+        return
+    rows = [row["input_ids"][:_PROBED] for row in split.select(range(min(2, len(split))))]
+    inputs = collate([{"input_ids": ids, "labels": ids} for ids in rows], pad_id)
+    device, was_training = next(model.parameters()).device, model.training
+    model.eval()
+    inputs = {name: tensor.to(device) for name, tensor in inputs.items()}
+    scoring.fit(model, inputs, takes_common_loss=takes_common_loss)
+    model.train(was_training)
+
+
 @torch.no_grad()
 def row_losses(
     model: Any, split: Any, rows: Sequence[int], *, batch: int, pad_id: int, rank: int, workers: int
 ) -> torch.Tensor:
     """Each row's cross-entropy over its trained tokens in nats, and how many these are, (N, 2) in float64 on the CPU.
 
-    It is taken from the logits and not from the model's own loss, which may hold more than that (a router's balance).
+    It is that of ``scoring`` and not the model's own loss, which may hold more than that (a router's balance).
 
     Args:
         model: takes input_ids and attention_mask; it may be sharded, so every worker calls it equally often.
@@ -57,36 +80,26 @@ def row_losses(
         workers: how many share the rows.
     """
     tokens = Tokens(split)
-    by_length = sorted(range(len(rows)), key=lambda i: len(tokens[rows[i]]["input_ids"]))
+    lengths = [len(tokens[row]["input_ids"]) for row in rows]
+    by_length = sorted(range(len(rows)), key=lengths.__getitem__)
     batches = [by_length[i : i + batch] for i in range(0, len(rows), batch)]
     device = next(model.parameters()).device
     found_N2 = torch.zeros(len(rows), 2, dtype=torch.float64, device=device)
-    was_training = model.training
+    fit_by_rows(model, split, pad_id)
+    scoring = scoring_of(model)
+    was_training, limit = model.training, scoring.limit
     model.eval()
+    scoring.limit = batch * max(lengths)
     for turn in range(math.ceil(len(batches) / workers)):
         number = turn * workers + rank
         mine = number < len(batches)  # a worker without a batch of its own computes one that does not count
         members = batches[number if mine else 0]
-        inputs = {
-            name: tensor.to(device) for name, tensor in collate([tokens[rows[i]] for i in members], pad_id).items()
-        }
-        labels_BT = inputs.pop("labels")
-        logits_BTV = model(**inputs).logits[:, -labels_BT.shape[1] :]  # virtual tokens come before a row's own
+        padded = collate([tokens[rows[i]] for i in members], pad_id)
+        rows_B2 = model(**{name: tensor.to(device) for name, tensor in padded.items()})["rows"]
         if mine:
-            found_N2[members] = _batch_losses(logits_BTV, labels_BT)
+            found_N2[members] = rows_B2
     model.train(was_training)
+    scoring.limit = limit
     if workers > 1:
         torch.distributed.all_reduce(found_N2)
     return found_N2.cpu()
-
-
-def _batch_losses(logits_BTV: torch.Tensor, labels_BT: torch.Tensor) -> torch.Tensor:
-    """(B, 2); the trained tokens' logits alone are brought to fp32, which for all of a vocabulary takes room."""
-    targets_BT = labels_BT[:, 1:]
-    trained_BT = targets_BT != IGNORED
-    nats = torch.nn.functional.cross_entropy(
-        logits_BTV[:, :-1][trained_BT].float(), targets_BT[trained_BT], reduction="none"
-    )
-    row = trained_BT.nonzero()[:, 0]
-    sums_B = torch.zeros(len(labels_BT), dtype=torch.float64, device=nats.device).index_add_(0, row, nats.double())
-    return torch.stack([sums_B, trained_BT.sum(1).double()], dim=1)

@@ -51,6 +51,12 @@ class Plan:
         """Optimizer steps; the last one may be short of samples."""
         return math.ceil(self.total / self.global_batch)
 
+    @property
+    def forward_tokens(self) -> int:
+        """Tokens of the largest forward pass; needs the lengths of the rows."""
+        assert self.lengths is not None
+        return self.capacity or self.micro_batch * int(self.lengths.max())
+
     def samples_seen(self, step: int) -> int:
         """Samples trained on after ``step`` steps."""
         return min(step * self.global_batch, self.total)

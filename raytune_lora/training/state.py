@@ -28,15 +28,14 @@ def trained(model: Any) -> Iterator[tuple[str, Any]]:
 
 
 def gathered_weights(model: Any, optimizer: Any) -> Named:
-    """Each trained parameter whole and on the CPU, in fp32 where the optimizer keeps it so."""
-    masters = _masters(optimizer)
+    """Each trained parameter whole and on the CPU."""
     for name, p in trained(model):
-        yield name, _whole(p) if _is_shared(p) else masters.get(p, p).detach().cpu()
+        yield name, _whole(p) if _is_shared(p) else p.detach().cpu()
 
 
 def gathered_optimizer(model: Any, optimizer: Any) -> Named:
     """Each state of each trained parameter whole and on the CPU, as ``<state>/<parameter>``."""
-    named, masters = list(trained(model)), _masters(optimizer)
+    named = list(trained(model))
     if any(_is_shared(p) for _, p in named):
         _link_states(optimizer.optimizer)
     for name, p in named:
@@ -44,7 +43,7 @@ def gathered_optimizer(model: Any, optimizer: Any) -> Named:
             for key in _keys(optimizer):
                 yield f"{key}/{name}", _whole(p, key)
         else:
-            for key, value in optimizer.state.get(masters.get(p, p), {}).items():
+            for key, value in optimizer.state.get(p, {}).items():
                 if torch.is_tensor(value) and value.dim():
                     yield f"{key}/{name}", value.detach().cpu()
 
@@ -67,14 +66,14 @@ def put_optimizer(model: Any, optimizer: Any, weights: Saved, saved: Saved, step
     Args:
         model: with the weights of ``weights`` already.
         optimizer: as accelerate wraps it.
-        weights: the trained parameters in the optimizer's own precision.
+        weights: the trained parameters.
         saved: its states.
         step: optimizer steps made.
 
     Raises:
         UserError: the states lie on a disk that DeepSpeed alone writes to.
     """
-    named, masters = list(trained(model)), _masters(optimizer)
+    named = list(trained(model))
     shared = [(name, p) for name, p in named if _is_shared(p)]
     if shared:
         if getattr(optimizer.optimizer, "swap_optimizer", False):
@@ -86,11 +85,9 @@ def put_optimizer(model: Any, optimizer: Any, weights: Saved, saved: Saved, step
         _put_shared(shared, keys, weights, saved)
         return
     for name, p in named:
-        own = masters.get(p, p)
-        own.data.copy_(weights.get(name))
         states = {key: saved.get(n) for n in saved.names for key, _, owner in [n.partition("/")] if owner == name}
         if states:  # none of a parameter that never had a gradient
-            _put_own(_inner(optimizer), own, states, step)
+            _put_own(optimizer.optimizer, p, states, step)
 
 
 def _put_own(inner: Any, p: Any, states: dict[str, torch.Tensor], step: int) -> None:
@@ -157,19 +154,6 @@ def _link_states(zero: Any) -> None:
 def _keys(optimizer: Any) -> list[str]:
     states = [state for state in optimizer.optimizer.optimizer.state.values() if state]
     return sorted(key for key, value in states[0].items() if torch.is_tensor(value) and value.dim()) if states else []
-
-
-def _inner(optimizer: Any) -> Any:
-    """torch's or bitsandbytes' own optimizer within accelerate's and, in bf16 under stage 0, DeepSpeed's."""
-    wrapped = optimizer.optimizer
-    return wrapped.optimizer if hasattr(wrapped, "fp32_groups") else wrapped
-
-
-def _masters(optimizer: Any) -> dict[Any, Any]:
-    """By parameter, its fp32 original, where DeepSpeed keeps whole ones: in bf16 under stage 0."""
-    wrapped = optimizer.optimizer
-    groups = zip(getattr(wrapped, "fp16_groups", []), getattr(wrapped, "fp32_groups", []), strict=False)
-    return {p: master for ours, theirs in groups for p, master in zip(ours, theirs, strict=True)}
 
 
 def _is_shared(p: Any) -> bool:

@@ -16,7 +16,6 @@ from typing import Any
 
 import torch
 from transformers import Trainer, TrainerCallback, TrainingArguments
-from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.trainer_utils import unwrap_peft_model
 
 from raytune_lora.artifacts import folder_bytes
@@ -29,11 +28,12 @@ from raytune_lora.training.batches import Batches, MicroBatch, StepBatches
 from raytune_lora.training.checkpoint import Checkpoint, commit, write_parts
 from raytune_lora.training.delivery import Delivery
 from raytune_lora.training.gradients import FirstGradients
-from raytune_lora.training.metrics import validation_loss
+from raytune_lora.training.metrics import fit_by_rows, validation_loss
 from raytune_lora.training.numbers import Numbers
 from raytune_lora.training.place import GO_ON, SAVE_AND_STOP, Place
 from raytune_lora.training.plan import Plan, stream
 from raytune_lora.training.schedule import advance, schedule
+from raytune_lora.training.scoring import scoring_of
 from raytune_lora.training.state import put_optimizer, trained
 
 _OVER_QUOTA = 3  # beside what a place can ask for
@@ -46,18 +46,6 @@ def _takes_common_loss(model: Any) -> bool:
     That of Bart, Pegasus or XLNet is of the token itself: what they are trained on brings labels that are shifted.
     """
     return "loss_function(" in source_of(type(unwrap_peft_model(model)).forward)
-
-
-def _loss_of_batch(outputs: Any, labels: torch.Tensor, num_items_in_batch: torch.Tensor) -> torch.Tensor:
-    """The loss of the next token, for models whose own is another or knows no more than its micro-batch.
-
-    Args:
-        outputs: of the model, whose logits (B, T or more, V) may begin with those of learned vectors.
-        labels: (B, T).
-        num_items_in_batch: trained tokens of the whole batch.
-    """
-    logits_BTV = outputs.logits[:, -labels.shape[1] :].contiguous()
-    return ForCausalLMLoss(logits_BTV, labels, logits_BTV.shape[-1], num_items_in_batch=num_items_in_batch)
 
 
 class PlannedTrainer(Trainer):
@@ -91,11 +79,12 @@ class PlannedTrainer(Trainer):
             kwargs: of ``Trainer``.
         """
         super().__init__(callbacks=callbacks, **kwargs)
-        if not (self.model_accepts_loss_kwargs and _takes_common_loss(self.model)):
-            self.compute_loss_func = _loss_of_batch
+        self._common_loss = self.model_accepts_loss_kwargs and _takes_common_loss(self.model)
+        self.model_accepts_loss_kwargs = True  # the loss is that of ``scoring``
         self._method = method
         self._cfg = cfg
         self._plan = plan
+        self._train_split = train
         self._validation_split = validation
         self._pad_id = pad_id
         self._checkpoint = checkpoint
@@ -154,7 +143,7 @@ class PlannedTrainer(Trainer):
         inputs, rows = batch.on(self.args.device)
         apart: Any = self._packed.of(rows) if rows is not None else contextlib.nullcontext({})
         with apart as given:
-            return self.training_step(model, inputs | given, num_items)
+            return self.training_step(model, inputs | given | {"trained": batch.trained}, num_items)
 
     def _run_epoch(self, model: Any, epoch: Any, train_dataloader: Batches, *_: Any, **__: Any) -> None:
         """All steps of the sitting. Transformers' own does much at each forward pass, and waits for the GPU often."""
@@ -242,11 +231,16 @@ class PlannedTrainer(Trainer):
 
     def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
         prepared = super()._prepare_for_training(*args, **kwargs)
+        self._prepare_scoring()
         if self._checkpoint is not None:
             saved = self._checkpoint
             put_optimizer(self.model, self.optimizer, saved.weights, saved.optimizer, saved.step)
             advance(self.lr_scheduler, saved.step)
         return prepared
+
+    def _prepare_scoring(self) -> None:
+        fit_by_rows(self.model_wrapped, self._train_split, self._pad_id, takes_common_loss=self._common_loss)
+        scoring_of(self.model).limit = self._plan.forward_tokens
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         folder = Path(str(self.args.output_dir))

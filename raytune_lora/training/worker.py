@@ -32,6 +32,7 @@ from raytune_lora.training.checkpoint import Checkpoint, bring_latest, latest, r
 from raytune_lora.training.deepspeed import deepspeed_config, release
 from raytune_lora.training.place import SAVING, Place
 from raytune_lora.training.plan import Plan, plan_run, stream
+from raytune_lora.training.precision import compute_in, hold_in_fp32
 from raytune_lora.training.resident import base_model, kept_bytes, let_go, put_back
 from raytune_lora.training.schedule import warmup_steps
 from raytune_lora.training.sharding import divided_base, divides, join_group
@@ -108,14 +109,15 @@ def _trainer(
     tokenizer = load_tokenizer(folder, cfg.model)
     args = _arguments(cfg, plan, place.folder / SAVING)
     base = divided_base(cfg, folder, args.hf_deepspeed_config) if divides(cfg) else base_model(cfg, folder)
+    on_gpu = cfg.gpus_per_worker > 0
     method = method_for(cfg.method)
     torch.manual_seed(stream(cfg.training.seed, "weights"))
     start = _start(cfg, plan, store, folder, tokenizer.pad_token_id, checkpoint)
     model = method.apply(base, start)
-    if not cfg.deepspeed.enabled:
-        _train_in_full_precision(model)
+    hold_in_fp32(model)
     if checkpoint is not None:
         put_weights(model, checkpoint.weights)
+    compute_in(model, precision(cfg.model.precision, on_gpu=on_gpu), on_gpu=on_gpu)
     if cfg.quantization.kind is not Quantization.none:
         model._hf_peft_config_loaded = True  # transformers trains on a quantized base only what PEFT has seen
     rows = store.split("train")
@@ -185,16 +187,6 @@ def _start(
     return Start(plan.steps, folder, samples, checkpoint.extra() if checkpoint else None)
 
 
-def _train_in_full_precision(model: Any) -> None:
-    """Have what trains in fp32: a step at a usual rate is smaller than bf16 can tell from none.
-
-    DeepSpeed keeps an fp32 original of it by itself. The arithmetic stays in bf16, by autocast.
-    """
-    for _, parameter in trained(model):
-        if parameter.dtype in (torch.bfloat16, torch.float16):
-            parameter.data = parameter.data.float()
-
-
 def _release(trainer: PlannedTrainer) -> None:
     """Let go of the model in a worker that lives on."""
     if trainer.is_deepspeed_enabled:
@@ -252,12 +244,10 @@ def held() -> Held:
 
 def _arguments(cfg: RunConfig, plan: Plan, saving: Path) -> TrainingArguments:
     training = cfg.training
-    bf16 = precision(cfg.model.precision, on_gpu=cfg.gpus_per_worker > 0) is torch.bfloat16
     return TrainingArguments(
         output_dir=str(saving),
-        deepspeed=deepspeed_config(cfg, plan, bf16=bf16),
+        deepspeed=deepspeed_config(cfg, plan),
         accelerator_config={"use_configured_state": True},
-        bf16=bf16,
         use_cpu=cfg.gpus_per_worker == 0 and not cfg.deepspeed.enabled,
         per_device_train_batch_size=plan.micro_batch,
         gradient_accumulation_steps=plan.accumulation,

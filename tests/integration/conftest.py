@@ -18,7 +18,9 @@ from raytune_lora.training.driver import Pool
 from raytune_lora.tuning.job import plain_run, prepare_inputs
 from tests import s3
 
-TINY = ("model=tiny", "data=fake", "training.global_batch=8", "training.max_steps=8", "training.learning_rate=3e-3")
+# persistent=0: ZeRO-3 divides, and gathers, even the smallest parameter, as it would those of a model of a usual size
+TRAINING = ("training.global_batch=8", "training.max_steps=8", "training.learning_rate=3e-3", "deepspeed.persistent=0")
+TINY = ("model=tiny", "data=fake", *TRAINING)
 EVALUATION = ("evaluation.every=32", "evaluation.loss_rows=16", "evaluation.generate_rows=4")
 
 METRICS_INTERVAL = 1.0  # seconds between two exports of Ray's gauges; ten by default

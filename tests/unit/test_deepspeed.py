@@ -18,9 +18,9 @@ GOLDEN = Path(__file__).parent / "golden" / "deepspeed"
 ON_GPUS = ("model=tiny", "data=fake", "workers=2", "gpus_per_worker=1", "training.max_steps=4")
 
 
-def settings(*overrides: str, bf16: bool = True) -> dict[str, Any] | None:
+def settings(*overrides: str) -> dict[str, Any] | None:
     cfg = plain_run(compose([*ON_GPUS, *overrides]))
-    return deepspeed_config(cfg, plan_run(cfg, 100), bf16=bf16)
+    return deepspeed_config(cfg, plan_run(cfg, 100))
 
 
 @pytest.mark.parametrize("group", groups()["deepspeed"])
@@ -40,10 +40,9 @@ def test_deepspeed_itself_knows_every_key(group: str, tmp_path: Path) -> None:
     assert parsed.stage == found["zero_optimization"]["stage"]
 
 
-def test_on_the_cpu_it_is_fp32_without_pinned_memory_or_overlap() -> None:
-    found = settings("deepspeed=zero3_offload", "gpus_per_worker=0", bf16=False)
+def test_on_the_cpu_it_is_without_pinned_memory_or_overlap() -> None:
+    found = settings("deepspeed=zero3_offload", "gpus_per_worker=0")
     assert found is not None
-    assert found["bf16"] == {"enabled": False}
     zero = found["zero_optimization"]
     assert not zero["overlap_comm"]
     assert zero["offload_param"] == zero["offload_optimizer"] == {"device": "cpu", "pin_memory": False}

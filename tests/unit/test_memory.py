@@ -154,21 +154,20 @@ def planned(change: Callable[[SweepConfig], None] | None = None, *overrides: str
 
 
 def test_zero_divides_what_it_divides() -> None:
-    alone = planned()
     for stage, parts in ((1, "optimizer"), (2, "optimizer gradients"), (3, "optimizer gradients weights embeddings")):
         four = planned(None, f"deepspeed=zero{stage}", "workers=4", "training.global_batch=64")
         one = planned(None, f"deepspeed=zero{stage}")
         for part in ("optimizer", "gradients", "weights", "embeddings"):
             ratio = getattr(one, part) / getattr(four, part)
             assert ratio == pytest.approx(4 if part in parts else 1, rel=1e-4), (stage, part)
-    assert alone.optimizer == 12 * (alone.adapter // 2)  # fp32 weights and two states of bf16 parameters
 
 
-def test_what_trains_without_an_engine_is_planned_in_fp32() -> None:
-    """Weights, gradients and two states of four bytes each; under an engine the weights and gradients are of two."""
-    alone, zero = (planned(None, "method=full", deepspeed) for deepspeed in ("deepspeed=off", "deepspeed=zero2"))
-    assert alone.adapter == alone.gradients == 2 * zero.adapter
-    assert alone.optimizer == 2 * alone.adapter
+def test_what_trains_is_planned_in_fp32_everywhere() -> None:
+    """Weights, gradients and two states of four bytes each; ZeRO 1 and 2 step a copy of the weights."""
+    for deepspeed, states in (("off", 2), ("zero0", 2), ("zero1", 3), ("zero2", 3), ("zero3", 2)):
+        plan = planned(None, "method=full", f"deepspeed={deepspeed}")
+        assert plan.adapter == plan.gradients == LLAMA.parameters * 4
+        assert plan.optimizer == states * plan.adapter, deepspeed
 
 
 def test_offloading_moves_what_it_moves() -> None:

@@ -218,7 +218,7 @@ def test_what_fails_in_the_thread_is_raised_and_no_thread_stays(monkeypatch: pyt
     def broken(self: Any, number: int) -> StepBatches:
         if number == 2:
             raise OSError("the disk is gone")
-        return StepBatches([MicroBatch(number, (), torch.zeros(0))], 0)
+        return StepBatches([MicroBatch(number, (), torch.zeros(0), 0)], 0)
 
     monkeypatch.setattr(Batches, "step", broken)
     batches, seen = Batches(split(), plan(), 0, 0), []

@@ -22,6 +22,9 @@ class Adalora(TargetedMethod[AdaloraMethodConfig]):
 
     def apply(self, model: Any, start: Start) -> Any:
         adapted = super().apply(model, start)
+        for name, p in adapted.named_parameters():
+            if "ranknum" in name:  # how many are left, by which PEFT divides; it trains where the base is in 16 bits
+                p.requires_grad_(False)
         for key, value in (start.earlier or {}).items():
             kind, _, name = key.partition("/")
             _measured(adapted)[kind][name] = value.tolist() if kind == _PATTERN else value
