@@ -22,6 +22,8 @@ from raytune_lora.evaluation import ANSWERS
 from raytune_lora.models.methods import Start, method_for
 from raytune_lora.tuning.job import plain_run, prepare_inputs
 
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]  # two processes beside the tests' own, on two cores
+
 WORKERS = 2
 RECOVERY = "recovery"
 EXACT = ("trial_loss", "eval_loss")
@@ -36,15 +38,9 @@ MODELS: dict[str, dict[str, Any]] = {
     "qwen2": _WIDE,
 }
 SETTINGS = (
-    *(
-        "data=fake",
-        "data.max_length=96",
-        "training.global_batch=8",
-        "training.micro_batch=4",
-        "evaluation.loss_rows=10",
-    ),
-    *("evaluation.final_rows=18", "evaluation.generate_rows=7", "evaluation.generate_batch=2"),
-    *("evaluation.max_new_tokens=3", "deepspeed=zero3", "deepspeed.persistent=0"),
+    *("data=fake", "data.max_length=96", "training.global_batch=8", "training.micro_batch=4"),
+    *("evaluation.loss_rows=5", "evaluation.final_rows=9", "evaluation.generate_rows=3"),
+    *("evaluation.generate_batch=2", "evaluation.max_new_tokens=3", "deepspeed=zero3", "deepspeed.persistent=0"),
 )
 
 
@@ -235,7 +231,7 @@ def test_a_divided_model_has_the_figures_of_the_whole_one(case: Case, figures: d
         assert {key: rank[key] for key in EXACT} == pytest.approx({key: whole[key] for key in EXACT}, abs=2e-6)
         assert {key: rank[key] for key in SAME} == {key: whole[key] for key in SAME}
         assert rank["gathered"] > 0
-        assert case.shares - 0.35 < rank["most"] < case.shares
+        assert case.shares - 0.4 < rank["most"] < case.shares
     files = [figures["root"] / name / ANSWERS for name in (case.name, f"alone/{case.name}")]
     assert files[0].read_text() == files[1].read_text()
     assert len(files[0].read_text().splitlines()) == 3
