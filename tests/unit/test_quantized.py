@@ -41,13 +41,17 @@ def said(shape: Shape) -> set[str]:
     [(model, "nf4") for model in zoo.ZOO] + [(model, "int8") for model in ("falcon", "gemma3", "mamba", "zamba2")],
 )
 def test_the_plan_counts_what_is_loaded(model: str, kind: str, folder: Callable[[str], Path]) -> None:
-    """To the byte, whatever of it the quantizer leaves out."""
+    """To the byte, whatever of it the quantizer leaves out.
+
+    But for the few parameters that transformers keeps in fp32 in some architectures, which count as those beside them.
+    """
     cfg = run(folder(model), f"quantization={kind}", "model.precision=bf16")
     shape = shape_of_folder(folder(model), cfg.model)
     loaded = load_model(folder(model), cfg.model, cfg.quantization)
     plan = planned_memory(cfg, shape, 8)
     assert said(shape) == packed(loaded)
-    assert plan.weights + plan.embeddings == stored_bytes(loaded)
+    in_fp32 = sum(p.numel() for p in loaded.parameters() if p.dtype is torch.float32)
+    assert plan.weights + plan.embeddings == stored_bytes(loaded) - 2 * in_fp32
 
 
 def test_a_quantization_that_quantizes_nothing_is_refused(folder: Callable[[str], Path]) -> None:
@@ -73,7 +77,7 @@ def test_what_stays_unquantized_is_said(folder: Callable[[str], Path]) -> None:
         run(folder("mixtral"), "quantization=nf4", "model.precision=bf16"), shape_of(zoo.build("mixtral"))
     )
     sizes = [float(part.split()[-1]) for part in mixture[-1].split(" GB")[:2]]
-    assert sizes[0] > sizes[1]  # the experts are in fp32 then
+    assert sizes[0] <= sizes[1]  # the experts stay in bf16
     dense = fit.notes(run(folder("llama"), "quantization=nf4"), shape_of(zoo.build("llama")))
     assert dense == []
 
