@@ -23,7 +23,7 @@ from raytune_lora.models.methods import method_for
 from raytune_lora.models.sources import materialize
 from raytune_lora.models.tokenizer import load_tokenizer
 from raytune_lora.training.leaks import check_causal
-from raytune_lora.training.metrics import mean_loss, row_losses, rows_measured
+from raytune_lora.training.metrics import fit_by_rows, mean_loss, row_losses, rows_measured
 from raytune_lora.training.place import Place
 from raytune_lora.training.sharding import divides, measured_model
 from raytune_lora.working_copy import WorkingCopy
@@ -64,6 +64,7 @@ def measure(cfg: RunConfig, store: TokenStore, place: Place, *, adapter: str | N
     with measured_model(cfg, folder, adapted) as (model, start_afresh):
         if adapter is None:  # which is before the first trial
             check_causal(model, store, tokenizer.pad_token_id)
+        fit_by_rows(model, store.split("validation"), tokenizer.pad_token_id, start_afresh=start_afresh)
         facts |= _losses(cfg, store, place, model, tokenizer.pad_token_id)
         try:
             answers = _answers(cfg, store, place, model, tokenizer, start_afresh)

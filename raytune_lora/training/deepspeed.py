@@ -149,6 +149,19 @@ def without_mlflow() -> Iterator[None]:
             del sys.modules["mlflow"]
 
 
+def start_afresh(engine: Any) -> None:
+    """Forget a forward pass under ZeRO-3 that an error ended on all workers: what was gathered, and where it was."""
+    from deepspeed.runtime.zero import parameter_offload
+
+    del parameter_offload.FWD_MODULE_STACK[1:]
+    engine._forward_epilogue()
+    offload = getattr(engine.optimizer, "parameter_offload", engine.optimizer)  # an optimizer's, or alone
+    coordinator = offload.get_param_coordinator()
+    if not coordinator.is_invalid_trace():
+        coordinator._invalidate_trace()
+    offload.partition_all_parameters()
+
+
 def release(engine: Any) -> None:
     """Let go of an engine and its weights, in a process that lives on.
 

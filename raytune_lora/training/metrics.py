@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -41,7 +41,14 @@ def mean_loss(losses_N2: torch.Tensor) -> float:
     return float(nats / tokens) if tokens else math.nan
 
 
-def fit_by_rows(model: Any, split: Any, pad_id: int, *, takes_common_loss: bool = False) -> None:
+def fit_by_rows(
+    model: Any,
+    split: Any,
+    pad_id: int,
+    *,
+    takes_common_loss: bool = False,
+    start_afresh: Callable[[], None] | None = None,
+) -> None:
     """Have a model's scoring fit it, by the first rows of a split, unless it does already.
 
     Args:
@@ -49,6 +56,7 @@ def fit_by_rows(model: Any, split: Any, pad_id: int, *, takes_common_loss: bool 
         split: of the token store.
         pad_id: fills short rows.
         takes_common_loss: as ``Scoring.fit`` has it.
+        start_afresh: likewise.
     """
     scoring = scoring_of(model)
     if scoring.fits is not None:
@@ -58,7 +66,7 @@ def fit_by_rows(model: Any, split: Any, pad_id: int, *, takes_common_loss: bool 
     device, was_training = next(model.parameters()).device, model.training
     model.eval()
     inputs = {name: tensor.to(device) for name, tensor in inputs.items()}
-    scoring.fit(model, inputs, takes_common_loss=takes_common_loss)
+    scoring.fit(model, inputs, takes_common_loss=takes_common_loss, start_afresh=start_afresh)
     model.train(was_training)
 
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 import copy
 import functools
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -74,13 +74,21 @@ class Scoring:
         base.forward = functools.wraps(base.forward)(lambda *inputs, **settings: self._scored(*inputs, **settings))
 
     @torch.no_grad()
-    def fit(self, model: Any, inputs: dict[str, torch.Tensor], *, takes_common_loss: bool = False) -> None:
+    def fit(
+        self,
+        model: Any,
+        inputs: dict[str, torch.Tensor],
+        *,
+        takes_common_loss: bool = False,
+        start_afresh: Callable[[], None] | None = None,
+    ) -> None:
         """Find out how this model is scored, by a few rows; all workers call it at once.
 
         Args:
             model: as it is called in training, in evaluation mode.
             inputs: of a forward pass, with labels.
             takes_common_loss: whether its own loss, but for what it adds, is that of causal language models.
+            start_afresh: called after a forward pass that failed; of a model that is divided among workers.
         """
         self.fits = False
         self._divided = any(hasattr(p, "ds_id") for p in self._base.parameters())
@@ -100,6 +108,8 @@ class Scoring:
             except Exception as error:  # whatever a model's code says of a backbone that gives it fewer tokens
                 _logger.debug("%s is scored at once: %s", type(self._base).__name__, error)
                 self.fits = False
+                if start_afresh is not None:
+                    start_afresh()
                 continue
             self.fits = float((found_B2 - expected_B2)[:, 0].abs().sum()) / tokens < same
             if self.fits:

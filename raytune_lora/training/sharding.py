@@ -21,7 +21,7 @@ from transformers.integrations.deepspeed import HfDeepSpeedConfig
 
 from raytune_lora.config.schema import RunConfig
 from raytune_lora.models.loading import load_model
-from raytune_lora.training.deepspeed import inference_config, release, share_among, without_mlflow
+from raytune_lora.training.deepspeed import inference_config, release, share_among, start_afresh, without_mlflow
 from raytune_lora.training.resident import base_model, let_go
 from raytune_lora.training.warmup import build_shared_memory_op, prepare_builds
 
@@ -83,7 +83,7 @@ def measured_model(
     base = model.get_base_model() if hasattr(model, "peft_config") else model
     engine = deepspeed.initialize(model=base, config=hf_config.config)[0]
     try:
-        yield model, partial(_start_afresh, engine)
+        yield model, partial(start_afresh, engine)
     finally:
         release(engine)
 
@@ -104,18 +104,6 @@ def divided_base(cfg: RunConfig, folder: Path, hf_config: Any) -> Any:
         for name, buffer in module._buffers.items():
             module._buffers[name] = None if buffer is None else buffer.to(torch.cuda.current_device())
     return model
-
-
-def _start_afresh(engine: Any) -> None:
-    """Forget a forward pass that ended in the middle: what was gathered for it, and where it was."""
-    from deepspeed.runtime.zero import parameter_offload
-
-    del parameter_offload.FWD_MODULE_STACK[1:]
-    engine._forward_epilogue()
-    coordinator = engine.optimizer.get_param_coordinator()
-    if not coordinator.is_invalid_trace():
-        coordinator._invalidate_trace()
-    engine.optimizer.partition_all_parameters()
 
 
 @contextlib.contextmanager

@@ -10,7 +10,7 @@ import contextlib
 import math
 import resource
 import time
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ from raytune_lora.models.packed import PackedAttention
 from raytune_lora.models.shape_parts import source_of
 from raytune_lora.training.batches import Batches, MicroBatch, StepBatches
 from raytune_lora.training.checkpoint import Checkpoint, commit, write_parts
-from raytune_lora.training.deepspeed import forget_steps, offloaded_adamw
+from raytune_lora.training.deepspeed import forget_steps, offloaded_adamw, start_afresh
 from raytune_lora.training.delivery import Delivery
 from raytune_lora.training.gradients import FirstGradients
 from raytune_lora.training.metrics import fit_by_rows, validation_loss
@@ -35,6 +35,7 @@ from raytune_lora.training.place import GO_ON, SAVE_AND_STOP, Place
 from raytune_lora.training.plan import Plan, stream
 from raytune_lora.training.schedule import advance, schedule
 from raytune_lora.training.scoring import scoring_of
+from raytune_lora.training.sharding import divides
 from raytune_lora.training.state import put_optimizer, trained
 
 _OVER_QUOTA = 3  # beside what a place can ask for
@@ -250,7 +251,9 @@ class PlannedTrainer(Trainer):
         return prepared
 
     def _prepare_scoring(self) -> None:
-        fit_by_rows(self.model_wrapped, self._train_split, self._pad_id, takes_common_loss=self._common_loss)
+        afresh = partial(start_afresh, self.model_wrapped) if divides(self._cfg) else None
+        common, split = self._common_loss, self._train_split
+        fit_by_rows(self.model_wrapped, split, self._pad_id, takes_common_loss=common, start_afresh=afresh)
         scoring_of(self.model).limit = self._plan.forward_tokens
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:

@@ -131,6 +131,7 @@ class Watched:
 
 def failed_and_called_again(cfg: RunConfig) -> dict[str, Any]:
     """What a divided model gives before and after a forward pass that an error ended in its second layer."""
+    from raytune_lora.training import scoring
     from raytune_lora.training.sharding import measured_model
     from raytune_lora.training.worker import clean_up
 
@@ -148,6 +149,11 @@ def failed_and_called_again(cfg: RunConfig) -> dict[str, Any]:
             noted["left"] = sum(p.numel() for p in model.parameters())
         hook.remove()
         noted["after"] = model(input_ids=ids).logits.sum().item()
+        names = scoring._backbones
+        scoring._backbones = lambda base: iter(["model.layers.1.mlp", *names(base)])  # the first fails in the middle
+        scoring.scoring_of(model).fit(model, {"input_ids": ids, "labels": ids}, start_afresh=start_afresh)
+        noted["fits"] = scoring.scoring_of(model)._backbone
+        noted["fitted"] = sum(p.numel() for p in model.parameters())
     clean_up()
     return noted
 
@@ -241,4 +247,5 @@ def test_a_failed_forward_pass_leaves_a_divided_model_as_it_was(figures: dict[st
     for rank in figures["ranks"]:
         noted = rank[RECOVERY]
         assert noted["after"] == noted["before"]
-        assert noted["left"] == 0
+        assert noted["left"] == noted["fitted"] == 0
+        assert noted["fits"] == "model"
