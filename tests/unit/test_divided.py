@@ -7,7 +7,7 @@ import json
 import os
 import socket
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from raytune_lora.config.schema import RunConfig
 from raytune_lora.data.store import TokenStore
 from raytune_lora.evaluation import ANSWERS
 from raytune_lora.models.methods import Start, method_for
+from raytune_lora.training.scoring import _Given
 from raytune_lora.tuning.job import plain_run, prepare_inputs
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]  # two processes beside the tests' own, on two cores
@@ -116,8 +117,9 @@ class Watched:
         core_model_loading.set_param_for_module = loaded
 
     def _look(self, model: Any) -> None:
-        there = [p for p in model.parameters() if not p.is_meta]
-        whole = sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters())
+        parameters = list({id(p): p for p in _parameters(model)}.values())
+        there = [p for p in parameters if not p.is_meta]
+        whole = sum(getattr(p, "ds_numel", p.numel()) for p in parameters)
         self.gathered += any(p.numel() for p in there if hasattr(p, "ds_id"))
         parts = [part for p in there if hasattr(p, "ds_id") for part in (p.ds_tensor, p.ds_secondary_tensor)]
         held = sum(p.numel() for p in there) + sum(part.numel() for part in parts if part is not None)
@@ -127,6 +129,14 @@ class Watched:
         found = self.most, self.gathered
         self.most, self.gathered = 0.0, 0
         return found
+
+
+def _parameters(model: Any) -> Iterator[Any]:
+    """Those of a module, too, that scoring has put another one in the place of."""
+    for module in model.modules():
+        yield from (module._given[0] if isinstance(module, _Given) else module).parameters(recurse=False)
+        if isinstance(module, _Given):
+            yield from (p for child in module._given[0].children() for p in child.parameters())
 
 
 def failed_and_called_again(cfg: RunConfig) -> dict[str, Any]:
