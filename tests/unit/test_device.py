@@ -137,5 +137,5 @@ def test_a_worker_that_keeps_the_base_model_trains_as_a_fresh_one(
     for turn, method in enumerate([*methods, methods[0]]):
         for name, do in ((f"{method}, untouched", BASELINE), (method, train)):
             assert trained(*runs[method], tmp_path / f"{turn}-{name}", do)["eval_loss"] == fresh[name], name
-            assert (kept_bytes() == 0) is (method == "pissa")
+            assert (kept_bytes() == 0) is (name == "pissa")
     let_go()
