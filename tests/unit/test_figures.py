@@ -138,6 +138,7 @@ def test_each_row_has_its_own_loss_whatever_the_batch(
     _, store = configured()
     model = AutoModelForCausalLM.from_pretrained(tiny_folder, dtype=torch.float32)
     split = store.split("validation")
+    together = by_hand(model, split.select(range(5, 12)))
     found = row_losses(model, split, range(5, 12), batch=batch, pad_id=0, rank=0, workers=1)
     for (nats, tokens), row in zip(found.tolist(), split.select(range(5, 12)), strict=True):
         ids, labels = torch.tensor(row["input_ids"]), torch.tensor(row["labels"])
@@ -145,7 +146,7 @@ def test_each_row_has_its_own_loss_whatever_the_batch(
         assert tokens == int((labels[1:] != IGNORED).sum())
         expected = functional.cross_entropy(logits, labels[1:], ignore_index=IGNORED, reduction="sum")
         assert nats == pytest.approx(float(expected), rel=1e-5)
-    assert mean_loss(found) == pytest.approx(by_hand(model, split.select(range(5, 12))), abs=1e-6)
+    assert mean_loss(found) == pytest.approx(together, abs=1e-6)
 
 
 @torch.no_grad()
@@ -155,8 +156,10 @@ def test_it_is_transformers_own_of_every_architecture(
 ) -> None:
     _, store = configured()
     split, model = store.split("validation").select(range(4)), build(architecture)
-    loss = validation_loss(model, split, rows=0, batch=4, pad_id=0, rank=0, workers=1)
-    assert loss == pytest.approx(by_hand(model, split), abs=1e-5)
+    expected = by_hand(model, split)
+    assert validation_loss(model, split, rows=0, batch=4, pad_id=0, rank=0, workers=1) == pytest.approx(
+        expected, abs=1e-5
+    )
 
 
 def test_virtual_tokens_shift_nothing(
@@ -166,9 +169,11 @@ def test_virtual_tokens_shift_nothing(
     base = AutoModelForCausalLM.from_pretrained(tiny_folder, dtype=torch.float32)
     model = get_peft_model(base, PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=5)).eval()
     split = store.split("validation").select(range(8))
-    loss = validation_loss(model, split, rows=0, batch=3, pad_id=0, rank=0, workers=1)
     with torch.no_grad():
-        assert loss == pytest.approx(by_hand(model, split), abs=1e-6)
+        expected = by_hand(model, split)
+    assert validation_loss(model, split, rows=0, batch=3, pad_id=0, rank=0, workers=1) == pytest.approx(
+        expected, abs=1e-6
+    )
 
 
 # ----------------------------------------------------------------------------------------------------- intervals
