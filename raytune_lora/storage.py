@@ -77,7 +77,7 @@ def local_path(path: str) -> Path | None:
         UserError: it looks like a URI and names no bucket: it would be a folder called ``s3:``.
     """
     found = _URI.match(path)
-    if found and found[1] != "file" and not (found[2] == "//" and found[3]):
+    if found and found[1] not in ("file", "memory") and not (found[2] == "//" and found[3]):
         raise UserError(f"{path} names no bucket; write {found[1]}://<bucket>/<path>, or ./{path} for a folder here")
     if "://" in path and not path.startswith("file://"):
         return None

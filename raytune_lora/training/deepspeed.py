@@ -8,11 +8,8 @@ import sys
 from collections.abc import Iterator
 from typing import Any
 
-import torch
-
 from raytune_lora.config.schema import Offload, RunConfig
 from raytune_lora.training.plan import Plan
-from raytune_lora.training.warmup import build_cpu_optimizer
 
 _logger = logging.getLogger(__name__)
 _NEVER = 10**9  # steps between DeepSpeed's own progress lines
@@ -94,6 +91,8 @@ def forget_steps(optimizer: Any, *_: Any) -> None:
 
     Left to itself it multiplies that of the step before, and one that goes on from a checkpoint rounds otherwise.
     """
+    import torch
+
     one, group = torch.zeros(1), optimizer.param_groups[0]
     betas, settings = group["betas"], (group["eps"], group["weight_decay"], group["bias_correction"])
     optimizer.ds_opt_adam.adam_update(optimizer.opt_id, 0, 0.0, *betas, *settings, one, one, one, one)
@@ -104,8 +103,12 @@ def offloaded_adamw() -> Any:
 
     DeepSpeed's uses the widest instructions of the CPU and all its threads. All workers of the group call this.
     """
+    from raytune_lora.training.warmup import build_cpu_optimizer
+
     reason = build_cpu_optimizer()
     if reason is not None:
+        import torch
+
         _logger.warning(
             "deepspeed.offload_optimizer: DeepSpeed's AdamW for the CPU cannot be built here (%s); torch's takes its "
             "place, with the same numbers and several times slower",

@@ -73,10 +73,11 @@ def train_and_note_streams(cfg: Any, store: Any, place: Any) -> None:
     import hashlib
 
     import torch
-    from transformers import Trainer
+
+    from raytune_lora.training.trainer import PlannedTrainer
 
     noted: dict[str, Any] = {"order": []}
-    original = Trainer.training_step
+    original = PlannedTrainer.training_step
 
     def training_step(self: Any, model: Any, inputs: Any, *arguments: Any) -> Any:
         if not noted["order"]:
@@ -86,11 +87,11 @@ def train_and_note_streams(cfg: Any, store: Any, place: Any) -> None:
         noted["order"].append(inputs["input_ids"].tolist())
         return original(self, model, inputs, *arguments)
 
-    Trainer.training_step = training_step  # type: ignore[method-assign]
+    PlannedTrainer.training_step = training_step  # type: ignore[method-assign]
     try:
         train(cfg, store, place)
     finally:
-        Trainer.training_step = original  # type: ignore[method-assign]
+        PlannedTrainer.training_step = original  # type: ignore[method-assign]
     (place.folder / f"streams-{place.rank}.json").write_text(json.dumps(noted))
 
 

@@ -29,20 +29,20 @@ TINY = ("experiment=tiny", "search.trials=3", "search.concurrent=1")
 
 def hang_in_a_step(cfg: Any, store: Any, place: Any) -> None:
     """Train, and stop moving after the first step: as the workers of a group do that wait for each other."""
-    from transformers import Trainer
+    from raytune_lora.training.trainer import PlannedTrainer
 
-    original = Trainer.training_step
+    original = PlannedTrainer.training_step
 
     def training_step(self: Any, model: Any, *arguments: Any, **settings: Any) -> Any:
         while self.state.global_step:
             time.sleep(1)
         return original(self, model, *arguments, **settings)
 
-    Trainer.training_step = training_step  # type: ignore[method-assign]
+    PlannedTrainer.training_step = training_step  # type: ignore[method-assign]
     try:
         tasks.train(cfg, store, place)
     finally:
-        Trainer.training_step = original  # type: ignore[method-assign]
+        PlannedTrainer.training_step = original  # type: ignore[method-assign]
 
 
 def events(folder: Path, kind: str) -> list[str]:

@@ -43,9 +43,9 @@ def train_and_kill(cfg: Any, store: Any, place: Any) -> None:
     import os
     import signal
 
-    from transformers import Trainer
+    from raytune_lora.training.trainer import PlannedTrainer
 
-    original = Trainer.training_step
+    original = PlannedTrainer.training_step
 
     def training_step(self: Any, *arguments: Any, **settings: Any) -> Any:
         marker = place.folder / "killed"
@@ -54,11 +54,11 @@ def train_and_kill(cfg: Any, store: Any, place: Any) -> None:
             os.kill(os.getpid(), signal.SIGKILL)
         return original(self, *arguments, **settings)
 
-    Trainer.training_step = training_step  # type: ignore[method-assign]
+    PlannedTrainer.training_step = training_step  # type: ignore[method-assign]
     try:
         tasks.train(cfg, store, place)
     finally:
-        Trainer.training_step = original  # type: ignore[method-assign]
+        PlannedTrainer.training_step = original  # type: ignore[method-assign]
 
 
 def test_a_killed_worker_costs_the_steps_since_the_checkpoint_and_changes_no_bit(

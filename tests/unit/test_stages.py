@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from peft import LoraConfig, get_peft_model
 from peft.helpers import disable_input_dtype_casting
 from safetensors.torch import load_file
@@ -101,6 +102,7 @@ def plain_losses(cfg: RunConfig, store: TokenStore, folder: Path) -> list[float]
     torch.manual_seed(stream(cfg.training.seed, "weights"))
     model = get_peft_model(base, LoraConfig(task_type="CAUSAL_LM", r=16, lora_alpha=32, target_modules="all-linear"))
     trained = [p for p in model.parameters() if p.requires_grad]
+    AcceleratorState._reset_state(True)
     accelerator = Accelerator(mixed_precision="bf16", cpu=True)
     optimizer = torch.optim.AdamW(trained, lr=cfg.training.learning_rate, weight_decay=0.0)
     model, optimizer = accelerator.prepare(model, optimizer)
