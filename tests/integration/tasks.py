@@ -208,6 +208,8 @@ def count_models(cfg: Any, store: Any, place: Any) -> None:
     gc.unfreeze()  # what is left out of collections is not listed
     gc.collect()
     models = [o for o in gc.get_objects() if isinstance(o, PreTrainedModel)]
+    parts = {id(part) for model in models for part in model.modules() if part is not model}
+    models = [model for model in models if id(model) not in parts]
     place.report({"models": sum(any(not p.is_meta for p in model.parameters()) for model in models)})
 
 
