@@ -173,8 +173,8 @@ def test_a_sweep_that_is_killed_twice_goes_on_elsewhere(
 @pytest.mark.e2e
 def test_a_store_that_is_gone_halts_a_run_in_order(bucket: str, proxy: s3.Proxy, tmp_path: Path, cache: Path) -> None:
     uri = f"{bucket}/run"
-    typed = (*TINY[1:3], "model=tiny", "data=fake", "training.max_steps=60", "training.global_batch=8")
-    typed += ("evaluation.every=16", "evaluation.loss_rows=8", "training.patience=null", f"cache={cache}")
+    typed = (*TINY[1:3], "model=tiny", "data=fake", "training.max_steps=400", "training.global_batch=8")
+    typed += ("evaluation.every=64", "evaluation.loss_rows=8", "training.patience=null", f"cache={cache}")
     process = start("train", *typed, f"output={uri}", f"cluster.node_cache={tmp_path / 'node'}", TINY[-1])
     reported(uri, process, "0000")
     # refused, and not busy: that is not tried again for a minute
@@ -193,7 +193,7 @@ def test_a_store_that_is_gone_halts_a_run_in_order(bucket: str, proxy: s3.Proxy,
     before = len(events(uri, "trial_result"))
     finish(start("train", f"resume={uri}", f"cluster.node_cache={tmp_path / 'other'}"))
     (trial,) = trials(storage.read(f"{uri}/results.json"))
-    assert (trial["status"], trial["samples_seen"]) == ("completed", 480)
+    assert (trial["status"], trial["samples_seen"]) == ("completed", 3200)
     assert len(events(uri, "trial_result")) > before
 
 
