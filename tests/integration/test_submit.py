@@ -414,7 +414,7 @@ def test_submitted_left_alone_stopped_and_resumed(
     }
     changed |= {"deepspeed=zero3": "deepspeed=off", "http://127.0.0.1:8265": way.address}
     changed |= {"/shared/sweeps/mine": str(sweep), "/shared/cache": str(cache), "/shared/model": str(tiny_folder)}
-    arguments = [*readme.arguments("jobs/submit.py", changed), *SMALL, "--env", "PASSED_ON", "training.max_steps=4000"]
+    arguments = [*readme.arguments("jobs/submit.py", changed), *SMALL, "--env", "PASSED_ON", "training.max_steps=2000"]
     arguments += ["training.global_batch=8", "evaluation.every=1600", "scheduler=none"]
     there = ("--address", way.address)
 
