@@ -23,7 +23,7 @@ from raytune_lora.models.methods import Start, method_for
 from raytune_lora.training.scoring import _Given
 from raytune_lora.tuning.job import plain_run, prepare_inputs
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]  # two processes beside the tests' own, on two cores
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]  # two processes beside the tests' own, on two cores
 
 WORKERS = 2
 RECOVERY = "recovery"

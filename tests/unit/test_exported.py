@@ -24,7 +24,7 @@ from raytune_lora.tuning.job import export, plain_run, prepare_inputs
 from tests import load_exported
 from tests.unit import zoo
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]  # all runs are made before the first test
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]  # all runs are made before the first test
 
 RUN = (
     "deepspeed=off", "training.max_steps=3", "training.global_batch=4", "training.learning_rate=1e-2",

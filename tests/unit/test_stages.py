@@ -29,7 +29,7 @@ from raytune_lora.training.plan import permutation, plan_run, stream
 from raytune_lora.tuning.job import plain_run, prepare_inputs
 from tests.unit.test_exported import heard
 
-pytestmark = pytest.mark.timeout(300)
+pytestmark = pytest.mark.timeout(900)
 
 STAGES = ("off", "zero0", "zero1", "zero2", "zero3")
 RESUMED, CHUNKED, DIVIDED_HEAD = "zero2 and zero3", "zero3 in chunks", "zero3 with a head that trains"
