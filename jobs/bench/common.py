@@ -103,11 +103,20 @@ def write_data(case: Case) -> Path:
 
 def row_lengths(case: Case, count: int) -> list[int]:
     """Tokens of each row."""
-    draw, median = random.Random(0), case.length / 4
-    if not case.spread:
-        return [case.length] * count
-    drawn = [round(median * math.exp(draw.gauss(0, case.spread))) for _ in range(count)]
-    return [max(_SHORTEST, min(case.length, length)) for length in drawn]
+    return real_lengths(count, case.length, case.spread) if case.spread else [case.length] * count
+
+
+def real_lengths(count: int, longest: int, spread: float) -> list[int]:
+    """Tokens of rows whose lengths vary as those of real data do: log-normal, the median a quarter of the longest.
+
+    Args:
+        count: of rows.
+        longest: tokens of a row at most.
+        spread: sigma of the lengths' logarithm.
+    """
+    draw, median = random.Random(0), longest / 4
+    drawn = [round(median * math.exp(draw.gauss(0, spread))) for _ in range(count)]
+    return [max(_SHORTEST, min(longest, length)) for length in drawn]
 
 
 def rows_file(case: Case) -> Path:

@@ -19,6 +19,7 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
+from common import real_lengths
 from gpu_runs import (
     Bench,
     Run,
@@ -27,7 +28,6 @@ from gpu_runs import (
     gpu_in_use,
     hf_trainer,
     median_ratio,
-    real_lengths,
     run,
     run_config,
     store,
@@ -51,6 +51,7 @@ SWEEPS = {  # under Ray, and the overrides that make them
         "training.packing=true",
     ],
 }
+_SPREAD = 0.8  # sigma of the log-normal lengths of rows
 _ROUNDS = 2  # of what is timed beside something else
 
 
@@ -233,7 +234,7 @@ def quantized(bench: Bench) -> Iterator[Line]:
 
 def packing(bench: Bench) -> Iterator[Line]:
     """Packed rows by every attention there is: equal losses, and the time of a step."""
-    rows, longest = _rows(bench, "135M", real_lengths(256, 2048))
+    rows, longest = _rows(bench, "135M", real_lengths(256, 2048, _SPREAD))
     settings: dict[str, Any] = {"training__micro_batch": 16, "training__global_batch": 16, "training__max_steps": 8}
     runs: dict[str, Run] = {}
     kinds = [Attention.auto, Attention.sdpa]
@@ -324,7 +325,7 @@ def equal_lengths(bench: Bench) -> Iterator[Line]:
 def real_lengths_8b(bench: Bench) -> Iterator[Line]:
     """The same on rows whose lengths vary as those of real data do."""
     length = 2048 if bench.gpu else 64
-    yield from _beside_peers(bench, real_lengths(96, length), length)
+    yield from _beside_peers(bench, real_lengths(96, length, _SPREAD), length)
 
 
 def _beside_peers(bench: Bench, lengths: list[int], longest: int) -> Iterator[Line]:
@@ -366,8 +367,7 @@ def _idle(bench: Bench, do: Callable[[], Any]) -> tuple[float, str]:
     from torch.profiler import ProfilerActivity, profile
 
     if not bench.gpu:
-        with nullcontext():
-            do()
+        do()
         return math.nan, "no GPU"
     with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as found:
         do()

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import gc
 import json
-import math
 import os
 import random
 import socket
@@ -29,9 +28,6 @@ from raytune_lora.models.sources import byte_tokenizer
 from raytune_lora.training.place import Place
 
 IGNORED = -100
-_SHORTEST = 8  # tokens of a row
-_MEDIAN = 0.25  # of the longest row, where lengths vary
-_SPREAD = 0.8  # sigma of the log-normal lengths
 _WARM_UP = 2  # steps that do not count: kernels are compiled in them
 
 LLAMAS: dict[str, dict[str, Any]] = {  # the shapes of SmolLM2-135M and of Llama 3.1 8B, and small ones for the CPU
@@ -153,13 +149,6 @@ def store(lengths: Sequence[int], vocabulary: int, validation: int = 8) -> Store
 
     splits = {"train": rows(lengths), "validation": rows(lengths[:validation])}
     return Store(Path(), {"rows": {name: len(split) for name, split in splits.items()}, "stop_ids": [1]}, splits)
-
-
-def real_lengths(count: int, longest: int) -> list[int]:
-    """Log-normal, as those of real data are."""
-    draw = random.Random(0)
-    drawn = (round(longest * _MEDIAN * math.exp(draw.gauss(0, _SPREAD))) for _ in range(count))
-    return [max(_SHORTEST, min(longest, length)) for length in drawn]
 
 
 # ---------------------------------------------------------------------------------------------------------- our runs

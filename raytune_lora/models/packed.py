@@ -56,6 +56,11 @@ class _Sees:
     regular: bool  # whether ``window`` says all that ``function`` does
     flash: bool  # whether flash-attn was asked for
 
+    @property
+    def back(self) -> int:
+        """The same as kernels have it: tokens before the own one; -1: all."""
+        return -1 if self.window is None else self.window - 1
+
     def mask(self, length: int, device: torch.device) -> torch.Tensor | None:
         """(L, L), true where the key is seen; None where all up to the own token are."""
         if self.regular and (self.window is None or length <= self.window):
@@ -256,11 +261,10 @@ def _by_torch(
     """(T, H, D)"""
     rows, width = sees.rows, value.shape[-1]
     q_THD, k_TKD, v_TKD = _flat(query, key, value)
-    back = -1 if sees.window is None else sees.window - 1
     found_THD: torch.Tensor = _varlen()(
         *(q_THD, k_TKD, v_TKD, rows.starts, rows.starts, rows.longest, rows.longest),
         scale=scale,
-        window_size=(back, 0),
+        window_size=(sees.back, 0),
         enable_gqa=q_THD.shape[1] != k_TKD.shape[1],
     )
     return found_THD.narrow(-1, 0, width)
@@ -284,7 +288,7 @@ def _by_flash_attn(
         dropout_p=dropout,
         softmax_scale=scale,
         causal=True,
-        window_size=(-1 if sees.window is None else sees.window - 1, 0),
+        window_size=(sees.back, 0),
         softcap=softcap or 0.0,
     )
     return found_THD.narrow(-1, 0, width)
